@@ -1,0 +1,133 @@
+"""Conventional distillation: on the output (OutKD) and on features (FeatKD, FitNet)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from liftplace_jax.losses.lift_place import REDUCTIONS, _check_choice, _checked
+
+
+def output_kd_loss(student: jax.Array, teacher: jax.Array, *, reduction: str = "sum") -> jax.Array:
+    """Squared error between outputs, ||t - s||^2 (OutKD).
+
+    Args:
+      student: (batch, ..., channel), floating point.
+      teacher: same shape; treated as a constant.
+      reduction: "sum" over the elements of a sample, then the mean over the batch; "mean" over
+        everything; "per_sample" means, (batch,).
+
+    Returns:
+      float32 scalar, or (batch,).
+
+    Raises:
+      ValueError: shapes differ, or an argument is out of its range.
+    """
+    _check_choice("reduction", reduction, REDUCTIONS)
+    student, teacher = _checked(student, teacher)
+    return _reduce(jnp.square(teacher - student), reduction)
+
+
+def feature_kd_loss(
+    student: Mapping[str, jax.Array],
+    teacher: Mapping[str, jax.Array],
+    *,
+    layer_map: Mapping[str, str] | None = None,
+    adapters: Mapping[str, jax.Array] | None = None,
+    mask_sigma: float | None = None,
+    reduction: str = "sum",
+) -> jax.Array:
+    """FitNet: squared error between features, summed over layers.
+
+    Args:
+      student: layer name -> features (batch, *space, channel).
+      teacher: layer name -> features, treated as constants.
+      layer_map: student layer -> teacher layer; default: every student layer to the teacher's
+        layer of that name.
+      adapters: student layer -> (student channels, teacher channels) matrix of a 1x1 convolution
+        without bias (`init_adapters`); None where the widths agree.
+      mask_sigma: masked variant (TinyFusion uses 2): before the comparison, values further than
+        that many standard deviations from their sample's mean are set to 0, in both features.
+      reduction: as in `output_kd_loss`; the pixel-space code uses "sum", Stable Diffusion "mean".
+
+    Returns:
+      float32 scalar, or (batch,).
+
+    Raises:
+      ValueError: a layer or adapter is missing or shapes do not fit; the message names the layer.
+
+    Source: Diff_Pruning_EXP/functions/losses.py, FitNetLoss; TinyFusion_EXP/diffusion.
+    """
+    _check_choice("reduction", reduction, REDUCTIONS)
+    layer_map = {name: name for name in student} if layer_map is None else layer_map
+    if not layer_map:
+        raise ValueError("feature_kd_loss needs at least one layer")
+    total = 0.0
+    for student_name, teacher_name in layer_map.items():
+        for side, features, name in (
+            ("student", student, student_name), ("teacher", teacher, teacher_name)
+        ):  # fmt: skip
+            if name not in features:
+                raise ValueError(f"{side} has no feature {name!r}; it has {sorted(features)}")
+        s = jnp.asarray(student[student_name]).astype(jnp.float32)
+        t = jax.lax.stop_gradient(jnp.asarray(teacher[teacher_name]).astype(jnp.float32))
+        if adapters is not None:
+            s = _adapt(s, adapters, student_name)
+        if s.shape != t.shape:
+            raise ValueError(
+                f"feature {student_name!r} has shape {s.shape} but the teacher's {teacher_name!r} "
+                f"has {t.shape}" + (" (adapters match widths)" if adapters is None else "")
+            )
+        if mask_sigma is not None:
+            s, t = mask_outliers(s, mask_sigma), mask_outliers(t, mask_sigma)
+        total = total + _reduce(jnp.square(s - t), reduction)
+    return total
+
+
+def init_adapters(
+    key: jax.Array,
+    student_channels: Mapping[str, int],
+    teacher_channels: Mapping[str, int],
+    *,
+    layer_map: Mapping[str, str] | None = None,
+    scale: float = 0.005,
+) -> dict[str, jax.Array]:
+    """Adapters for `feature_kd_loss`: layer -> (student, teacher) matrix, uniform in +-scale."""
+    layer_map = {name: name for name in student_channels} if layer_map is None else layer_map
+    keys = jax.random.split(key, max(len(layer_map), 1))
+    return {
+        name: jax.random.uniform(
+            k, (student_channels[name], teacher_channels[target]), jnp.float32, -scale, scale
+        )
+        for k, (name, target) in zip(keys, layer_map.items(), strict=True)
+    }
+
+
+def mask_outliers(x: jax.Array, sigma: float) -> jax.Array:
+    """Sets values at least `sigma` (unbiased) standard deviations off their sample's mean to 0."""
+    axes = tuple(range(1, x.ndim))
+    frozen = jax.lax.stop_gradient(x)
+    mean = jnp.mean(frozen, axis=axes, keepdims=True)
+    spread = jnp.std(frozen, axis=axes, keepdims=True, ddof=1)
+    return jnp.where(jnp.abs(frozen - mean) < sigma * spread, x, 0)
+
+
+def _adapt(features, adapters, name):
+    if name not in adapters:
+        raise ValueError(f"no adapter for feature {name!r}; adapters: {sorted(adapters)}")
+    kernel = adapters[name]
+    if kernel.shape[0] != features.shape[-1]:
+        raise ValueError(
+            f"the adapter of {name!r} takes {kernel.shape[0]} channels, got {features.shape[-1]}"
+        )
+    return features @ kernel
+
+
+def _reduce(squares, reduction):
+    per_sample = squares.reshape(squares.shape[0], -1)
+    if reduction == "sum":
+        return jnp.mean(jnp.sum(per_sample, axis=-1))
+    per_sample = jnp.mean(per_sample, axis=-1)
+    return jnp.mean(per_sample) if reduction == "mean" else per_sample

@@ -1,0 +1,276 @@
+"""LIFT and PLACE: distillation through the least-squares fit of the teacher on the student.
+
+Every variant of the paper is a choice of grouping, norm, normalisation, reduction and weight of
+the one function `_lift`.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from liftplace_jax.losses import grouping as grouping_lib
+from liftplace_jax.losses.fit import NORMALIZE, least_squares_fit
+from liftplace_jax.losses.weighting import adaptive_weight
+
+NORMS = ("l1", "l2")
+REDUCTIONS = ("sum", "mean", "per_sample")
+TERMS = ("both", "coarse", "fine")
+PER = ("channel", "sample")
+GROUPINGS = ("error", "space")
+
+PUBLISHED: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
+    {
+        # Diff_Pruning_EXP/functions/losses.py, LIFT_PLACE
+        "pixel": types.MappingProxyType(
+            {"norm": "l1", "eps": 1e-7, "normalize": "mean", "reduction": "sum"}
+        ),
+        # TinyFusion_EXP/losses.py, imp_regression_constraint_loss
+        "dit": types.MappingProxyType(
+            {"norm": "l2", "eps": 1e-4, "normalize": "sum", "reduction": "mean"}
+        ),
+        # BK_SDM_EXP/src/kd_t2i.py, LIFT_PLACE
+        "sd": types.MappingProxyType(
+            {"norm": "l1", "eps": 1e-8, "normalize": "sum", "reduction": "mean"}
+        ),
+    }
+)
+"""Keyword arguments of the published variants: `place_loss(s, t, **PUBLISHED["dit"])`."""
+
+
+class LiftTerms(NamedTuple):
+    """What `lift_loss` and `place_loss` return; float32 arrays.
+
+    Attributes:
+      loss: coarse + weight * fine, or the one term asked for; scalar, or (batch,) for
+        reduction="per_sample".
+      coarse: the reduced coarse term |b0| + |b1 - 1| (or its squares).
+      fine: the reduced fine term ||t - (sg(b0) + sg(b1) s)||^2, not yet weighted.
+      weight: scalar w that multiplied `fine`.
+      slope: b1 of every fit, (batch, rows, groups); rows are channels, or 1 for per="sample".
+      intercept: b0 of every fit, same shape.
+    """
+
+    loss: jax.Array
+    coarse: jax.Array
+    fine: jax.Array
+    weight: jax.Array
+    slope: jax.Array
+    intercept: jax.Array
+
+
+def lift_loss(
+    student: jax.Array,
+    teacher: jax.Array,
+    *,
+    per: str = "channel",
+    norm: str = "l1",
+    eps: float = 1e-7,
+    normalize: str = "mean",
+    reduction: str = "sum",
+    terms: str = "both",
+    weight: str | float | jax.Array = "adaptive",
+    coarse_scale: float | None = None,
+    axis_name: str | None = None,
+) -> LiftTerms:
+    """LIFT with one fit per channel or per sample (paper, "LIFT").
+
+    Args:
+      student: predictions (batch, *space, channel), any number of space axes, floating point.
+      teacher: same shape; treated as a constant.
+      per: "channel" or "sample": what one fit covers.
+
+    The other arguments, the result and the errors are those of `place_loss`.
+    """
+    _check_choice("per", per, PER)
+    student, teacher = _checked(student, teacher)
+    return _lift(
+        grouping_lib.whole(student, teacher, per),
+        norm=norm, eps=eps, normalize=normalize, reduction=reduction, terms=terms,
+        weight=weight, coarse_scale=coarse_scale, axis_name=axis_name,
+    )  # fmt: skip
+
+
+def place_loss(
+    student: jax.Array,
+    teacher: jax.Array,
+    *,
+    group_size: int | Sequence[int] = 16,
+    num_groups: int | None = None,
+    grouping: str = "error",
+    norm: str = "l1",
+    eps: float = 1e-7,
+    normalize: str = "mean",
+    reduction: str = "sum",
+    terms: str = "both",
+    weight: str | float | jax.Array = "adaptive",
+    coarse_scale: float | None = None,
+    axis_name: str | None = None,
+) -> LiftTerms:
+    """PLACE: LIFT with one fit per group of elements of similar error (paper, "PLACE").
+
+    Per sample and channel the elements are sorted by squared error (no gradient through the
+    order, ties by position), cut into groups of `group_size`, and each group is fitted by itself.
+    The defaults are the published pixel-space variant, `PUBLISHED["pixel"]`.
+
+    Works under jit, grad and vmap. Gradients are closed-form and reach the student only. bfloat16
+    and float16 inputs are computed in float32. NaN in gives NaN out.
+
+    Args:
+      student: predictions (batch, *space, channel), any number of space axes, floating point.
+      teacher: same shape; treated as a constant.
+      group_size: elements per group, 1..number of elements of a channel; if it does not divide
+        that number, the last group is smaller and weighs less. With grouping="space" also a patch
+        shape such as (4, 4); a plain number then stands for a cubic patch of that many elements.
+      num_groups: instead of `group_size`, how many groups a channel is cut into.
+      grouping: "error" (PLACE), or "space" (ablation: patches).
+      norm: of the coarse term, "l1" or "l2" (squares).
+      eps: added to the variance of the student, > 0.
+      normalize: "mean" or "sum": whether variance and covariance are divided by the group's size.
+      reduction: "sum": both terms are sums over the elements of a sample (each fit counted once
+        for each of its elements), averaged over the batch, like the diffusion loss of the
+        pixel-space code. "mean": means over all elements. "per_sample": means over the elements
+        of each sample, (batch,) values.
+      terms: "both", or the ablations "coarse" and "fine", each by itself and unweighted.
+      weight: of the fine term: "adaptive" is 1 - min(1, mean|b1 - 1| + mean|b0|) over all fits of
+        the global batch, without gradient; or a number, or a schedule's value
+        (`liftplace_jax.losses.weighting`), which may be traced and gets its gradient.
+      coarse_scale: with reduction="sum", what each fit's coarse term is multiplied with; default
+        the number of elements of the fit.
+      axis_name: for `shard_map`/`pmap` users: the axis the batch is split over, for the adaptive
+        weight. Not needed under `jit` with sharded arrays.
+
+    Returns:
+      `LiftTerms`.
+
+    Raises:
+      ValueError: shapes differ, are empty or have fewer than three axes; values are not floating
+        point; an argument is out of its range. The message names it.
+    """
+    _check_choice("grouping", grouping, GROUPINGS)
+    student, teacher = _checked(student, teacher)
+    space = student.shape[1:-1]
+    if grouping == "error":
+        size = _elements_per_group(math.prod(space), group_size, num_groups)
+        groups = grouping_lib.by_error(student, teacher, size)
+    else:
+        patch = _patch_shape(space, group_size, num_groups)
+        groups = grouping_lib.by_space(student, teacher, patch)
+    return _lift(
+        groups,
+        norm=norm, eps=eps, normalize=normalize, reduction=reduction, terms=terms,
+        weight=weight, coarse_scale=coarse_scale, axis_name=axis_name,
+    )  # fmt: skip
+
+
+def _lift(
+    groups, *, norm, eps, normalize, reduction, terms, weight, coarse_scale, axis_name
+) -> LiftTerms:
+    _check_choice("norm", norm, NORMS)
+    _check_choice("normalize", normalize, NORMALIZE)
+    _check_choice("reduction", reduction, REDUCTIONS)
+    _check_choice("terms", terms, TERMS)
+    if not eps > 0:
+        raise ValueError(f"eps must be > 0, got {eps}")
+    if coarse_scale is not None and reduction != "sum":
+        raise ValueError(f"coarse_scale goes with reduction='sum', got reduction={reduction!r}")
+    if isinstance(weight, str) and weight != "adaptive":
+        raise ValueError(f"weight must be 'adaptive' or a number, got {weight!r}")
+
+    student, teacher, mask = groups
+    fit = least_squares_fit(student, teacher, mask, eps, normalize)
+    _, rows, num_groups, _ = student.shape
+    counts = None if mask is None else mask.sum(axis=-1)
+    elements = num_groups * student.shape[-1] if counts is None else counts.sum()
+    share = None if counts is None else counts / elements
+
+    power = jnp.abs if norm == "l1" else jnp.square
+    distance = power(fit.slope - 1) + power(fit.intercept)
+    # Means over the elements of a sample, (batch,).
+    if share is None:
+        coarse = jnp.mean(distance, axis=(1, 2))
+    else:
+        coarse = jnp.mean(jnp.sum(distance * share, axis=-1), axis=-1)
+    fine = jnp.sum(fit.residual, axis=(1, 2)) / (rows * elements)
+
+    if reduction == "sum":
+        if coarse_scale is None:
+            coarse = jnp.mean(coarse) * (rows * elements)
+        else:
+            coarse = jnp.mean(jnp.sum(distance, axis=(1, 2))) * coarse_scale
+        fine = jnp.mean(fine) * (rows * elements)
+    elif reduction == "mean":
+        coarse, fine = jnp.mean(coarse), jnp.mean(fine)
+
+    if terms == "coarse":
+        weight, loss = jnp.zeros_like(coarse, shape=()), coarse
+    elif terms == "fine":
+        weight, loss = jnp.ones_like(fine, shape=()), fine
+    else:
+        if isinstance(weight, str):
+            weight = adaptive_weight(fit.slope, fit.intercept, share, axis_name=axis_name)
+        weight = jnp.asarray(weight, fine.dtype)
+        loss = coarse + weight * fine
+    return LiftTerms(loss, coarse, fine, weight, fit.slope, fit.intercept)
+
+
+def _checked(student, teacher):
+    student, teacher = jnp.asarray(student), jnp.asarray(teacher)
+    if student.shape != teacher.shape:
+        raise ValueError(f"student has shape {student.shape} but teacher has {teacher.shape}")
+    if student.ndim < 3 or not student.size:
+        raise ValueError(
+            f"expected non-empty (batch, *space, channel) arrays, got shape {student.shape}"
+        )
+    for name, x in (("student", student), ("teacher", teacher)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    dtype = jnp.promote_types(jnp.promote_types(student.dtype, teacher.dtype), jnp.float32)
+    return student.astype(dtype), jax.lax.stop_gradient(teacher).astype(dtype)
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def _elements_per_group(elements, group_size, num_groups):
+    if num_groups is not None:
+        if not 1 <= num_groups <= elements:
+            raise ValueError(f"num_groups must be in 1..{elements}, got {num_groups}")
+        group_size = math.ceil(elements / num_groups)
+        if math.ceil(elements / group_size) != num_groups:
+            raise ValueError(
+                f"{elements} elements cannot be cut into num_groups={num_groups} groups of which "
+                f"only the last is smaller; the nearest is {math.ceil(elements / group_size)}"
+            )
+    if not isinstance(group_size, int) or not 1 <= group_size <= elements:
+        raise ValueError(
+            f"group_size must be a whole number in 1..{elements} (the elements of a channel), "
+            f"got {group_size}"
+        )
+    return group_size
+
+
+def _patch_shape(space, group_size, num_groups):
+    if num_groups is not None:
+        raise ValueError("num_groups goes with grouping='error'; give group_size as a patch shape")
+    if isinstance(group_size, int):
+        edge = round(max(group_size, 0) ** (1 / len(space)))
+        if edge ** len(space) != group_size:
+            raise ValueError(
+                f"group_size={group_size} is no cubic patch in {len(space)} dimensions; give the "
+                f"patch shape, such as group_size={(4,) * len(space)}"
+            )
+        group_size = (edge,) * len(space)
+    patch = tuple(group_size)
+    if len(patch) != len(space) or any(
+        not 1 <= p <= n for p, n in zip(patch, space, strict=False)
+    ):
+        raise ValueError(f"group_size (patch shape) {patch} does not fit the space {space}")
+    return patch

@@ -1,0 +1,40 @@
+"""Shared by all tests: eight simulated CPU devices and full float32 products."""
+
+import os
+
+# Set before JAX starts its backends; sharding tests need more devices than a laptop has.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_default_matmul_precision", "highest")
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Returns a loader: name -> (arrays, meta) of tests/golden/<name>.npz (never unpickles)."""
+    cache = {}
+
+    def load(name):
+        if name not in cache:
+            with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
+                arrays = {key: file[key] for key in file.files}
+            cache[name] = arrays, json.loads(str(arrays.pop("meta")))
+        return cache[name]
+
+    return load
+
+
+def nhwc(array):
+    """(N, C, H, W) as published -> (N, H, W, C) as used here."""
+    return np.moveaxis(array, 1, -1)
