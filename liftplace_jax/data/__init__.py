@@ -1,0 +1,5 @@
+"""Data sets by TFDS name, and batches whose order is a function of (seed, step) alone."""
+
+from liftplace_jax.data.pipeline import Source, eval_batches, load_source, train_batches
+
+__all__ = ["Source", "eval_batches", "load_source", "train_batches"]

@@ -1,0 +1,380 @@
+"""From a TFDS name to batches, without state: the order of examples is f(seed, step).
+
+Example j of global step k has position k * batch_size + j; position // N is its epoch, and each
+epoch has its own permutation. Nothing needs to be stored or replayed to resume at any step, and
+any number of processes sees the same global batch, cut into contiguous slices.
+"""
+
+import functools
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+# Published crop of CelebA, centre (89, 121) +- 64: left, upper, right, lower
+# (Diff_Pruning datasets/__init__.py, after DDIM).
+_CROPS = {"celeb_a": (25, 57, 153, 185)}
+_FORMAT = "array_record"  # TFDS's format with random access
+_CACHE_BYTES = 256 * 2**20
+
+
+class Source:
+    """Random access to the images of one split, decoded, cropped and resized.
+
+    A split of less than 256 MiB decoded is kept in memory as it is read.
+
+    Attributes:
+      name: name used in error messages.
+      image_shape: (H, W, C) of every image, H = W.
+      num_classes: number of classes, or None if there are no labels.
+    """
+
+    def __init__(
+        self,
+        name,
+        records,
+        *,
+        image_shape,
+        dtype=np.uint8,
+        num_classes=None,
+        crop=None,
+        image_size=None,
+    ):
+        """Wraps a random-access sequence of {"image": (H, W, C) array, "label": int, ...}.
+
+        Args:
+          name: name used in error messages.
+          records: sequence with `len` and integer indexing, safe to read from threads.
+          image_shape: (H, W, C) of the stored images; H and W may be None (mixed sizes).
+          dtype: uint8 (0..255), or a floating type (images in [-1, 1] already, never resized).
+          num_classes: number of classes, or None: all labels are then 0.
+          crop: optional (left, upper, right, lower) in pixels, cut out first.
+          image_size: optional side of the result: the shorter side is resized to it (bilinear,
+            antialiased), then the centre is cropped.
+
+        Raises:
+          ValueError: no images, a dtype other than these, or a result that is not square.
+        """
+        if len(records) == 0:
+            raise ValueError(f"data set {name} has no images")
+        self.name = name
+        self.num_classes = num_classes
+        self._records = records
+        self._dtype = np.dtype(dtype)
+        self._crop = crop
+        self._image_size = image_size
+        if self._dtype != np.uint8 and not np.issubdtype(self._dtype, np.floating):
+            raise ValueError(f"data set {name}: images are {self._dtype}, want uint8 or floats")
+        if self._dtype != np.uint8 and (crop or image_size):
+            raise ValueError(f"data set {name}: only uint8 images can be cropped or resized")
+        height, width, channels = image_shape
+        if crop:
+            height, width = crop[3] - crop[1], crop[2] - crop[0]
+        if image_size:
+            height = width = image_size
+        if height is None or width is None:
+            raise ValueError(f"data set {name} has images of mixed sizes: set image_size")
+        if height != width:
+            raise ValueError(
+                f"data set {name} has images of {height}x{width}, not square: set image_size"
+            )
+        self.image_shape = (height, width, channels)
+        shape = (len(records), *self.image_shape)
+        small = np.prod(shape, dtype=np.int64) * self._dtype.itemsize < _CACHE_BYTES
+        self._images = np.zeros(shape, self._dtype) if small else None
+        self._labels = np.zeros(len(records), np.int32)
+        self._cached = np.zeros(len(records), bool)
+
+    def __len__(self):
+        return len(self._records)
+
+    def get(self, indices):
+        """Reads the examples at `indices`.
+
+        Args:
+          indices: (B,) integers in [0, len).
+
+        Returns:
+          {"image": (B, H, W, C) uint8 in 0..255 or float in [-1, 1], "label": (B,) int32}.
+
+        Raises:
+          ValueError: an image of another shape, type or with non-finite values.
+        """
+        indices = np.asarray(indices)
+        if self._images is None:
+            rows = [self._read(int(index)) for index in indices]
+            images = np.stack([image for image, _ in rows])
+            return {"image": images, "label": np.asarray([label for _, label in rows], np.int32)}
+        # Threads may read the same example twice, never an unfinished one.
+        for index in indices[~self._cached[indices]]:
+            self._images[index], self._labels[index] = self._read(int(index))
+            self._cached[index] = True
+        return {"image": self._images[indices], "label": self._labels[indices]}
+
+    def _read(self, index):
+        record = self._records[index]
+        image = np.asarray(record["image"])
+        where = f"data set {self.name}, example {index}"
+        if image.dtype != self._dtype:
+            raise ValueError(f"{where}: image is {image.dtype}, want {self._dtype}")
+        if self._crop or self._image_size:
+            image = _crop_and_resize(image, self._crop, self._image_size)
+        if image.shape != self.image_shape:
+            raise ValueError(f"{where}: image has shape {image.shape}, want {self.image_shape}")
+        if self._dtype != np.uint8 and not np.isfinite(image).all():
+            raise ValueError(f"{where}: image has non-finite values")
+        return image, 0 if self.num_classes is None else int(record["label"])
+
+
+def _crop_and_resize(image, crop, size):
+    """Crop, resize of the shorter side, centre crop, as torchvision does on PIL images."""
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    if crop:
+        picture = picture.crop(crop)
+    if size and picture.size != (size, size):
+        width, height = picture.size
+        short = min(width, height)
+        shape = (int(size * width / short), int(size * height / short))
+        picture = picture.resize(shape, Image.Resampling.BILINEAR)
+        left, top = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
+        picture = picture.crop((left, top, left + size, top + size))
+    return np.asarray(picture).reshape(picture.height, picture.width, image.shape[-1])
+
+
+def load_source(name, split, *, data_dir=None, image_size=None):
+    """Opens a split of a TFDS data set, prepared on first use.
+
+    Args:
+      name: "digits" (embedded, needs no network) or any TFDS image data set, such as "cifar10",
+        "celeb_a" (published crop to 128x128 first) or "lsun/bedroom".
+      split: TFDS split, such as "train", "test" or "train[:90%]".
+      data_dir: directory of prepared data; default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      image_size: optional side to resize and centre-crop to.
+
+    Returns:
+      A `Source`.
+
+    Raises:
+      ValueError: unknown name or split, no image feature, images of mixed or oblong size.
+      RuntimeError: the data cannot be prepared; the message says how to do it by hand.
+    """
+    import tensorflow_datasets as tfds
+
+    data_dir = str(
+        Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    )
+    builder = _prepared_builder(name, data_dir)
+    features = builder.info.features
+    if not isinstance(features, dict | tfds.features.FeaturesDict) or "image" not in features:
+        raise ValueError(f"data set {name} has no feature 'image', only {sorted(features)}")
+    label = features["label"] if "label" in features else None
+    try:
+        records = builder.as_data_source(split)
+    except NotImplementedError as error:
+        raise RuntimeError(
+            f"data set {name} in {data_dir} was prepared in a format without random access; "
+            f"prepare it in another directory: {_command(name, '<directory>')}"
+        ) from error
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"data set {name} has no split {split!r}, only {sorted(builder.info.splits)}"
+        ) from error
+    return Source(
+        f"{name} ({split})",
+        records,
+        image_shape=features["image"].shape,
+        dtype=features["image"].np_dtype,
+        num_classes=label.num_classes if isinstance(label, tfds.features.ClassLabel) else None,
+        crop=_CROPS.get(name),
+        image_size=image_size,
+    )
+
+
+def _prepared_builder(name, data_dir):
+    import tensorflow_datasets as tfds
+
+    def make():
+        if name == "digits":
+            from liftplace_jax.data.digits import Digits
+
+            return Digits(data_dir=data_dir)
+        return tfds.builder(name, data_dir=data_dir)
+
+    try:
+        builder = make()
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(
+            f"TFDS knows no data set {name!r}; tensorflow_datasets.list_builders() lists them, "
+            "and 'digits' is embedded"
+        ) from error
+    try:
+        builder.download_and_prepare(file_format=_FORMAT)
+    except Exception as error:
+        # TFDS writes beside the target and renames, so a process that loses the race against
+        # another finds the data in place.
+        if not builder.data_path.exists():
+            raise RuntimeError(
+                f"cannot prepare data set {name} in {data_dir}: {type(error).__name__}: {error}; "
+                f"with the missing package installed, or on a machine with network access, run: "
+                f"{_command(name, data_dir)}"
+            ) from error
+    return make()  # reads the splits, also when another process has prepared them
+
+
+def _command(name, data_dir):
+    return (
+        'python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', data_dir='{data_dir}')"
+        f".download_and_prepare(file_format='{_FORMAT}')\""
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _epoch(count, seed, epoch):
+    """The order of an epoch, (count,) int64, and which of its positions are flipped, bool."""
+    # Raw Philox bits, so that no NumPy release changes the order.
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(2 * count)
+    return np.argsort(bits[:count], kind="stable"), (bits[count:] & 1).astype(bool)
+
+
+def _scaled(images):
+    """uint8 0..255 -> float32 [-1, 1]; floats are in that range already."""
+    if images.dtype == np.uint8:
+        return images.astype(np.float32) / np.float32(127.5) - 1
+    return images.astype(np.float32)
+
+
+def _local_rows(batch_size, process_index, process_count):
+    """Rows of the global batch that this process holds, as (start, stop)."""
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    if batch_size < 1 or batch_size % count:
+        raise ValueError(f"batch_size {batch_size} is not a positive multiple of {count} processes")
+    if not 0 <= index < count:
+        raise ValueError(f"process_index {index} is not in [0, {count})")
+    size = batch_size // count
+    return index * size, (index + 1) * size
+
+
+def _prefetched(make, steps, ahead):
+    """Yields make(step) in order, `ahead` of them under way in threads, until close()."""
+    with ThreadPoolExecutor(ahead, thread_name_prefix="batches") as pool:
+        pending = deque()
+        try:
+            for step in steps:
+                pending.append(pool.submit(make, step))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _count_from(step):
+    while True:
+        yield step
+        step += 1
+
+
+def train_batches(
+    source,
+    *,
+    batch_size,
+    seed,
+    start_step=0,
+    flip=False,
+    process_index=None,
+    process_count=None,
+    prefetch=2,
+):
+    """Endless training batches, the same for the same (seed, step) wherever they start.
+
+    Args:
+      source: a `Source`.
+      batch_size: global batch size, a multiple of `process_count`.
+      seed: non-negative int; decides the order and the flips.
+      start_step: first step, counted from 0.
+      flip: mirror each image left-right with probability 1/2 (not for digits).
+      process_index: this process; default `jax.process_index()`.
+      process_count: number of processes; default `jax.process_count()`.
+      prefetch: batches made ahead, one thread each.
+
+    Returns:
+      A generator of {"image": (local batch, H, W, C) float32 in [-1, 1], "label": (local batch,)
+      int32}. Its `close()` stops the threads; an error in a thread is raised by `next`.
+
+    Raises:
+      ValueError: a batch size that the processes do not divide, a negative seed or step.
+    """
+    start, stop = _local_rows(batch_size, process_index, process_count)
+    if seed < 0 or start_step < 0 or prefetch < 1:
+        raise ValueError(
+            f"want seed >= 0, start_step >= 0 and prefetch >= 1, got {seed}, {start_step}, "
+            f"{prefetch}"
+        )
+
+    def make(step):
+        positions = step * batch_size + np.arange(start, stop, dtype=np.int64)
+        epochs, offsets = np.divmod(positions, len(source))
+        indices = np.empty_like(positions)
+        mirrored = np.zeros(len(positions), bool)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            order, flips = _epoch(len(source), seed, int(epoch))
+            indices[here], mirrored[here] = order[offsets[here]], flips[offsets[here]]
+        batch = source.get(indices)
+        images = _scaled(batch["image"])
+        if flip:
+            images[mirrored] = images[mirrored, :, ::-1]
+        return {"image": images, "label": batch["label"]}
+
+    return _prefetched(make, _count_from(start_step), prefetch)
+
+
+def eval_batches(
+    source, *, batch_size, limit=None, process_index=None, process_count=None, prefetch=2
+):
+    """One pass in stored order; the last batch is padded, and a mask counts every example once.
+
+    Args:
+      source: a `Source`.
+      batch_size: global batch size, a multiple of `process_count`.
+      limit: number of examples, default all.
+      process_index: this process; default `jax.process_index()`.
+      process_count: number of processes; default `jax.process_count()`.
+      prefetch: batches made ahead, one thread each.
+
+    Returns:
+      A generator of {"image": (local batch, H, W, C) float32 in [-1, 1], "label": int32, "index":
+      int32 position in the source, "mask": bool}. Padding repeats the last example, mask False.
+      Every process gets the same number of batches.
+
+    Raises:
+      ValueError: a batch size that the processes do not divide, a limit not in 1..len(source).
+    """
+    start, stop = _local_rows(batch_size, process_index, process_count)
+    count = len(source) if limit is None else limit
+    if not 1 <= count <= len(source):
+        raise ValueError(
+            f"limit {limit} is not in 1..{len(source)}, the size of data set {source.name}"
+        )
+
+    def make(step):
+        positions = step * batch_size + np.arange(start, stop)
+        mask = positions < count
+        positions = np.minimum(positions, count - 1)
+        batch = source.get(positions)
+        return {
+            "image": _scaled(batch["image"]),
+            "label": batch["label"],
+            "index": positions.astype(np.int32),
+            "mask": mask,
+        }
+
+    return _prefetched(make, range(-(-count // batch_size)), prefetch)

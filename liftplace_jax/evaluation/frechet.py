@@ -1,0 +1,173 @@
+"""Frechet distance between two Gaussians fitted to features, from moments gathered on the devices.
+
+|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, eq. 6). The trace of the root is
+the sum of the roots of the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Moments(NamedTuple):
+    """Count, mean and scatter of features seen so far, a float32 pytree.
+
+    The mean is kept relative to `shift`, the first feature seen, so that features far from zero
+    lose no digits: their mean is `shift + mean`.
+
+    Attributes:
+      count: () int32 number of features.
+      shift: (D,) the first feature.
+      mean: (D,) mean of feature - shift.
+      m2: (D, D) sum of the outer products of the centred features.
+    """
+
+    count: jax.Array
+    shift: jax.Array
+    mean: jax.Array
+    m2: jax.Array
+
+
+def moments_zero(dim):
+    """Moments of no features of `dim` numbers."""
+    zeros = jnp.zeros(dim, jnp.float32)
+    return Moments(jnp.zeros((), jnp.int32), zeros, zeros, jnp.zeros((dim, dim), jnp.float32))
+
+
+def moments_update(moments, features, mask):
+    """Adds a batch.
+
+    Under jit with the batch sharded over devices the result is that of the global batch.
+
+    Args:
+      moments: `Moments` so far.
+      features: (B, D).
+      mask: (B,) bool, False for rows that do not count (padding).
+
+    Returns:
+      `Moments` including the rows with mask True.
+
+    Raises:
+      ValueError: shapes that do not fit.
+    """
+    if features.ndim != 2 or features.shape[1] != moments.mean.shape[0]:
+        raise ValueError(f"features {features.shape} do not fit moments of {moments.mean.shape}")
+    if mask.shape != features.shape[:1]:
+        raise ValueError(f"mask {mask.shape} does not fit features {features.shape}")
+    count = mask.sum(dtype=jnp.int32)
+    shift = features[jnp.argmax(mask)].astype(jnp.float32)
+    rows = jnp.where(mask[:, None], features.astype(jnp.float32) - shift, 0)
+    mean = rows.sum(0) / jnp.maximum(count, 1)
+    rows = jnp.where(mask[:, None], rows - mean, 0)
+    m2 = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
+    return moments_merge(moments, Moments(count, shift, mean, m2))
+
+
+def moments_merge(a, b):
+    """Moments of the union of two sets (Chan, Golub and LeVeque 1979)."""
+    count = a.count + b.count
+    weight = b.count / jnp.maximum(count, 1)
+    shift = jnp.where(a.count > 0, a.shift, b.shift)
+    # Two nearby shifts subtract without error, two large means would not.
+    mean_a, mean_b = (jnp.where(m.count > 0, m.shift - shift + m.mean, 0) for m in (a, b))
+    delta = mean_b - mean_a
+    m2 = a.m2 + b.m2 + (a.count * weight) * jnp.outer(delta, delta)
+    return Moments(count, shift, mean_a + weight * delta, m2)
+
+
+def covariance(moments):
+    """(D, D) unbiased covariance, m2 / (n - 1); zero for fewer than two features."""
+    return moments.m2 / jnp.maximum(moments.count - 1, 1)
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Frechet distance in float64 NumPy: the number to report.
+
+    Args:
+      mu1: (D,) mean of the first set.
+      sigma1: (D, D) covariance of the first set.
+      mu2: (D,) mean of the second set.
+      sigma2: (D, D) covariance of the second set.
+
+    Returns:
+      The distance, a float; rounding can make that of equal sets slightly negative.
+
+    Raises:
+      ValueError: shapes that do not fit, or values that are not finite.
+    """
+    arrays = [np.asarray(array, np.float64) for array in (mu1, sigma1, mu2, sigma2)]
+    mu1, sigma1, mu2, sigma2 = arrays
+    dim = mu1.shape[0] if mu1.ndim == 1 else -1
+    if [array.shape for array in arrays] != 2 * [(dim,), (dim, dim)]:
+        raise ValueError(
+            f"means and covariances must be (D,) and (D, D) with one D, got "
+            f"{[array.shape for array in arrays]}"
+        )
+    for name, array in zip(("mu1", "sigma1", "mu2", "sigma2"), arrays, strict=True):
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} has non-finite values; were the features finite?")
+    values, vectors = np.linalg.eigh(sigma1)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    product = root @ sigma2 @ root
+    values = np.linalg.eigvalsh((product + product.T) / 2)
+    trace = np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(np.maximum(values, 0)).sum()
+    return float(np.sum((mu1 - mu2) ** 2) + trace)
+
+
+def frechet_from_moments(a, b, *, allow_few=False):
+    """Frechet distance of two `Moments`, solved in float64 on the host.
+
+    Args:
+      a: `Moments` of the first set.
+      b: `Moments` of the second set.
+      allow_few: accept fewer samples than feature dimensions. Such a covariance is singular and the
+        distance depends strongly on the number of samples.
+
+    Returns:
+      The distance, a float.
+
+    Raises:
+      ValueError: different dimensions, too few samples, or non-finite moments.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"feature dimensions differ: {a.mean.shape[0]} and {b.mean.shape[0]}")
+    means, covariances = [], []
+    for moments in (a, b):
+        count, shift, mean, m2 = (np.asarray(leaf, np.float64) for leaf in moments)
+        if count < 2 or (count < len(mean) and not allow_few):
+            raise ValueError(
+                f"{int(count)} samples for {len(mean)} feature dimensions: take at least as many "
+                "samples as dimensions, or allow_few=True (two at the very least)"
+            )
+        means.append(shift + mean)
+        covariances.append(m2 / (count - 1))
+    return frechet_distance(means[0], covariances[0], means[1], covariances[1])
+
+
+def frechet_distance_in_graph(a, b):
+    """Frechet distance of two `Moments` in float32, inside jit: for curves, not for reports.
+
+    Nothing can be checked here: non-finite features give NaN. Relative to the traces of the
+    covariances it is about 1e-6 off, 1e-4 where they are singular.
+
+    Args:
+      a: `Moments` of the first set.
+      b: `Moments` of the second set.
+
+    Returns:
+      () float32.
+    """
+    sigma1, sigma2 = covariance(a), covariance(b)
+    with jax.default_matmul_precision("highest"):
+        # tr (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2). In float32 they
+        # are 100 times more accurate than roots of the eigenvalues of the squared product.
+        roots = jnp.linalg.svd(_root(sigma1) @ _root(sigma2), compute_uv=False)
+    trace = jnp.trace(sigma1) + jnp.trace(sigma2) - 2 * roots.sum()
+    return jnp.sum((a.shift - b.shift + a.mean - b.mean) ** 2) + trace
+
+
+def _root(matrix):
+    values, vectors = jnp.linalg.eigh(matrix)
+    return (vectors * jnp.sqrt(jnp.maximum(values, 0))) @ vectors.T
