@@ -1,0 +1,48 @@
+"""Digits 8x8: the demonstration, teacher to report in minutes on two CPU cores.
+
+Setting: the embedded 1,797 real digits; teacher U-Net (ch 32, mult (1, 2)); students pruned by
+90 % with the published rule (one channel a normalisation group, 1.9 % of the teacher).
+
+    python -m liftplace_jax.main --config=configs/digits.py --workdir=runs/digits
+
+Arguments after a colon, for example `--config=configs/digits.py:method=output_kd,seed=1`:
+    method         no_kd, output_kd, feature_kd, output_feature_kd, lift, lift_place, or all
+    ratio          share of channels removed (0.9)
+    seed           of teacher and student (0); seeds=0+1+2 trains several students
+    normalisation  published (the teacher's groups stay) or adapted (at least two channels each)
+    runlocal       the same in under a minute
+"""
+
+from liftplace_jax.configuration import default_config, optimizer_config, parse_arg
+
+
+def get_config(arg=None):
+    """The config; see the module's text for `arg`."""
+    args = parse_arg(
+        arg, method="lift_place", ratio=0.9, seed=0, seeds=(-1,), normalisation="published",
+        runlocal=False,
+    )  # fmt: skip
+    config = default_config()
+    config.name = "digits"
+    config.method = args.method
+    config.seed = args.seed
+    config.seeds = args.seeds if args.seeds != (-1,) else (args.seed,)
+    config.compress.ratio = args.ratio
+    config.compress.normalisation = args.normalisation
+
+    config.teacher.steps = 2400
+    config.teacher.ema_decay = 0.998
+    config.teacher.optimizer = optimizer_config(learning_rate=2e-3, schedule="cosine")
+    config.distill.steps = 2000
+    config.distill.ema_decay = 0.998
+    config.distill.optimizer = optimizer_config(learning_rate=2e-3)
+
+    if args.runlocal:
+        config.teacher.steps = config.distill.steps = 60
+        config.teacher.log_every = config.distill.log_every = 20
+        config.teacher.checkpoint_every = config.distill.checkpoint_every = 40
+        config.evaluation.num_samples = 128
+        config.evaluation.batch_size = 128
+        config.evaluation.sample_steps = 10
+        config.tensorboard = False
+    return config

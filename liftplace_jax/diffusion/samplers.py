@@ -1,0 +1,186 @@
+"""Sampling with a trained network: DDIM and ancestral, each one compiled scan."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from liftplace_jax.diffusion.gaussian import GaussianDiffusion
+
+Predict = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def timestep_sequence(num_timesteps: int, steps: int, skip_type: str = "uniform") -> np.ndarray:
+    """The visited timesteps, ascending, as in "Diff_Pruning runners/diffusion.py".
+
+    Args:
+      num_timesteps: T.
+      steps: how many, at most T.
+      skip_type: "uniform", multiples of T / steps, or "quad", squares from 0 to 0.8 T (an early
+        timestep may repeat).
+
+    Returns:
+      (steps,) int32.
+
+    Raises:
+      ValueError: unknown skip_type, steps not in 1..T, or not dividing T for "uniform".
+    """
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(f"steps must be in 1..{num_timesteps} (num_timesteps), not {steps}")
+    if skip_type == "uniform":
+        if num_timesteps % steps:
+            raise ValueError(
+                f"steps {steps} must divide num_timesteps {num_timesteps} for uniform skips"
+            )
+        return np.arange(0, num_timesteps, num_timesteps // steps, dtype=np.int32)
+    if skip_type == "quad":
+        return (np.linspace(0, np.sqrt(num_timesteps * 0.8), steps) ** 2).astype(np.int32)
+    raise ValueError(f"unknown skip_type {skip_type!r}; known: ('uniform', 'quad')")
+
+
+def ddim_sample(
+    predict: Predict,
+    x_T: jax.Array,
+    process: GaussianDiffusion,
+    *,
+    steps: int,
+    skip_type: str = "uniform",
+    eta: float = 0.0,
+    key: jax.Array | None = None,
+    noise: jax.Array | None = None,
+    clip: float | None = None,
+    return_trajectory: bool = False,
+):
+    """DDIM (Song et al. 2021, equations 12 and 16).
+
+    Args:
+      predict: (x_t (B, ...), t (B,) int32) -> the network's prediction, of x_t's shape.
+      x_T: (B, ...) standard normal start.
+      process: the diffusion process, which also says what is predicted.
+      steps: network evaluations.
+      skip_type: see `timestep_sequence`.
+      eta: 0 is deterministic, 1 has the variance of ancestral sampling.
+      key: random key, needed if eta > 0 and no noise is given.
+      noise: (steps, B, ...) standard normal draws, the first for the noisiest step.
+      clip: limits predicted data to [-clip, clip], and the noise follows; None does not.
+      return_trajectory: whether to return the path too.
+
+    Returns:
+      (B, ...) float32 samples; with the trajectory also a dict of (steps, B, ...) arrays in order
+      of time spent: "x", the state after each step, and "x0", the data predicted in it.
+
+    Raises:
+      ValueError: bad steps, skip_type, eta or noise shape, or no randomness where it is needed.
+    """
+    t = timestep_sequence(process.num_timesteps, steps, skip_type)[::-1]
+    now, after = process.alphas_cumprod_at(t), process.alphas_cumprod_at(np.append(t[1:], -1))
+    sigma = eta * np.sqrt((1 - now / after) * (1 - after) / (1 - now))
+    direction = 1 - after - sigma**2
+    if eta < 0 or direction.min() < -1e-12:
+        raise ValueError(f"eta {eta} is out of range: its noise must fit into each step's variance")
+    update = {
+        "of_x0": np.sqrt(after),
+        "of_epsilon": np.sqrt(np.maximum(direction, 0)),
+        "of_x": np.zeros(steps),
+        "sigma": sigma,
+    }
+    return _scan(update, t, predict, x_T, process, key, noise, clip, return_trajectory)
+
+
+def ancestral_sample(
+    predict: Predict,
+    x_T: jax.Array,
+    process: GaussianDiffusion,
+    *,
+    steps: int,
+    skip_type: str = "uniform",
+    variance: str = "fixedlarge",
+    key: jax.Array | None = None,
+    noise: jax.Array | None = None,
+    clip: float | None = 1.0,
+    return_trajectory: bool = False,
+):
+    """Ancestral sampling (Ho et al. 2020, algorithm 2), also over a part of the timesteps.
+
+    Args:
+      predict: (x_t (B, ...), t (B,) int32) -> the network's prediction, of x_t's shape.
+      x_T: (B, ...) standard normal start.
+      process: the diffusion process, which also says what is predicted.
+      steps: network evaluations.
+      skip_type: see `timestep_sequence`.
+      variance: of each step, "fixedlarge" or "fixedsmall" (the posterior's).
+      key: random key, needed if no noise is given.
+      noise: (steps, B, ...) standard normal draws, the first for the noisiest step; the last
+        step, at t = 0, adds none.
+      clip: limits predicted data to [-clip, clip]; None does not.
+      return_trajectory: whether to return the path too.
+
+    Returns:
+      As `ddim_sample`.
+
+    Raises:
+      ValueError: bad steps, skip_type, variance or noise shape, or no randomness.
+    """
+    t = timestep_sequence(process.num_timesteps, steps, skip_type)[::-1]
+    now, after = process.alphas_cumprod_at(t), process.alphas_cumprod_at(np.append(t[1:], -1))
+    beta = 1 - now / after
+    variances = {"fixedlarge": beta, "fixedsmall": beta * (1 - after) / (1 - now)}
+    if variance not in variances:
+        raise ValueError(f"unknown variance {variance!r}; known: {sorted(variances)}")
+
+    update = {
+        "of_x0": np.sqrt(after) * beta / (1 - now),
+        "of_epsilon": np.zeros(steps),
+        "of_x": np.sqrt(1 - beta) * (1 - after) / (1 - now),
+        "sigma": np.where(t == 0, 0.0, np.sqrt(variances[variance])),
+    }
+    return _scan(update, t, predict, x_T, process, key, noise, clip, return_trajectory)
+
+
+SAMPLERS = {"ddim": ddim_sample, "ancestral": ancestral_sample}
+
+
+def get_sampler(name: str) -> Callable:
+    """The sampler of a name.
+
+    Raises:
+      ValueError: unknown name.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}; known: {sorted(SAMPLERS)}")
+    return SAMPLERS[name]
+
+
+def _scan(update, t, predict, x_T, process, key, noise, clip, return_trajectory):
+    """x <- of_x0 * x0 + of_epsilon * epsilon + of_x * x + sigma * noise, over the timesteps t."""
+    noisy = bool(np.any(update["sigma"] > 0))
+    if noisy and key is None and noise is None:
+        raise ValueError("this sampler is random: give key or noise")
+    if noise is not None and noise.shape != (len(t), *x_T.shape):
+        raise ValueError(f"noise must have shape {(len(t), *x_T.shape)}, not {noise.shape}")
+
+    def step(x, c):
+        batch_t = jnp.full(x.shape[:1], c["t"])
+        prediction = predict(x, batch_t)
+        x0 = process.to_x0(prediction, x, batch_t)
+        epsilon = process.to_epsilon(prediction, x, batch_t)
+        if clip is not None:
+            x0 = jnp.clip(x0, -clip, clip)
+            epsilon = (x - c["signal"] * x0) / c["spread"]
+        following = c["of_x0"] * x0 + c["of_epsilon"] * epsilon + c["of_x"] * x
+        if noisy and noise is not None:
+            following += c["sigma"] * c["noise"]
+        elif noisy:
+            step_key = jax.random.fold_in(key, c["index"])
+            following += c["sigma"] * jax.random.normal(step_key, x.shape)
+        return following, {"x": following, "x0": x0} if return_trajectory else None
+
+    alpha = process.alphas_cumprod_at(t)
+    floats = update | {"signal": np.sqrt(alpha), "spread": np.sqrt(1 - alpha)}
+    scanned = {name: jnp.asarray(value, jnp.float32) for name, value in floats.items()}
+    scanned |= {"t": jnp.asarray(t), "index": jnp.arange(len(t))}
+    if noise is not None:
+        scanned["noise"] = jnp.asarray(noise, jnp.float32)
+    sample, trajectory = jax.lax.scan(step, jnp.asarray(x_T, jnp.float32), scanned)
+    return (sample, trajectory) if return_trajectory else sample

@@ -1,0 +1,1 @@
+"""State, step, objective, loop, checkpoints, sharding and logs: one of each."""

@@ -1,0 +1,133 @@
+"""The one training loop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from liftplace_jax.training.checkpoints import Checkpoints
+from liftplace_jax.training.metrics_io import MetricsLog, progress
+from liftplace_jax.training.state import TrainState
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: a checkpoint was saved, the same command goes on from there."""
+
+
+class NonFiniteLossError(ValueError):
+    """A loss term is NaN or infinite; the message names the step and the term."""
+
+
+def train(
+    step_fn: Callable[[TrainState, Any, Any], tuple[TrainState, Mapping[str, jax.Array]]],
+    state: TrainState,
+    teacher_params: Any,
+    make_batches: Callable[[int], Iterator[Any]],
+    *,
+    total_steps: int,
+    folder: Path,
+    title: str,
+    shardings: TrainState | None = None,
+    log_every: int = 50,
+    checkpoint_every: int = 500,
+    tensorboard: bool = False,
+    on_log: Callable[[TrainState, int], Mapping[str, float]] | None = None,
+) -> TrainState:
+    """Trains to `total_steps`, from the newest checkpoint in `folder` if there is one.
+
+    Args:
+      step_fn: of `make_train_step`.
+      state: at step 0; given up to the loop.
+      teacher_params: handed to every step, never saved.
+      make_batches: first step -> endless batches from there.
+      total_steps: number of optimizer updates in all.
+      folder: of checkpoints and metrics.
+      title: of the progress line.
+      shardings: of the state, for restoring.
+      log_every: steps between lines of metrics.
+      checkpoint_every: steps between checkpoints; the last step is always saved.
+      tensorboard: see `MetricsLog`.
+      on_log: (state, step) -> more metrics, such as rates; called when metrics are written.
+
+    Returns:
+      The state after `total_steps`.
+
+    Raises:
+      Interrupted: a signal came; the state is saved.
+      NonFiniteLossError: a term is not finite; the last checkpoint is from before that.
+    """
+    checkpoints = Checkpoints(folder / "checkpoints")
+    first = checkpoints.latest_step() or 0
+    if first:
+        state = checkpoints.restore(state, shardings)
+    log = MetricsLog(folder, first, tensorboard)
+    bar = progress(title, total_steps, first)
+    batches = make_batches(first)
+    try:
+        with _Signals() as signals:
+            # The order matters for exact resume: batch, step, check, log, save.
+            unchecked = None
+            for step in range(first + 1, total_steps + 1):
+                state, metrics = step_fn(state, teacher_params, next(batches))
+                bar.update()
+                # The step before: by now it is done, so looking at it does not stall devices.
+                if unchecked:
+                    _checked(*unchecked)
+                unchecked = step, metrics
+                if step % log_every == 0 or step in (1, total_steps):
+                    values = _checked(step, metrics)
+                    bar.set_postfix_str(f"loss {values['loss']:.4g}", refresh=False)
+                    log.write(step, values | dict(on_log(state, step) if on_log else {}))
+                if step % checkpoint_every == 0 or step == total_steps or signals.received:
+                    _checked(step, metrics)
+                    checkpoints.save(step, state)
+                if signals.received and step < total_steps:
+                    raise Interrupted(f"{title}: {signals.received} at step {step}")
+    finally:
+        bar.close()
+        log.close()
+        batches.close()
+        checkpoints.close()
+    return state
+
+
+def _checked(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        shown = ", ".join(f"{name}={values[name]}" for name in bad)
+        raise NonFiniteLossError(
+            f"step {step}: {shown}. The last checkpoint is from before; look at the data, or "
+            "lower the learning rate."
+        )
+    return values
+
+
+class _Signals:
+    """Within the block, Ctrl-C and SIGTERM are noted instead of acted upon; twice is at once."""
+
+    def __init__(self):
+        self.received: str | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+        del frame

@@ -1,0 +1,71 @@
+"""Metrics of a run: JSON lines always, TensorBoard on request, one live line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import tqdm
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl` and TensorBoard event files in a folder."""
+
+    def __init__(self, folder: str | os.PathLike, start_step: int, tensorboard: bool):
+        """Opens the log; lines after `start_step` (of a run that was cut off) are dropped.
+
+        Args:
+          folder: where to write; made if missing.
+          start_step: the step from which training goes on.
+          tensorboard: whether to write event files too.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        path = Path(folder) / "metrics.jsonl"
+        kept = [row for row in read_metrics(folder) if row["step"] <= start_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+        self._board = None
+        if tensorboard:
+            # Late: TensorFlow takes seconds to import.
+            from clu import metric_writers
+
+            self._board = metric_writers.SummaryWriter(os.fspath(folder))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one line {"step": ..., name: value, ...}."""
+        self._file.write(json.dumps({"step": step} | dict(values)) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            self._board.write_scalars(step, dict(values))
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(folder: str | os.PathLike) -> list[dict[str, float]]:
+    """The lines of a folder's metrics.jsonl; a last line that was cut off is left out."""
+    path = Path(folder) / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def progress(title: str, total: int, done: int = 0, unit: str = "step") -> tqdm.tqdm:
+    """One live line with rate and ETA; on a log file a line every half minute."""
+    live = sys.stderr.isatty()
+    return tqdm.tqdm(
+        total=total, initial=done, desc=title, unit=unit, dynamic_ncols=live,
+        mininterval=0.2 if live else 30, maxinterval=0.2 if live else 60,
+    )  # fmt: skip

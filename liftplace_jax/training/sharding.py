@@ -1,0 +1,86 @@
+"""A mesh of devices, and where every array lives on it.
+
+Parameters follow regular expressions on their names; what no rule matches is replicated. Axes:
+"data" splits the batch; "fsdp" splits the batch and, by rule, parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp")
+Rules = Sequence[tuple[str, Sequence[str | None]]]
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes "data" and "fsdp".
+
+    Args:
+      shape: axis -> size; one of them may be -1, the rest of the devices.
+      devices: default all.
+
+    Raises:
+      ValueError: unknown axis, or the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    unknown = sorted(set(shape) - set(AXES))
+    if unknown:
+        raise ValueError(f"mesh: unknown axes {unknown}; the axes are {list(AXES)}")
+    sizes = [int(shape.get(axis, 1)) for axis in AXES]
+    if sizes.count(-1) == 1:
+        rest = int(np.prod([size for size in sizes if size != -1]))
+        sizes[sizes.index(-1)] = len(devices) // rest if rest > 0 else 0
+    if min(sizes) < 1 or np.prod(sizes) != len(devices):
+        wanted = " x ".join(f"{a}={shape.get(a, 1)}" for a in AXES)
+        raise ValueError(f"mesh {wanted} does not fit {len(devices)} devices")
+    return jax.make_mesh(
+        sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def tree_shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+    """A sharding for each leaf of a tree of arrays or `jax.ShapeDtypeStruct`.
+
+    Args:
+      tree: names are the paths of its leaves, joined by dots, for example
+        "params.student.down.0.block.1.conv1.kernel".
+      rules: (regular expression, partition) pairs; the first whose expression is found in a name
+        decides. A partition names for each dimension, from the last backwards, a mesh axis or
+        None: ("fsdp",) splits the last dimension. A dimension that its axis does not divide stays
+        whole.
+      mesh: of `make_mesh`.
+    """
+
+    def place(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        spec = [None] * len(leaf.shape)
+        for pattern, partition in rules:
+            if re.search(pattern, name):
+                for back, axis in enumerate(reversed(partition), start=1):
+                    if back <= len(spec) and axis and leaf.shape[-back] % mesh.shape[axis] == 0:
+                        spec[-back] = axis
+                break
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def global_batches(batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh) -> Iterable[Any]:
+    """Each process's part of every batch as global arrays over the mesh."""
+    sharding = batch_sharding(mesh)
+    for batch in batches:
+        yield {
+            name: jax.make_array_from_process_local_data(sharding, value)
+            for name, value in batch.items()
+        }

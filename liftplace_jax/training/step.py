@@ -1,0 +1,77 @@
+"""The one train step, for teachers and for every distillation method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from liftplace_jax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[dict[str, Any], Any, Any, jax.Array], tuple[jax.Array, Metrics]]
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float,
+    accumulation: int = 1,
+    shardings: TrainState | None = None,
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
+    """Compiles `step(state, teacher_params, batch) -> (state, metrics)`; the state is donated.
+
+    Args:
+      loss_fn: (params, teacher_params, batch, step) -> (loss, metrics), a pure function; `step`
+        is what its randomness is folded from.
+      optimizer: optax transformation.
+      ema_decay: in [0, 1); warmed up as min(decay, (1 + n) / (10 + n)) after n updates.
+      accumulation: over how many parts of the batch gradients are averaged before the update.
+      shardings: of the state (a tree of shardings), None on one device.
+
+    Raises:
+      ValueError: accumulation does not divide the batch (at the first call).
+    """
+
+    def step(state: TrainState, teacher_params: Any, batch: Any) -> tuple[TrainState, Metrics]:
+        grads, metrics = None, None
+        for part in range(accumulation):
+            # Unrolled: the weight gradient of a convolution inside a scan is slow on CPU.
+            # Every part has its own randomness: the steps of a run number the parts.
+            (loss, terms), new_grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                state.params, teacher_params, _part(batch, part, accumulation),
+                state.step * accumulation + part,
+            )  # fmt: skip
+            grads = _plus(grads, new_grads)
+            metrics = _plus(metrics, {"loss": loss} | terms)
+        grads, metrics = jax.tree.map(lambda x: x / accumulation, (grads, metrics))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = optax.incremental_update(params["student"], state.ema, 1.0 - decay)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+    out_shardings = None if shardings is None else (shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def _plus(total, new):
+    return new if total is None else jax.tree.map(jnp.add, total, new)
+
+
+def _part(batch, index, parts):
+    """Every `parts`-th example from `index` on: devices keep their share of a sharded batch."""
+    if parts == 1:
+        return batch
+
+    def take(x):
+        if x.shape[0] % parts:
+            raise ValueError(f"accumulation {parts} does not divide the batch of {x.shape[0]}")
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:])[:, index]
+
+    return jax.tree.map(take, batch)

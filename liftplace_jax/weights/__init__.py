@@ -1,0 +1,21 @@
+"""Published weight files, and the one rule that carries them into any model and back."""
+
+from liftplace_jax.weights.convert import (
+    WeightMismatchError,
+    from_torch,
+    load_model_tensors,
+    save_model,
+    to_torch,
+)
+from liftplace_jax.weights.torch_files import WeightFileError, read_tensors, write_safetensors
+
+__all__ = [
+    "WeightFileError",
+    "WeightMismatchError",
+    "from_torch",
+    "load_model_tensors",
+    "read_tensors",
+    "save_model",
+    "to_torch",
+    "write_safetensors",
+]

@@ -1,0 +1,128 @@
+"""One rule between our parameters and PyTorch's, for every model whose modules share the names.
+
+The kind of a leaf decides: convolution kernels HWIO <-> OIHW, dense kernels (in, out) <->
+(out, in), norm scales and embeddings as they are, all of them called `weight` in PyTorch; biases
+and bare parameters keep their name and layout.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from liftplace_jax.weights.torch_files import (
+    WeightFileError,
+    read_tensors,
+    replacing,
+    write_safetensors,
+)
+
+_WEIGHTS = ("kernel", "scale", "embedding")
+
+
+class WeightMismatchError(ValueError):
+    """Tensors do not fit a model; the message lists every misfit by its published name."""
+
+
+def _published_name(path: tuple[Any, ...]) -> tuple[str, bool]:
+    """A leaf's published name, and whether it is a kernel."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    module, _, leaf = name.rpartition(".")
+    if leaf in _WEIGHTS:
+        name = f"{module}.weight" if module else "weight"
+    return name, leaf == "kernel"
+
+
+def _torch_axes(ndim: int) -> tuple[int, ...]:
+    """Axes of a kernel (spatial..., in, out) in PyTorch's order, (out, in, spatial...)."""
+    return (ndim - 1, ndim - 2, *range(ndim - 2))
+
+
+def from_torch(params: Any, tensors: Mapping[str, np.ndarray], *, ignore: Iterable[str] = ()):
+    """Published tensors as parameters.
+
+    Args:
+      params: the parameters (arrays or `jax.ShapeDtypeStruct`), such as the `nnx.State` of
+        `nnx.split` or `nnx.eval_shape`. Only names, shapes and dtypes are read.
+      tensors: arrays by published name, in PyTorch's layouts.
+      ignore: regular expressions of published names that may be left over.
+
+    Returns:
+      The same tree with NumPy arrays of the parameters' dtypes (put on devices by the caller).
+
+    Raises:
+      WeightMismatchError: names or shapes differ; lists all missing, unexpected and mis-shaped.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    values, used, misfits = [], set(), []
+    for path, leaf in leaves:
+        name, is_kernel = _published_name(path)
+        used.add(name)
+        axes = _torch_axes(len(leaf.shape)) if is_kernel else tuple(range(len(leaf.shape)))
+        expected = tuple(leaf.shape[axis] for axis in axes)
+        if name not in tensors:
+            misfits.append((name, f"missing, the model needs {expected}"))
+        elif tuple(tensors[name].shape) != expected:
+            found = tuple(tensors[name].shape)
+            misfits.append((name, f"has shape {found}, the model needs {expected}"))
+        else:
+            value = np.transpose(tensors[name], np.argsort(axes)).astype(leaf.dtype, order="C")
+            values.append(value)
+    for name in tensors.keys() - used:
+        if not any(re.fullmatch(pattern, name) for pattern in ignore):
+            misfits.append((name, f"unexpected, of shape {tuple(tensors[name].shape)}"))
+    if misfits:
+        lines = "\n".join(f"  {name}: {problem}" for name, problem in sorted(misfits))
+        raise WeightMismatchError(
+            f"{len(misfits)} tensors do not fit the model; check its config against the file:\n"
+            + lines
+        )
+    return jax.tree_util.tree_unflatten(treedef, values)
+
+
+def to_torch(params: Any) -> dict[str, np.ndarray]:
+    """Parameters as arrays in PyTorch's layouts, by published name; the inverse of `from_torch`."""
+    tensors = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        name, is_kernel = _published_name(path)
+        value = np.asarray(leaf)
+        tensors[name] = value.transpose(_torch_axes(value.ndim)) if is_kernel else value
+    return tensors
+
+
+def save_model(folder: str | os.PathLike, config: Mapping[str, Any], params: Any) -> None:
+    """Writes model.safetensors (published names) and config.json into a folder, made if missing.
+
+    Args:
+      folder: where to write; each file is replaced whole or not at all.
+      config: the model's config as JSON types.
+      params: its parameters.
+    """
+    folder = Path(folder)
+    text = json.dumps(config, indent=2) + "\n"
+    tensors = to_torch(params)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "model.safetensors", tensors)
+    with replacing(folder / "config.json") as temporary:
+        temporary.write_text(text)
+
+
+def load_model_tensors(
+    folder: str | os.PathLike,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Reads a folder of `save_model`: the config as JSON types, and the published tensors.
+
+    Raises:
+      WeightFileError: a file is missing or damaged; names it and the reason.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WeightFileError(f"{path}: cannot be read: {error}") from error
+    return config, read_tensors(Path(folder) / "model.safetensors")
