@@ -11,6 +11,7 @@ from flax import nnx
 from liftplace_jax import models
 from liftplace_jax.compress import IMPORTANCES, prune_unet, pruned_config, taylor_gradients
 from liftplace_jax.compress.coupling import channel_groups
+from liftplace_jax.models.cost import count_macs
 from liftplace_jax.models.unet import UNetConfig
 from liftplace_jax.weights import from_torch, to_torch
 
@@ -33,11 +34,13 @@ def tiny(**changes):
 
 @pytest.mark.parametrize("name", ["cifar10", "celeba", "bedroom"])
 def test_published_sizes(name):
-    """Parameters and every tensor's shape of teachers and students, to the unit."""
+    """Parameters, MACs and every tensor's shape of teachers and students, to the unit."""
     facts = json.loads((GOLDEN / "ddpm_facts.json").read_text())["models"][name]
     config = unet_config(facts["config"])
     assert models.count_parameters(models.abstract(config)[1]) == facts["total_params"]
+    assert count_macs(config) == facts["macs"]
     for ratio, expected in facts["pruned"].items():
+        assert count_macs(pruned_config(config, float(ratio))) == expected["macs"]
         student = models.abstract(pruned_config(config, float(ratio)))[1]
         assert models.count_parameters(student) == expected["total_params"]
         shapes = {k: list(v.shape) for k, v in to_torch_shapes(student).items()}

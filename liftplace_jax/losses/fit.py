@@ -1,6 +1,6 @@
 """The least-squares fit of a teacher on a student, one per group, with a hand-written gradient.
 
-Paper: section "Parametrised distillation"; b1 = cov(s, t) / (var(s) + eps), b0 = mean(t) - b1 mean(s).
+Paper, "Parametrised distillation": b1 = cov(s, t) / (var(s) + eps), b0 = mean(t) - b1 mean(s).
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,6 +30,9 @@ class MetricsLog:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)
         self._file = path.open("a")
+        self._step = start_step
+        self._seconds = kept[-1]["seconds"] if kept else 0.0
+        self._clock = time.monotonic()
         self._board = None
         if tensorboard:
             # Late: TensorFlow takes seconds to import.
@@ -37,11 +41,18 @@ class MetricsLog:
             self._board = metric_writers.SummaryWriter(os.fspath(folder))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line {"step": ..., name: value, ...}."""
-        self._file.write(json.dumps({"step": step} | dict(values)) + "\n")
+        """Appends one line {"step": ..., name: value, ...}, with the run's seconds and its rate."""
+        now = time.monotonic()
+        self._seconds += now - self._clock
+        values = dict(values) | {
+            "seconds": self._seconds,
+            "steps_per_second": (step - self._step) / (now - self._clock),
+        }
+        self._clock, self._step = now, step
+        self._file.write(json.dumps({"step": step} | values) + "\n")
         self._file.flush()
         if self._board is not None:
-            self._board.write_scalars(step, dict(values))
+            self._board.write_scalars(step, values)
 
     def close(self) -> None:
         """Flushes and closes."""

@@ -86,6 +86,9 @@ class Weighting(NamedTuple):
         }[self.name]()
 
 
+ADAPTIVE = Weighting()
+
+
 def make_objective(
     method: Method,
     apply: Apply,
@@ -96,13 +99,13 @@ def make_objective(
     scale: float = 1.0,
     feature_scale: float = 1e-6,
     layer_map: Mapping[str, str] | None = None,
-    weighting: Weighting = Weighting(),
+    weighting: Weighting = ADAPTIVE,
     loss_options: Mapping[str, Any] | None = None,
 ) -> LossFn:
     """diffusion + scale * output loss + feature_scale * feature loss (published pixel-space form).
 
     The diffusion loss is ||target - prediction||^2, summed over elements, averaged over the batch.
-    Teacher and student see the same noise and timesteps. Teachers are trained with METHODS["no_kd"].
+    Teacher and student see the same noise and timesteps. Teachers train with METHODS["no_kd"].
 
     Args:
       method: which terms.

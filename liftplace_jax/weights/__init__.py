@@ -7,7 +7,12 @@ from liftplace_jax.weights.convert import (
     save_model,
     to_torch,
 )
-from liftplace_jax.weights.torch_files import WeightFileError, read_tensors, write_safetensors
+from liftplace_jax.weights.torch_files import (
+    WeightFileError,
+    read_tensors,
+    replacing,
+    write_safetensors,
+)
 
 __all__ = [
     "WeightFileError",
@@ -15,6 +20,7 @@ __all__ = [
     "from_torch",
     "load_model_tensors",
     "read_tensors",
+    "replacing",
     "save_model",
     "to_torch",
     "write_safetensors",

@@ -1,0 +1,431 @@
+"""From a config to teacher, student, data, process, losses: the only place that wires.
+
+An `Experiment` lives in a work directory. Each stage does what is missing there and can be run
+alone; what it leaves is what the next one reads:
+
+    config.json
+    teacher/   checkpoints, metrics.jsonl, model.safetensors + config.json, evaluation.json
+    pruned/    model.safetensors + config.json: where every student starts
+    student/   as teacher/; with several methods or seeds student/<method>/seed<n>/
+    report.json, report.md, *.png
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from liftplace_jax import configuration, data, evaluation, models, weights
+from liftplace_jax.compress import IMPORTANCES, prune_unet, taylor_gradients
+from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule, get_sampler
+from liftplace_jax.losses import PUBLISHED
+from liftplace_jax.networks import Network, is_saved, load_network, make_adapters, make_apply
+from liftplace_jax.training import sharding
+from liftplace_jax.training.loop import train
+from liftplace_jax.training.metrics_io import progress
+from liftplace_jax.training.objective import (
+    BASIC_METHODS,
+    METHODS,
+    WEIGHTS,
+    Method,
+    Weighting,
+    make_objective,
+)
+from liftplace_jax.training.optimizer import make_optimizer
+from liftplace_jax.training.state import TrainState, create_state
+from liftplace_jax.training.step import make_train_step
+
+DTYPES = ("float32", "bfloat16")
+NORMALISATIONS = {"published": None, "adapted": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One student: a method and a seed, and the folder it lives in."""
+
+    method: str
+    seed: int
+    folder: Path
+
+
+class Experiment:
+    """See the module's text.
+
+    Args:
+      config: as of `configuration.default_config`.
+      workdir: the work directory; made if missing.
+
+    Raises:
+      ValueError: a field of the config is out of its range, or the work directory belongs to
+        another config; nothing is written then.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: Path):
+        self.config, self.workdir = config, Path(workdir)
+        check_config(config)
+        self.mesh = sharding.make_mesh(config.mesh)
+        self.batch_sharding = sharding.batch_sharding(self.mesh)
+        for field in ("teacher.batch_size", "distill.batch_size", "evaluation.batch_size"):
+            room, name = field.split(".")
+            if config[room][name] % self.mesh.size:
+                raise ValueError(
+                    f"config.{field} {config[room][name]} is not a multiple of the "
+                    f"{self.mesh.size} devices of the mesh"
+                )
+        self.process = GaussianDiffusion(
+            beta_schedule(
+                config.process.schedule, config.process.num_timesteps,
+                config.process.beta_start, config.process.beta_end,
+            ),
+            config.process.prediction,
+        )  # fmt: skip
+        self.model_config = models.config_from_dict({"widths": None} | config.model.to_dict())
+        self._claim_workdir()
+
+    def _claim_workdir(self):
+        new, path = configuration.to_json(self.config), self.workdir / "config.json"
+        if path.exists():
+            # The mesh may change: a run goes on on other hardware.
+            old = json.loads(path.read_text())
+            lines = configuration.differences(old | {"mesh": None}, new | {"mesh": None})
+            if lines:
+                raise ValueError(
+                    f"{self.workdir} was made with another config (old -> new):\n  "
+                    + "\n  ".join(lines)
+                    + "\nChoose another --workdir, or go on with the config it was made with."
+                )
+        elif self.workdir.exists() and any(self.workdir.iterdir()):
+            raise ValueError(
+                f"{self.workdir} is not empty and has no config.json: it is no work directory. "
+                "Choose another --workdir."
+            )
+        if jax.process_index() == 0:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            write_json(path, new)
+
+    @property
+    def runs(self) -> list[Run]:
+        """All students of the config."""
+        config = self.config
+        methods = BASIC_METHODS if config.method == "all" else (config.method,)
+        pairs = [(method, seed) for method in methods for seed in config.seeds]
+        if len(pairs) == 1:
+            return [Run(*pairs[0], self.workdir / "student")]
+        return [Run(m, s, self.workdir / "student" / m / f"seed{s}") for m, s in pairs]
+
+    @functools.cached_property
+    def sources(self) -> dict[str, data.Source]:
+        """Data by use: "train" and "test"; prepared on first use."""
+        fields = self.config.data
+        sources = {
+            use: data.load_source(
+                fields.name, fields[f"{use}_split"], data_dir=fields.data_dir,
+                image_size=fields.image_size,
+            )
+            for use in ("train", "test")
+        }  # fmt: skip
+        size = self.model_config.image_size
+        expected = (size, size, self.model_config.in_channels)
+        if sources["train"].image_shape != expected:
+            raise ValueError(
+                f"data set {fields.name} has images {sources['train'].image_shape}, the model "
+                f"takes {expected}: set config.data.image_size or config.model"
+            )
+        return sources
+
+    # Teacher ------------------------------------------------------------------------------------
+
+    @property
+    def teacher_folder(self) -> Path:
+        """Where the teacher's files are."""
+        return self.workdir / "teacher"
+
+    def train_teacher(self) -> None:
+        """Trains the teacher, or loads the one of config.teacher.checkpoint."""
+        if is_saved(self.teacher_folder):
+            return
+        fields = self.config.teacher
+        if fields.checkpoint:
+            network = load_network(Path(fields.checkpoint))
+            self._save(self.teacher_folder, network.config, network.params)
+            return
+        graphdef, params = models.create(
+            self.model_config, self.config.seed, jnp.dtype(fields.dtype)
+        )
+        objective = make_objective(
+            METHODS["no_kd"], make_apply(graphdef), self.process, self.config.seed
+        )
+        state = self._train(
+            fields, objective, {"student": params}, None, self.config.seed, self.teacher_folder,
+            "teacher",
+        )  # fmt: skip
+        self._save(self.teacher_folder, self.model_config, state.ema)
+
+    def teacher(self, dtype: str = "float32") -> Network:
+        """The finished teacher.
+
+        Raises:
+          ValueError: there is none yet.
+        """
+        return load_network(self.teacher_folder, dtype, "run --mode=teacher first")
+
+    # Compress -----------------------------------------------------------------------------------
+
+    def compress(self) -> None:
+        """Prunes the teacher into the network that every student starts from."""
+        folder, fields = self.workdir / "pruned", self.config.compress
+        if is_saved(folder):
+            return
+        teacher = self.teacher()
+        gradients = None
+        if fields.importance == "taylor":
+            gradients = weights.to_torch(self._taylor_gradients(teacher))
+        pruned = prune_unet(
+            teacher.config, weights.to_torch(teacher.params), fields.ratio,
+            IMPORTANCES[fields.importance](self.config.seed), gradients=gradients,
+            min_channels_per_group=NORMALISATIONS[fields.normalisation],
+        )  # fmt: skip
+        abstract = models.abstract(pruned.config)[1]
+        self._save(folder, pruned.config, weights.from_torch(abstract, pruned.tensors))
+
+    def _taylor_gradients(self, teacher: Network):
+        """Gradients of the diffusion loss on one batch, timestep after timestep."""
+        fields = self.config.compress
+        batches = data.train_batches(
+            self.sources["train"], batch_size=fields.taylor_batch_size, seed=self.config.seed
+        )
+        images = next(batches)["image"]
+        batches.close()
+        noise = jax.random.normal(jax.random.key(self.config.seed), images.shape)
+        apply = make_apply(teacher.graphdef)
+
+        @jax.jit
+        @jax.value_and_grad
+        def loss(params, t):
+            t = jnp.full(images.shape[:1], t)
+            x_t = self.process.q_sample(images, t, noise)
+            prediction, _ = apply(params, x_t, t, False, None)
+            error = prediction - self.process.target(images, noise, t)
+            return jnp.mean(jnp.sum(jnp.square(error), axis=(1, 2, 3)))
+
+        bar = progress("taylor", self.process.num_timesteps)
+
+        def loss_and_gradient(t):
+            bar.update()
+            return loss(teacher.params, jnp.int32(t))
+
+        try:
+            timesteps = range(self.process.num_timesteps)
+            return taylor_gradients(loss_and_gradient, timesteps, fields.taylor_threshold)[0]
+        finally:
+            bar.close()
+
+    # Distill ------------------------------------------------------------------------------------
+
+    def distill(self) -> None:
+        """Trains every student of the config."""
+        for run in self.runs:
+            if not is_saved(run.folder):
+                self._distill_one(run)
+
+    def _distill_one(self, run: Run) -> None:
+        fields, method = self.config.distill, METHODS[run.method]
+        teacher = self.teacher(fields.dtype)
+        start = load_network(self.workdir / "pruned", fields.dtype, "run --mode=compress first")
+        layer_map = json.loads(fields.layer_map) if fields.layer_map else None
+        params = {"student": start.params}
+        if method.feature:
+            params["adapters"] = make_adapters(start, teacher, layer_map, run.seed)
+        if fields.weight.name == "learnable" and method.output in ("lift", "place"):
+            value = fields.weight.value
+            params["weight_logit"] = jnp.float32(math.log(value / (1 - value)))
+        objective = make_objective(
+            method, make_apply(start.graphdef), self.process, run.seed,
+            teacher_apply=make_apply(teacher.graphdef), scale=fields.scale,
+            feature_scale=fields.feature_scale, layer_map=layer_map,
+            weighting=Weighting(**fields.weight.to_dict(), total_steps=fields.steps),
+            loss_options=loss_options(fields.loss, method),
+        )  # fmt: skip
+        teacher_params = teacher.params if method.needs_teacher else None
+        title = f"{run.method} seed {run.seed}"
+        state = self._train(
+            fields, objective, params, teacher_params, run.seed, run.folder, title
+        )
+        self._save(run.folder, start.config, state.ema)
+
+    # Both ---------------------------------------------------------------------------------------
+
+    def _train(self, fields, objective, params, teacher_params, seed, folder, title) -> TrainState:
+        optimizer, schedule = make_optimizer(fields.optimizer, fields.steps)
+        rules = self.config.sharding_rules
+        abstract = jax.eval_shape(functools.partial(create_state, optimizer=optimizer), params)
+        shardings = sharding.tree_shardings(abstract, rules, self.mesh)
+        state = jax.device_put(create_state(params, optimizer), shardings)
+        teacher_params = jax.device_put(
+            teacher_params, sharding.tree_shardings(teacher_params, rules, self.mesh)
+        )
+        step = make_train_step(
+            objective, optimizer, ema_decay=fields.ema_decay, accumulation=fields.accumulation,
+            shardings=shardings,
+        )  # fmt: skip
+
+        def make_batches(first: int) -> Iterator[Any]:
+            batches = data.train_batches(
+                self.sources["train"], batch_size=fields.batch_size, seed=seed,
+                start_step=first, flip=self.config.data.flip,
+            )  # fmt: skip
+            return sharding.global_batches(batches, self.mesh)
+
+        return train(
+            step, state, teacher_params, make_batches, total_steps=fields.steps, folder=folder,
+            title=title, shardings=shardings, log_every=fields.log_every,
+            checkpoint_every=fields.checkpoint_every, tensorboard=self.config.tensorboard,
+            on_log=lambda step: {"learning_rate": float(schedule(step - 1))},
+        )  # fmt: skip
+
+    def _save(self, folder: Path, config: Any, params: Any) -> None:
+        if jax.process_index() == 0:
+            weights.save_model(folder, models.config_to_dict(config), params)
+
+    # Evaluate -----------------------------------------------------------------------------------
+
+    def evaluate(self) -> None:
+        """Samples from teacher and students, compares with real data and with the teacher."""
+        folders = {"teacher": self.teacher_folder}
+        folders |= {f"{run.method} seed {run.seed}": run.folder for run in self.runs}
+        missing = {k: f for k, f in folders.items() if not (f / "evaluation.json").exists()}
+        if not missing:
+            return
+        fields = self.config.evaluation
+        extractor = evaluation.feature_extractor(fields.features)
+        real = evaluation.reference(
+            self.sources["train"], extractor, batch_size=fields.batch_size,
+            sharding=self.batch_sharding,
+        )  # fmt: skip
+        teacher = self.teacher()
+        for title, folder in missing.items():
+            network = load_network(folder, hint="run --mode=distill first")
+            result, images = self._evaluate_one(title, network, teacher, extractor, real)
+            if jax.process_index() == 0:
+                _save_images(folder / "samples.npz", images)
+                write_json(folder / "evaluation.json", result)
+
+    def _evaluate_one(self, title, network, teacher, extractor, real):
+        fields, started = self.config.evaluation, time.monotonic()
+        bar = progress(f"samples, {title}", fields.num_samples, unit="image")
+        samples = evaluation.collect(
+            self.make_sampler(network.graphdef), network.params, fields.num_samples,
+            batch_size=fields.batch_size, extractor=extractor, seed=fields.seed,
+            sharding=self.batch_sharding, keep_images=64,
+            progress=lambda done: bar.update(done - bar.n),
+        )  # fmt: skip
+        bar.close()
+        # Few samples are for smoke runs, whose numbers mean nothing; the report says so.
+        few = fields.num_samples <= extractor.dim
+        result = evaluation.score(real, samples, k=fields.neighbours, allow_few=few)
+        if title != "teacher":
+            predict = [
+                jax.jit(functools.partial(_prediction, make_apply(n.graphdef), n.params))
+                for n in (teacher, network)
+            ]
+            result |= evaluation.output_error(
+                *predict, self._noising, self.sources["test"], batch_size=fields.batch_size,
+                seed=fields.seed, sharding=self.batch_sharding,
+            )  # fmt: skip
+        result["parameters"] = models.count_parameters(network.params)
+        result["protocol"] = fields.to_dict() | {
+            "weights": "EMA", "reference": f"{self.config.data.name} {self.config.data.train_split}"
+        }  # fmt: skip
+        result["seconds"] = time.monotonic() - started
+        return result, samples.images
+
+    def make_sampler(self, graphdef: nnx.GraphDef):
+        """(params, keys (B,)) -> images (B, H, W, C): the config's sampler, jit-able."""
+        fields, size = self.config.evaluation, self.model_config.image_size
+        shape = (size, size, self.model_config.in_channels)
+        sampler, apply = get_sampler(fields.sampler), make_apply(graphdef)
+        options = {"eta": fields.eta} if fields.sampler == "ddim" else {}
+
+        def sample(params, keys):
+            start = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
+            steps = jax.vmap(
+                lambda key: jax.random.normal(
+                    jax.random.fold_in(key, 1), (fields.sample_steps, *shape)
+                ),
+                out_axes=1,
+            )
+            random = fields.sampler != "ddim" or fields.eta > 0
+            return sampler(
+                lambda x, t: apply(params, x, t, False, None)[0], start, self.process,
+                steps=fields.sample_steps, skip_type=fields.skip_type,
+                noise=steps(keys) if random else None, **options,
+            )  # fmt: skip
+
+        return sample
+
+    def _noising(self, images, levels, noise):
+        t = jnp.floor(levels * self.process.num_timesteps).astype(jnp.int32)
+        return self.process.q_sample(images, t, noise), t
+
+
+def _prediction(apply, params, x, t, labels):
+    del labels
+    return apply(params, x, t, False, None)[0]
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises a ValueError naming the first field that cannot be."""
+    choice, positive = configuration.check_choice, configuration.check_positive
+    choice("method", config.method, [*METHODS, "all"])
+    choice("compress.importance", config.compress.importance, IMPORTANCES)
+    choice("compress.normalisation", config.compress.normalisation, NORMALISATIONS)
+    choice("distill.weight.name", config.distill.weight.name, WEIGHTS)
+    choice("distill.loss.variant", config.distill.loss.variant, PUBLISHED)
+    for room in ("teacher", "distill"):
+        choice(f"{room}.dtype", config[room].dtype, DTYPES)
+        names = ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every")
+        positive(config, *(f"{room}.{name}" for name in names))
+        make_optimizer(config[room].optimizer, config[room].steps)
+    if not 0 < config.distill.weight.value < 1 and config.distill.weight.name == "learnable":
+        raise ValueError("config.distill.weight.value of a learnable weight must be in (0, 1)")
+    if not config.seeds or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
+        raise ValueError(f"config.seeds must be different numbers >= 0, got {config.seeds}")
+    positive(config, "evaluation.num_samples", "evaluation.batch_size", "evaluation.sample_steps")
+    get_sampler(config.evaluation.sampler)
+    choice("evaluation.features", config.evaluation.features, evaluation.FEATURES)
+
+
+def loss_options(fields: ConfigDict, method: Method) -> dict[str, Any]:
+    """Keyword arguments of a method's output loss: the variant's, with the config's changes."""
+    options = dict(PUBLISHED[fields.variant]) | {"terms": fields.terms}
+    options |= {k: fields[k] for k in ("norm", "eps") if fields[k] is not None}
+    if method.output == "lift":
+        options["per"] = fields.per
+    elif method.output == "place":
+        options |= {"group_size": fields.group_size, "grouping": fields.grouping}
+    return options
+
+
+def _save_images(path: Path, images: np.ndarray) -> None:
+    """Writes the first samples, uint8, as npz."""
+    with weights.replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, images=images)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with weights.replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,82 @@
+"""Trains a teacher, prunes and distills students, evaluates and reports.
+
+    python -m liftplace_jax.main --config=configs/digits.py --workdir=runs/digits
+
+The same command resumes what was cut off, and says so when all is done.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+MODES = ("all", "teacher", "compress", "distill", "evaluate", "report")
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "config file, FILE.py[:key=value,...]")
+_WORKDIR = flags.DEFINE_string("workdir", None, "work directory; made if missing")
+_MODE = flags.DEFINE_enum("mode", "all", MODES, "which stage to run; all: whatever is missing")
+_DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a refused input")
+
+
+def main(argv: list[str]) -> None:
+    """Entry point under absl."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # orbax tells much
+    # Late, so that --help and a misspelt flag answer at once.
+    from liftplace_jax.training.loop import Interrupted
+
+    try:
+        run(_CONFIG.value, Path(_WORKDIR.value).expanduser(), _MODE.value)
+    except Interrupted as stop:
+        print(f"\n{stop}: saved. The same command goes on from there.", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except (ValueError, RuntimeError) as error:
+        if _DEBUG.value:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def run(config, workdir: Path, mode: str) -> None:
+    """Runs the stages of a mode that are not done yet.
+
+    Args:
+      config: ConfigDict of a config file.
+      workdir: the work directory.
+      mode: one of MODES.
+    """
+    from liftplace_jax.experiment import Experiment
+    from liftplace_jax.report import is_reported, write_report
+
+    experiment = Experiment(config, workdir)
+    stages = {
+        "teacher": experiment.train_teacher,
+        "compress": experiment.compress,
+        "distill": experiment.distill,
+        "evaluate": experiment.evaluate,
+        "report": lambda: write_report(experiment),
+    }
+    if mode == "all" and is_reported(experiment):
+        print(f"All is done: see {workdir / 'report.md'}")
+        return
+    for name, stage in stages.items():
+        if mode in ("all", name):
+            stage()
+    if mode in ("all", "report"):
+        print(f"Report: {workdir / 'report.md'}")
+
+
+def entry_point() -> None:
+    """For `python -m` and the installed command."""
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
+
+
+if __name__ == "__main__":
+    entry_point()

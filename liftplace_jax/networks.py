@@ -1,0 +1,97 @@
+"""A model together with its arrays: on disk, as a pure function, and beside another one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from liftplace_jax import models, weights
+from liftplace_jax.losses import init_adapters
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A model with its arrays.
+
+    Attributes:
+      config: the model's config.
+      graphdef: its NNX definition.
+      params: its parameters.
+    """
+
+    config: Any
+    graphdef: nnx.GraphDef
+    params: nnx.State
+
+
+def make_apply(graphdef: nnx.GraphDef) -> Callable[..., tuple[jax.Array, dict]]:
+    """(params, x, t, return_features, dropout key or None) -> (prediction, features)."""
+
+    def apply(params, x, t, return_features, dropout_key):
+        model = nnx.merge(graphdef, params)
+        result = model(
+            x, t, train=dropout_key is not None, rngs=dropout_key, return_features=return_features
+        )
+        return result if return_features else (result, {})
+
+    return apply
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a finished model lies in a folder (config.json is written last)."""
+    return (folder / "model.safetensors").exists() and (folder / "config.json").exists()
+
+
+def load_network(folder: Path, dtype: str = "float32", hint: str = "check the path") -> Network:
+    """A model from its folder.
+
+    Raises:
+      ValueError: nothing there, or files that do not fit; names the path.
+    """
+    if not is_saved(folder):
+        raise ValueError(f"no model.safetensors and config.json in {folder}: {hint}")
+    fields, tensors = weights.load_model_tensors(folder)
+    config = models.config_from_dict(fields)
+    graphdef, abstract = models.abstract(config, jnp.dtype(dtype))
+    params = jax.tree.map(jnp.asarray, weights.from_torch(abstract, tensors))
+    return Network(config, graphdef, params)
+
+
+def make_adapters(
+    student: Network, teacher: Network, layer_map: Mapping[str, str] | None, seed: int
+) -> dict[str, jax.Array]:
+    """Adapters between features; checks the layer map on shapes, before any training.
+
+    Raises:
+      ValueError: a layer of the map does not exist, or the two have different resolutions.
+    """
+    features = []
+    for network in (student, teacher):
+        size, channels = network.config.image_size, network.config.in_channels
+        x = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+        t = jax.ShapeDtypeStruct((1,), jnp.int32)
+        apply = make_apply(network.graphdef)
+        shapes = jax.eval_shape(lambda p, x, t, f=apply: f(p, x, t, True, None)[1],
+                                network.params, x, t)  # fmt: skip
+        features.append({name: feature.shape for name, feature in shapes.items()})
+    layer_map = {name: name for name in features[0]} if layer_map is None else layer_map
+    for s, t in layer_map.items():
+        for side, name, known in (("student", s, features[0]), ("teacher", t, features[1])):
+            if name not in known:
+                raise ValueError(
+                    f"config.distill.layer_map: the {side} has no feature {name!r}; "
+                    f"it has {sorted(known)}"
+                )
+        if features[0][s][1:-1] != features[1][t][1:-1]:
+            raise ValueError(
+                f"config.distill.layer_map: {s!r} is {features[0][s][1:]}, the teacher's {t!r} "
+                f"{features[1][t][1:]}; only widths may differ"
+            )
+    channels = [{name: shape[-1] for name, shape in f.items()} for f in features]
+    return init_adapters(jax.random.key(seed), *channels, layer_map=layer_map)

@@ -1,0 +1,259 @@
+"""The report of a work directory: table, samples, curves, and where the errors are."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+
+from liftplace_jax import models
+from liftplace_jax.experiment import Experiment, write_json
+from liftplace_jax.losses import error_groups
+from liftplace_jax.models.cost import count_macs
+from liftplace_jax.networks import load_network, make_apply
+from liftplace_jax.training.metrics_io import read_metrics
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+FILES = ("report.json", "report.md", "samples.png", "curves.png", "groups.png")
+CURVES = ("loss", "diffusion", "output_kd", "coarse", "fine", "weight", "slope", "intercept")
+
+
+def is_reported(experiment: Experiment) -> bool:
+    """Whether all files of the report are there."""
+    return all((experiment.workdir / name).exists() for name in FILES)
+
+
+def write_report(experiment: Experiment) -> None:
+    """Writes report.json, report.md, samples.png, curves.png and groups.png.
+
+    Raises:
+      ValueError: teacher or a student is not evaluated yet.
+    """
+    rows = collect_rows(experiment)
+    summary = summarise(rows)
+    workdir = experiment.workdir
+    save_figure(samples_figure(experiment, rows), workdir / "samples.png")
+    save_figure(curves_figure(experiment), workdir / "curves.png")
+    save_figure(groups_figure(experiment), workdir / "groups.png")
+    (workdir / "report.md").write_text(markdown(experiment, summary))
+    write_json(workdir / "report.json", {
+        "name": experiment.config.name, "rows": rows, "summary": summary, "versions": versions(),
+    })  # fmt: skip
+
+
+def collect_rows(experiment: Experiment) -> list[dict[str, Any]]:
+    """One row for the teacher and for each student."""
+    rows, teacher_macs = [], None
+    entries = [("teacher", experiment.config.seed, experiment.teacher_folder)]
+    entries += [(run.method, run.seed, run.folder) for run in experiment.runs]
+    for method, seed, folder in entries:
+        if not (folder / "evaluation.json").exists():
+            raise ValueError(f"no evaluation.json in {folder}: run --mode=evaluate first")
+        result = json.loads((folder / "evaluation.json").read_text())
+        config = models.config_from_dict(json.loads((folder / "config.json").read_text()))
+        metrics = read_metrics(folder)
+        macs = count_macs(config)
+        teacher_macs = teacher_macs or macs
+        rows.append({
+            "method": method, "seed": seed, "macs": macs, "folder": str(
+                folder.relative_to(experiment.workdir)),
+            "steps": int(metrics[-1]["step"]) if metrics else None,
+            "train_seconds": metrics[-1]["seconds"] if metrics else None,
+            "final_loss_terms": metrics[-1] if metrics else None,
+            **result,
+        })  # fmt: skip
+    for row in rows:
+        row["compression"] = rows[0]["parameters"] / row["parameters"]
+        row["macs_ratio"] = teacher_macs / row["macs"]
+    return rows
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and, over several seeds, the standard deviation of each method."""
+    summary = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        members = [row for row in rows if row["method"] == method]
+        entry = {"method": method, "seeds": [row["seed"] for row in members]}
+        for key in ("parameters", "macs", "compression", "steps"):
+            entry[key] = members[0][key]
+        for key in ("frechet", "precision", "recall", "output_error", "train_seconds"):
+            values = [row[key] for row in members if row.get(key) is not None]
+            entry[key] = statistics.fmean(values) if values else None
+            entry[f"{key}_spread"] = statistics.stdev(values) if len(values) > 1 else None
+        summary.append(entry)
+    return summary
+
+
+def markdown(experiment: Experiment, summary: list[dict[str, Any]]) -> str:
+    """The report as text."""
+    config, evaluation = experiment.config, experiment.config.evaluation
+    label = json.loads((experiment.teacher_folder / "evaluation.json").read_text())["label"]
+    lines = [
+        f"# {config.name}",
+        "",
+        "| method | params | MACs | compression | Frechet | precision | recall | output error "
+        "| steps | time |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in summary:
+        cells = [
+            row["method"] + (f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else ""),
+            f"{row['parameters']:,}", _si(row["macs"]), f"{row['compression']:.1f}x",
+            _spread(row, "frechet", ".1f"), _spread(row, "precision", ".3f"),
+            _spread(row, "recall", ".3f"), _spread(row, "output_error", ".4f"),
+            "-" if row["steps"] is None else str(row["steps"]),
+            _spread(row, "train_seconds", ".0f", " s"),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Frechet: {label}, {evaluation.num_samples} samples against all of "
+        f"{config.data.name} {config.data.train_split}; lower is better. "
+        f"Precision, recall: k = {evaluation.neighbours}. "
+        f"Sampler: {evaluation.sampler}, {evaluation.sample_steps} {evaluation.skip_type} steps, "
+        f"eta {evaluation.eta}, EMA weights, seed {evaluation.seed}. "
+        "Output error: mean squared difference to the teacher's prediction on held-out data.",
+    ]
+    if any(row["frechet_spread"] is not None for row in summary):
+        lines.append("After +-: standard deviation over seeds.")
+    if evaluation.num_samples < 500:
+        lines.append("So few samples are for a smoke run: the numbers mean little.")
+    lines += ["", "Teacher and students from the same noise:", "", "![samples](samples.png)", "",
+              "Loss terms, slope, intercept and weight over steps:", "", "![curves](curves.png)",
+              "", "Where the student errs, and the groups that PLACE makes of it:", "",
+              "![groups](groups.png)", ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def samples_figure(experiment: Experiment, rows: list[dict[str, Any]]) -> plt.Figure:
+    """Teacher and one student of each method, drawn from the same noise."""
+    shown = {row["method"]: row for row in reversed(rows)}
+    names = [name for name in dict.fromkeys(row["method"] for row in rows)]
+    columns = 4 if len(names) > 4 else len(names)
+    lines = -(-len(names) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(3.2 * columns, 3.5 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, names, strict=False):
+        path = experiment.workdir / shown[name]["folder"] / "samples.npz"
+        with np.load(path, allow_pickle=False) as file:
+            images = file["images"]
+        show(axis, grid(images))
+        axis.set_title(f"{name}\nFrechet {shown[name]['frechet']:.1f}", fontsize=10)
+    return figure
+
+
+def curves_figure(experiment: Experiment) -> plt.Figure:
+    """Every logged term over steps, one line for each method (seed by seed)."""
+    figure, axes = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
+    methods = list(dict.fromkeys(run.method for run in experiment.runs))
+    colors = dict(zip(methods, plt.get_cmap("tab10").colors, strict=False))
+    for axis, name in zip(axes.flat, CURVES, strict=True):
+        for run in experiment.runs:
+            points = [(r["step"], r[name]) for r in read_metrics(run.folder) if name in r]
+            if points:
+                first = run.seed == experiment.config.seeds[0]
+                axis.plot(*zip(*points, strict=True), color=colors[run.method], lw=1.2, alpha=0.8,
+                          label=run.method if first else None)  # fmt: skip
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+        if name in ("slope", "intercept"):
+            axis.axhline(1 if name == "slope" else 0, color="black", lw=0.8, ls=":")
+        elif name != "weight":
+            axis.set_yscale("log")
+    axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def groups_figure(experiment: Experiment) -> plt.Figure:
+    """Error map and group map of the paper's PLACE figure, on held-out images."""
+    run = experiment.runs[-1]
+    teacher, student = experiment.teacher(), load_network(run.folder)
+    images = experiment.sources["test"].get(np.arange(4))["image"].astype(np.float32) / 127.5 - 1
+    t = jnp.full((4,), experiment.process.num_timesteps // 4)
+    noise = jax.random.normal(jax.random.key(experiment.config.evaluation.seed), images.shape)
+    x_t = experiment.process.q_sample(jnp.asarray(images), t, noise)
+    outputs = [
+        jax.jit(make_apply(n.graphdef), static_argnums=3)(n.params, x_t, t, False, None)[0]
+        for n in (teacher, student)
+    ]
+    error = jnp.square(outputs[0] - outputs[1])
+    size = min(experiment.config.distill.loss.group_size, int(np.prod(images.shape[1:3])))
+    groups = error_groups(outputs[1], outputs[0], size)
+    columns = {
+        "image": images, f"noisy, t = {int(t[0])}": x_t, "teacher": outputs[0],
+        f"student ({run.method})": outputs[1], "squared error": error,
+        f"groups of {size}": groups,
+    }  # fmt: skip
+    figure, axes = plt.subplots(4, 6, figsize=(11, 7.6), layout="constrained")
+    limit = float(np.abs(outputs[0]).max())
+    for column, (title, values) in enumerate(columns.items()):
+        axes[0, column].set_title(title, fontsize=10)
+        for row in range(4):
+            picture, axis = np.asarray(values[row]), axes[row, column]
+            axis.set_axis_off()
+            if column < 2:
+                show(axis, np.clip((picture + 1) * 127.5, 0, 255).astype(np.uint8))
+            elif column < 4:
+                axis.imshow(picture.mean(-1), cmap="RdBu", vmin=-limit, vmax=limit)
+            else:
+                # One channel: errors are sorted within each channel.
+                axis.imshow(picture[..., 0], cmap="magma" if column == 4 else "viridis")
+    return figure
+
+
+def grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
+    """(N, H, W, C) -> one picture, row by row; a thin gap between images."""
+    images = np.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=128)
+    rows = -(-len(images) // columns)
+    empty = np.full((rows * columns - len(images), *images.shape[1:]), 128, images.dtype)
+    tiles = np.concatenate([images, empty]).reshape(rows, columns, *images.shape[1:])
+    return np.concatenate([np.concatenate(list(row), axis=1) for row in tiles], axis=0)
+
+
+def show(axis: plt.Axes, image: np.ndarray) -> None:
+    """Shows a uint8 picture (H, W, C), grey for one channel."""
+    axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Saves and closes."""
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that numbers depend on, and of the device."""
+    import flax
+    import optax
+
+    import liftplace_jax
+
+    modules = {m.__name__: m.__version__ for m in (liftplace_jax, jax, flax, optax, np)}
+    return modules | {"device": jax.devices()[0].device_kind}
+
+
+def _spread(row: dict[str, Any], key: str, form: str, unit: str = "") -> str:
+    if row[key] is None:
+        return "-"
+    spread = row[f"{key}_spread"]
+    return f"{row[key]:{form}}" + (f" +- {spread:{form}}" if spread is not None else "") + unit
+
+
+def _si(value: float) -> str:
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.2f}{suffix}"
+    return str(value)
