@@ -12,7 +12,7 @@ from liftplace_jax import models
 from liftplace_jax.compress import IMPORTANCES, prune_unet, pruned_config, taylor_gradients
 from liftplace_jax.compress.coupling import channel_groups
 from liftplace_jax.models.cost import count_macs
-from liftplace_jax.models.unet import UNetConfig
+from liftplace_jax.models.unet_config import UNetConfig
 from liftplace_jax.weights import from_torch, to_torch
 
 

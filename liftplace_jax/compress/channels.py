@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from liftplace_jax.compress.coupling import ChannelGroup, Slice, channel_groups
-from liftplace_jax.models.unet import UNetConfig
+from liftplace_jax.models.unet_config import UNetConfig
 
 Tensors = Mapping[str, np.ndarray]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from liftplace_jax.models.unet import Node, UNetConfig
+from liftplace_jax.models.unet_config import Node, UNetConfig
 
 Layout = tuple[str, ...]
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from liftplace_jax.models.unet import UNet, UNetConfig
+from liftplace_jax.models.unet import UNet
+from liftplace_jax.models.unet_config import UNetConfig
 
 MODELS = {"unet": (UNetConfig, UNet)}
 

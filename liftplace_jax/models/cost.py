@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from liftplace_jax.models.unet import UNetConfig
+from liftplace_jax.models.unet_config import UNetConfig
 
 
 def count_macs(config: UNetConfig) -> int:

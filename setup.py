@@ -1,0 +1,51 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = next(
+    line.split('"')[1]
+    for line in Path("liftplace_jax/__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="liftplace_jax",
+    version=VERSION,
+    description="LIFT and PLACE: stable knowledge distillation for lightweight diffusion models",
+    long_description=Path("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["liftplace_jax", "liftplace_jax.*"]),
+    package_data={"liftplace_jax.evaluation": ["*.safetensors"]},
+    install_requires=[
+        "absl-py>=2.0",
+        "array-record>=0.6",
+        "clu>=0.0.12",
+        "etils[epath]>=1.9",
+        "flax>=0.12,<0.13",
+        # tensorflow-datasets imports it when it prepares data, but does not declare it.
+        "importlib-resources>=6",
+        "jax>=0.10,<0.12",
+        "matplotlib>=3.8",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.5,<0.3",
+        "orbax-checkpoint>=0.11.20,<0.13",
+        "pillow>=10",
+        "safetensors>=0.5",
+        "scikit-learn>=1.4",
+        # clu's writers and the preparation of TFDS data need both, and neither declares them.
+        "tensorboard>=2.17",
+        "tensorflow>=2.18",
+        "tensorflow-datasets>=4.9.8",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "ruff>=0.12", "scipy>=1.13", "torch==2.13.0"],
+        "torch": ["torch>=2.6"],
+        "cuda": ["jax[cuda13]>=0.10,<0.12"],
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+    },
+    entry_points={"console_scripts": ["liftplace=liftplace_jax.main:entry_point"]},
+)
