@@ -29,7 +29,7 @@ def training_config(**changes: Any) -> ConfigDict:
         dict(
             steps=1000,  # optimizer updates
             batch_size=64,  # global
-            accumulation=1,  # parts of a batch, one after another
+            accumulation=1,  # parts of a batch, one after another; the adaptive weight is each part's
             ema_decay=0.9999,
             dtype="float32",  # of the computation: float32 or bfloat16
             log_every=50,
@@ -65,7 +65,8 @@ def default_config() -> ConfigDict:
 
     config.teacher = training_config()
     config.teacher.optimizer = optimizer_config()
-    # A folder with model.safetensors and config.json, instead of training one.
+    # Instead of training one: a folder with model.safetensors and config.json, or a file of
+    # weights (.safetensors, .pt, .pth, .ckpt, .bin, .npz) for config.model.
     config.teacher.checkpoint = config_dict.placeholder(str)
 
     config.compress = ConfigDict(
@@ -94,8 +95,7 @@ def default_config() -> ConfigDict:
 
     config.evaluation = ConfigDict(
         dict(features="digits", num_samples=1024, batch_size=256, sampler="ddim", sample_steps=50,
-             skip_type="uniform", eta=0.0, seed=12345, neighbours=5, curve_every=0,
-             curve_samples=128)
+             skip_type="uniform", eta=0.0, seed=12345, neighbours=5)
     )  # fmt: skip
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))
     config.sharding_rules = ()  # (regular expression, partition) pairs; default: replicated

@@ -31,7 +31,14 @@ from liftplace_jax import configuration, data, evaluation, models, weights
 from liftplace_jax.compress import IMPORTANCES, prune_unet, taylor_gradients
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule, get_sampler
 from liftplace_jax.losses import PUBLISHED
-from liftplace_jax.networks import Network, is_saved, load_network, make_adapters, make_apply
+from liftplace_jax.networks import (
+    Network,
+    is_saved,
+    load_file,
+    load_network,
+    make_adapters,
+    make_apply,
+)
 from liftplace_jax.training import sharding
 from liftplace_jax.training.loop import train
 from liftplace_jax.training.metrics_io import progress
@@ -158,7 +165,15 @@ class Experiment:
             return
         fields = self.config.teacher
         if fields.checkpoint:
-            network = load_network(Path(fields.checkpoint))
+            path = Path(fields.checkpoint).expanduser()
+            network = load_network(path) if path.is_dir() else load_file(path, self.model_config)
+            for field in ("image_size", "in_channels", "out_channels"):
+                found, wanted = getattr(network.config, field), getattr(self.model_config, field)
+                if found != wanted:
+                    raise ValueError(
+                        f"the teacher of {path} has {field} {found}, config.model.{field} is "
+                        f"{wanted}: change one of them"
+                    )
             self._save(self.teacher_folder, network.config, network.params)
             return
         graphdef, params = models.create(

@@ -7,6 +7,8 @@ The same command resumes what was cut off, and says so when all is done.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -27,14 +29,21 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # orbax tells much
+        # orbax, TFDS and TensorFlow tell much; errors of ours are raised, never logged.
+        logging.set_verbosity(logging.ERROR)
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Late, so that --help and a misspelt flag answer at once.
     from liftplace_jax.training.loop import Interrupted
 
+    # Outside the training loop, which saves first, SIGTERM is as good as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(_CONFIG.value, Path(_WORKDIR.value).expanduser(), _MODE.value)
     except Interrupted as stop:
         print(f"\n{stop}: saved. The same command goes on from there.", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from what is saved.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except (ValueError, RuntimeError) as error:
         if _DEBUG.value:

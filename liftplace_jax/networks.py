@@ -57,10 +57,25 @@ def load_network(folder: Path, dtype: str = "float32", hint: str = "check the pa
     if not is_saved(folder):
         raise ValueError(f"no model.safetensors and config.json in {folder}: {hint}")
     fields, tensors = weights.load_model_tensors(folder)
-    config = models.config_from_dict(fields)
+    return _filled(models.config_from_dict(fields), tensors, folder, dtype)
+
+
+def load_file(path: Path, config: Any, dtype: str = "float32") -> Network:
+    """A model of a known config from a file of published weights; see `weights.read_tensors`.
+
+    Raises:
+      ValueError: the file cannot be read or does not fit; names the path and every misfit.
+    """
+    return _filled(config, weights.read_tensors(path), path, dtype)
+
+
+def _filled(config, tensors, origin, dtype):
     graphdef, abstract = models.abstract(config, jnp.dtype(dtype))
-    params = jax.tree.map(jnp.asarray, weights.from_torch(abstract, tensors))
-    return Network(config, graphdef, params)
+    try:
+        params = weights.from_torch(abstract, tensors)
+    except weights.WeightMismatchError as error:
+        raise weights.WeightMismatchError(f"{origin}: {error}") from error
+    return Network(config, graphdef, jax.tree.map(jnp.asarray, params))
 
 
 def make_adapters(

@@ -65,7 +65,9 @@ def train(
     checkpoints = Checkpoints(folder / "checkpoints")
     first = checkpoints.latest_step() or 0
     if first:
-        state = checkpoints.restore(state, shardings)
+        abstract = jax.eval_shape(lambda: state)
+        jax.tree.map(lambda x: x.delete(), state)  # two states at once may not fit
+        state = checkpoints.restore(abstract, shardings)
     log = MetricsLog(folder, first, tensorboard)
     bar = progress(title, total_steps, first)
     batches = make_batches(first)

@@ -36,8 +36,10 @@ class MetricsLog:
         self._board = None
         if tensorboard:
             # Late: TensorFlow takes seconds to import.
+            import tensorflow as tf
             from clu import metric_writers
 
+            tf.config.set_visible_devices([], "GPU")  # it would take the memory that JAX needs
             self._board = metric_writers.SummaryWriter(os.fspath(folder))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
