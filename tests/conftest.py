@@ -35,6 +35,18 @@ def golden():
     return load
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """The losses take the path of a process with a single device, despite the simulated eight."""
+    from liftplace_jax.losses import grouping
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouping, "_one_device", lambda: True)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
+
+
 def nhwc(array):
     """(N, C, H, W) as published -> (N, H, W, C) as used here."""
     return np.moveaxis(array, 1, -1)

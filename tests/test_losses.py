@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from liftplace_jax import PUBLISHED, feature_kd_loss, lift_loss, output_kd_loss, place_loss
-from liftplace_jax.losses import error_groups, init_adapters, mask_outliers
+from liftplace_jax.losses import error_groups, grouping, init_adapters, mask_outliers
 
 
 def draw(shape, seed=0, student_scale=0.7):
@@ -252,6 +252,27 @@ def test_sharded_batch_equals_one_device():
     assert sharded[1].sharding.is_equivalent_to(sharding, 4)
     program = value.lower(*parts).compile().as_text()
     assert "all-gather" not in program and "all-to-all" not in program
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 8, 3), (3, 7, 5, 2), (2, 12, 3)])
+def test_paths_of_one_and_several_devices_agree(shape, monkeypatch):
+    """Flat indices and split sorts, or batched ones: the same order, the same bits."""
+    student, teacher = draw(shape)
+    student[0] = teacher[0]  # ties
+
+    def value(s):
+        terms = place_loss(s, teacher, group_size=4)
+        return terms.loss, terms
+
+    results = []
+    for one_device in (True, False):
+        monkeypatch.setattr(grouping, "_one_device", lambda one=one_device: one)
+        jax.clear_caches()
+        results.append(jax.value_and_grad(value, has_aux=True)(student))
+        mapped = jax.vmap(lambda s: value(s)[0])(np.stack([student, student]))
+        np.testing.assert_allclose(mapped, results[-1][0][0], rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    jax.clear_caches()
 
 
 def test_shard_map_with_axis_name():

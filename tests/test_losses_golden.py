@@ -1,4 +1,7 @@
-"""The losses against arrays made by running the published PyTorch code."""
+"""The losses against arrays made by running the published PyTorch code, on one device.
+
+`test_losses.py` runs the path for several devices and compares the two.
+"""
 
 import json
 
@@ -11,6 +14,7 @@ from liftplace_jax import PUBLISHED, feature_kd_loss, lift_loss, output_kd_loss,
 from liftplace_jax.losses import cosine_weight, learnable_weight, linear_weight
 
 GRAD_TOLERANCE = 1e-4
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def cases(name, prefix):
