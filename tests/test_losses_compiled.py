@@ -1,0 +1,45 @@
+"""What the compiled losses are made of: platforms, memory."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import export
+
+from liftplace_jax import lift_loss, place_loss
+
+pytestmark = pytest.mark.usefixtures("one_device")
+SHAPE = (8, 16, 16, 3)
+
+
+def value_and_grad(loss):
+    array = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+    return jax.jit(jax.value_and_grad(lambda s, t: loss(s, t).loss)), (array, array)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_lowers_for_accelerators(platform):
+    """One sort of (error, position) pairs, and no 64-bit tensor, which TPUs do not have."""
+    function, arrays = value_and_grad(place_loss)
+    text = export.export(function, platforms=[platform])(*arrays).mlir_module()
+    assert len(re.findall(r"= \"?stablehlo\.sort", text)) == 1
+    assert not re.search(r"tensor<[0-9x]+xi64>", text)
+
+
+def test_cpu_sorts_packed_keys():
+    """64-bit keys inside, although the user has not enabled x64."""
+    function, arrays = value_and_grad(place_loss)
+    text = function.lower(*arrays).as_text()
+    assert len(re.findall(r"= \"?stablehlo\.sort", text)) == 8
+    assert re.search(r"tensor<[0-9x]+xi64>", text)
+    assert not jax.config.jax_enable_x64
+
+
+@pytest.mark.parametrize("loss, most", [(place_loss, 6), (lift_loss, 2)])
+def test_memory(loss, most):
+    """Temporaries, in arrays of the output's size."""
+    function, arrays = value_and_grad(loss)
+    memory = function.lower(*arrays).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= most * 4 * math.prod(SHAPE)
