@@ -1,0 +1,1 @@
+"""Benchmark suites: each measures, and returns rows that `benchmark.py` writes down."""

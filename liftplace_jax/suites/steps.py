@@ -1,0 +1,76 @@
+"""Suite "steps": what PLACE adds to a training step, against output distillation."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import tqdm
+
+from liftplace_jax import models
+from liftplace_jax.compress import pruned_config
+from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
+from liftplace_jax.models.unet_config import UNetConfig
+from liftplace_jax.networks import make_apply
+from liftplace_jax.suites.timing import milliseconds, time_side_by_side
+from liftplace_jax.training.objective import METHODS, make_objective
+from liftplace_jax.training.state import create_state
+from liftplace_jax.training.step import make_train_step
+
+DIGITS = UNetConfig(
+    image_size=8, in_channels=1, out_channels=1, ch=32, ch_mult=(1, 2), num_res_blocks=1,
+    attn_resolutions=(4,), num_groups=8,
+)  # fmt: skip
+CELEBA = UNetConfig(image_size=64, ch=128, ch_mult=(1, 2, 2, 2, 4), attn_resolutions=(16,))
+COMPARED = ("output_kd", "lift", "lift_place")
+
+
+def run(quick: bool, repeats: int) -> dict[str, Any]:
+    """Measures a step of each method, side by side; see `losses.run`."""
+    # A CelebA batch of 96 is for accelerators.
+    large = 96 if jax.default_backend() != "cpu" else 2
+    cases = [("digits 8x8", DIGITS, 64, repeats * 4)]
+    if not quick:
+        cases.append(("CelebA 64x64", CELEBA, large, repeats))
+    rows = []
+    for name, config, batch, times in tqdm.tqdm(cases, desc="steps", unit="case"):
+        rows += _measure(name, config, batch, times)
+    return {
+        "title": "Training steps, student pruned by 90 %",
+        "columns": ["case", "batch", "method", "step_ms", "over_output_kd"],
+        "rows": rows,
+        "notes": ["over_output_kd: median step time / that of output_kd, minus 1."],
+    }
+
+
+def _measure(name: str, config: UNetConfig, batch: int, repeats: int) -> list[dict[str, Any]]:
+    process = GaussianDiffusion(beta_schedule("linear", 1000))
+    teacher_def, teacher = models.create(config, 0)
+    student_def, student = models.create(pruned_config(config, 0.9), 1)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(2e-4))
+    shape = (batch, config.image_size, config.image_size, config.in_channels)
+    images = {"image": np.random.default_rng(0).normal(size=shape).astype(np.float32)}
+    calls, states = {}, {}
+    for method in COMPARED:
+        objective = make_objective(
+            METHODS[method], make_apply(student_def), process, 0,
+            teacher_apply=make_apply(teacher_def),
+        )  # fmt: skip
+        step = make_train_step(objective, optimizer, ema_decay=0.9999)
+        states[method] = create_state({"student": student}, optimizer)
+        calls[method] = functools.partial(_call, step, states, method, teacher, images)
+    times = time_side_by_side(calls, repeats)
+    base = times["output_kd"].median
+    return [
+        {"case": name, "batch": batch, "method": method, "step_ms": milliseconds(timing),
+         "over_output_kd": f"{timing.median / base - 1:+.1%}", "seconds": timing._asdict()}
+        for method, timing in times.items()
+    ]  # fmt: skip
+
+
+def _call(step, states, method, teacher, images):
+    states[method], metrics = step(states[method], teacher, images)
+    jax.block_until_ready(metrics)

@@ -1,0 +1,43 @@
+"""Timing of alternatives side by side, so that a busy machine disturbs all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+
+class Timing(NamedTuple):
+    """Seconds of one call: median, and the quartiles as spread."""
+
+    median: float
+    low: float
+    high: float
+
+
+def time_side_by_side(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+    """Times each call `repeats` times, in turn.
+
+    Args:
+      calls: name -> function that returns when its work is done; called once before, to compile.
+      repeats: at least 3.
+    """
+    seconds = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    result = {}
+    for name, values in seconds.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        result[name] = Timing(median, low, high)
+    return result
+
+
+def milliseconds(timing: Timing) -> str:
+    """For a table: median and quartiles."""
+    return f"{timing.median * 1e3:.1f} ({timing.low * 1e3:.1f}..{timing.high * 1e3:.1f})"
