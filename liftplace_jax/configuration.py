@@ -29,7 +29,7 @@ def training_config(**changes: Any) -> ConfigDict:
         dict(
             steps=1000,  # optimizer updates
             batch_size=64,  # global
-            accumulation=1,  # parts of a batch, one after another; the adaptive weight is each part's
+            accumulation=1,  # parts of a batch, one after another, each with its adaptive weight
             ema_decay=0.9999,
             dtype="float32",  # of the computation: float32 or bfloat16
             log_every=50,

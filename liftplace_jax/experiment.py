@@ -17,18 +17,18 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from ml_collections import ConfigDict
 
 from liftplace_jax import configuration, data, evaluation, models, weights
-from liftplace_jax.compress import IMPORTANCES, prune_unet, taylor_gradients
+from liftplace_jax.checks import NORMALISATIONS, check_config, read_layer_map, under
+from liftplace_jax.compress import IMPORTANCES, prune_unet, pruned_config, taylor_gradients
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule, get_sampler
 from liftplace_jax.losses import PUBLISHED
 from liftplace_jax.networks import (
@@ -45,7 +45,7 @@ from liftplace_jax.training.metrics_io import progress
 from liftplace_jax.training.objective import (
     BASIC_METHODS,
     METHODS,
-    WEIGHTS,
+    OUTPUT_LOSSES,
     Method,
     Weighting,
     make_objective,
@@ -53,9 +53,6 @@ from liftplace_jax.training.objective import (
 from liftplace_jax.training.optimizer import make_optimizer
 from liftplace_jax.training.state import TrainState, create_state
 from liftplace_jax.training.step import make_train_step
-
-DTYPES = ("float32", "bfloat16")
-NORMALISATIONS = {"published": None, "adapted": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,29 +88,77 @@ class Experiment:
                     f"config.{field} {config[room][name]} is not a multiple of the "
                     f"{self.mesh.size} devices of the mesh"
                 )
-        self.process = GaussianDiffusion(
-            beta_schedule(
-                config.process.schedule, config.process.num_timesteps,
-                config.process.beta_start, config.process.beta_end,
-            ),
-            config.process.prediction,
-        )  # fmt: skip
-        self.model_config = models.config_from_dict({"widths": None} | config.model.to_dict())
+        with under("process: "):
+            self.process = GaussianDiffusion(
+                beta_schedule(
+                    config.process.schedule, config.process.num_timesteps,
+                    config.process.beta_start, config.process.beta_end,
+                ),
+                config.process.prediction,
+            )  # fmt: skip
+        with under("model: "):
+            self.model_config = models.config_from_dict({"widths": None} | config.model.to_dict())
+        self._check_later_stages()
         self._claim_workdir()
+
+    def _check_later_stages(self):
+        """Finds now, from shapes alone, what would fail after hours of training."""
+        config, model = self.config, self.model_config
+        if model.out_channels != model.in_channels:
+            raise ValueError(
+                f"config.model.out_channels {model.out_channels} differs from in_channels "
+                f"{model.in_channels}: the network predicts an image"
+            )
+        shape = (model.image_size, model.image_size, model.in_channels)
+        image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+        with under("evaluation: "):
+            expected = evaluation.feature_extractor(config.evaluation.features).image_shape
+            if shape != expected:
+                raise ValueError(
+                    f"features {config.evaluation.features!r} take images {expected}, those of "
+                    f"config.model are {shape}"
+                )
+            keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+            jax.eval_shape(self.make_sampler(lambda params, x, *_: (x, {})), None, keys)
+        methods = [METHODS[run.method] for run in self.runs]
+        for method in methods:
+            if method.output in OUTPUT_LOSSES:
+                options = loss_options(config.distill.loss, method)
+                loss = functools.partial(OUTPUT_LOSSES[method.output], **options)
+                with under("distill.loss."):
+                    jax.eval_shape(loss, image, image)
+        if not config.teacher.checkpoint:
+            with under("compress."):
+                student = pruned_config(
+                    model, config.compress.ratio, NORMALISATIONS[config.compress.normalisation]
+                )
+            if any(method.feature for method in methods):
+                student, teacher = (Network(c, *models.abstract(c)) for c in (student, model))
+                make_adapters(student, teacher, read_layer_map(config.distill.layer_map), seed=0)
 
     def _claim_workdir(self):
         new, path = configuration.to_json(self.config), self.workdir / "config.json"
+        # Hidden files do not count: a run killed as it wrote config.json leaves one.
+        found = [
+            child.name for child in (self.workdir.iterdir() if self.workdir.exists() else ())
+            if not child.name.startswith(".")
+        ]  # fmt: skip
         if path.exists():
+            try:
+                old = dict(json.loads(path.read_text()))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path} is no config of a work directory: {error}") from error
             # The mesh may change: a run goes on on other hardware.
-            old = json.loads(path.read_text())
             lines = configuration.differences(old | {"mesh": None}, new | {"mesh": None})
-            if lines:
+            # Alone, it is from a run that was refused before it made anything.
+            alone = found == [path.name] and old.keys() == new.keys()
+            if lines and not alone:
                 raise ValueError(
                     f"{self.workdir} was made with another config (old -> new):\n  "
                     + "\n  ".join(lines)
                     + "\nChoose another --workdir, or go on with the config it was made with."
                 )
-        elif self.workdir.exists() and any(self.workdir.iterdir()):
+        elif found:
             raise ValueError(
                 f"{self.workdir} is not empty and has no config.json: it is no work directory. "
                 "Choose another --workdir."
@@ -259,7 +304,7 @@ class Experiment:
         fields, method = self.config.distill, METHODS[run.method]
         teacher = self.teacher(fields.dtype)
         start = load_network(self.workdir / "pruned", fields.dtype, "run --mode=compress first")
-        layer_map = json.loads(fields.layer_map) if fields.layer_map else None
+        layer_map = read_layer_map(fields.layer_map)
         params = {"student": start.params}
         if method.feature:
             params["adapters"] = make_adapters(start, teacher, layer_map, run.seed)
@@ -283,6 +328,7 @@ class Experiment:
     # Both ---------------------------------------------------------------------------------------
 
     def _train(self, fields, objective, params, teacher_params, seed, folder, title) -> TrainState:
+        source = self.sources["train"]
         optimizer, schedule = make_optimizer(fields.optimizer, fields.steps)
         rules = self.config.sharding_rules
         abstract = jax.eval_shape(functools.partial(create_state, optimizer=optimizer), params)
@@ -298,8 +344,8 @@ class Experiment:
 
         def make_batches(first: int) -> Iterator[Any]:
             batches = data.train_batches(
-                self.sources["train"], batch_size=fields.batch_size, seed=seed,
-                start_step=first, flip=self.config.data.flip,
+                source, batch_size=fields.batch_size, seed=seed, start_step=first,
+                flip=self.config.data.flip,
             )  # fmt: skip
             return sharding.global_batches(batches, self.mesh)
 
@@ -341,9 +387,9 @@ class Experiment:
         fields, started = self.config.evaluation, time.monotonic()
         bar = progress(f"samples, {title}", fields.num_samples, unit="image")
         samples = evaluation.collect(
-            self.make_sampler(network.graphdef), network.params, fields.num_samples,
-            batch_size=fields.batch_size, extractor=extractor, seed=fields.seed,
-            sharding=self.batch_sharding, keep_images=64,
+            self.make_sampler(make_apply(network.graphdef)), network.params,
+            fields.num_samples, batch_size=fields.batch_size, extractor=extractor,
+            seed=fields.seed, sharding=self.batch_sharding, keep_images=64,
             progress=lambda done: bar.update(done - bar.n),
         )  # fmt: skip
         bar.close()
@@ -366,11 +412,11 @@ class Experiment:
         result["seconds"] = time.monotonic() - started
         return result, samples.images
 
-    def make_sampler(self, graphdef: nnx.GraphDef):
+    def make_sampler(self, apply: Callable[..., tuple[jax.Array, Any]]):
         """(params, keys (B,)) -> images (B, H, W, C): the config's sampler, jit-able."""
         fields, size = self.config.evaluation, self.model_config.image_size
         shape = (size, size, self.model_config.in_channels)
-        sampler, apply = get_sampler(fields.sampler), make_apply(graphdef)
+        sampler = get_sampler(fields.sampler)
         options = {"eta": fields.eta} if fields.sampler == "ddim" else {}
 
         def sample(params, keys):
@@ -398,28 +444,6 @@ class Experiment:
 def _prediction(apply, params, x, t, labels):
     del labels
     return apply(params, x, t, False, None)[0]
-
-
-def check_config(config: ConfigDict) -> None:
-    """Raises a ValueError naming the first field that cannot be."""
-    choice, positive = configuration.check_choice, configuration.check_positive
-    choice("method", config.method, [*METHODS, "all"])
-    choice("compress.importance", config.compress.importance, IMPORTANCES)
-    choice("compress.normalisation", config.compress.normalisation, NORMALISATIONS)
-    choice("distill.weight.name", config.distill.weight.name, WEIGHTS)
-    choice("distill.loss.variant", config.distill.loss.variant, PUBLISHED)
-    for room in ("teacher", "distill"):
-        choice(f"{room}.dtype", config[room].dtype, DTYPES)
-        names = ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every")
-        positive(config, *(f"{room}.{name}" for name in names))
-        make_optimizer(config[room].optimizer, config[room].steps)
-    if not 0 < config.distill.weight.value < 1 and config.distill.weight.name == "learnable":
-        raise ValueError("config.distill.weight.value of a learnable weight must be in (0, 1)")
-    if not config.seeds or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
-        raise ValueError(f"config.seeds must be different numbers >= 0, got {config.seeds}")
-    positive(config, "evaluation.num_samples", "evaluation.batch_size", "evaluation.sample_steps")
-    get_sampler(config.evaluation.sampler)
-    choice("evaluation.features", config.evaluation.features, evaluation.FEATURES)
 
 
 def loss_options(fields: ConfigDict, method: Method) -> dict[str, Any]:

@@ -8,9 +8,11 @@ The same command resumes what was cut off, and says so when all is done.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -45,11 +47,10 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from what is saved.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         if _DEBUG.value:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        _refuse(str(error))
 
 
 def run(config, workdir: Path, mode: str) -> None:
@@ -81,10 +82,33 @@ def run(config, workdir: Path, mode: str) -> None:
         print(f"Report: {workdir / 'report.md'}")
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """As absl does, but whatever is refused is one line on stderr."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        # A config file's complaint comes with its traceback; its last line says it all.
+        complaint = re.search(r"\n\s*ValueError: (.*)\Z", str(error).rstrip())
+        _refuse(complaint[1] if complaint else str(error))
+    except OSError as error:
+        _refuse(str(error))
+    except (AttributeError, KeyError) as error:
+        # ml_collections says of --config.a.b=1 only that there is no b.
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]
+        changes = " ".join(part for part in argv if part.lstrip("-").startswith("config."))
+        _refuse(f"unknown config field in {changes}: " + " ".join(str(error.args[0]).split()))
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)
+
+
 def entry_point() -> None:
     """For `python -m` and the installed command."""
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

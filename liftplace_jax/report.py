@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from liftplace_jax import models
+from liftplace_jax import models, weights
 from liftplace_jax.experiment import Experiment, write_json
 from liftplace_jax.losses import error_groups
 from liftplace_jax.models.cost import count_macs
@@ -43,7 +43,8 @@ def write_report(experiment: Experiment) -> None:
     save_figure(samples_figure(experiment, rows), workdir / "samples.png")
     save_figure(curves_figure(experiment), workdir / "curves.png")
     save_figure(groups_figure(experiment), workdir / "groups.png")
-    (workdir / "report.md").write_text(markdown(experiment, summary))
+    with weights.replacing(workdir / "report.md") as temporary:
+        temporary.write_text(markdown(experiment, summary))
     write_json(workdir / "report.json", {
         "name": experiment.config.name, "rows": rows, "summary": summary, "versions": versions(),
     })  # fmt: skip
@@ -229,8 +230,9 @@ def show(axis: plt.Axes, image: np.ndarray) -> None:
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
-    """Saves and closes."""
-    figure.savefig(path, dpi=120)
+    """Saves as PNG, whole or not at all, and closes."""
+    with weights.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
 
 

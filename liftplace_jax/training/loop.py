@@ -89,7 +89,7 @@ def train(
                 if step % checkpoint_every == 0 or step == total_steps or signals.received:
                     _checked(step, metrics)
                     checkpoints.save(step, state)
-                if signals.received and step < total_steps:
+                if signals.received:
                     raise Interrupted(f"{title}: {signals.received} at step {step}")
     finally:
         bar.close()

@@ -1,0 +1,110 @@
+"""What can be known of a config before anything is computed: every field is in its range."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from liftplace_jax import evaluation
+from liftplace_jax.compress import IMPORTANCES
+from liftplace_jax.configuration import check_choice, check_positive
+from liftplace_jax.diffusion import SAMPLERS
+from liftplace_jax.losses import PUBLISHED
+from liftplace_jax.losses.weighting import DIRECTIONS
+from liftplace_jax.training.objective import METHODS, WEIGHTS
+from liftplace_jax.training.optimizer import make_optimizer
+
+DTYPES = ("float32", "bfloat16")
+NORMALISATIONS = {"published": None, "adapted": 2}
+"""Name -> the student's least number of channels in a normalisation group."""
+
+
+@contextlib.contextmanager
+def under(prefix: str) -> Iterator[None]:
+    """Puts the config's part before the message of a ValueError, which starts with the field."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"config.{prefix}{error}") from error
+
+
+def check_config(config: ConfigDict) -> None:
+    """Checks every field that can be judged without a network.
+
+    Raises:
+      ValueError: names the first field that cannot be, and what it may be.
+    """
+    check_choice("method", config.method, [*METHODS, "all"])
+    if not config.seeds or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
+        raise ValueError(f"config.seeds must be different numbers >= 0, got {config.seeds}")
+    if config.seed < 0:
+        raise ValueError(f"config.seed must be >= 0, got {config.seed}")
+    for room in ("teacher", "distill"):
+        _check_training(config, room)
+    check_choice("compress.importance", config.compress.importance, IMPORTANCES)
+    check_choice("compress.normalisation", config.compress.normalisation, NORMALISATIONS)
+    check_positive(config, "compress.taylor_batch_size", "distill.loss.group_size")
+    if not 0 <= config.compress.taylor_threshold < 1:
+        raise ValueError(
+            f"config.compress.taylor_threshold must be in [0, 1), "
+            f"got {config.compress.taylor_threshold}"
+        )
+    check_choice("distill.loss.variant", config.distill.loss.variant, PUBLISHED)
+    check_choice("distill.weight.name", config.distill.weight.name, WEIGHTS)
+    check_choice("distill.weight.direction", config.distill.weight.direction, DIRECTIONS)
+    if not 0 < config.distill.weight.value < 1 and config.distill.weight.name == "learnable":
+        raise ValueError("config.distill.weight.value of a learnable weight must be in (0, 1)")
+    read_layer_map(config.distill.layer_map)
+    _check_evaluation(config)
+
+
+def _check_training(config, room):
+    fields = config[room]
+    check_choice(f"{room}.dtype", fields.dtype, DTYPES)
+    names = ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every")
+    check_positive(config, *(f"{room}.{name}" for name in names))
+    if fields.batch_size % fields.accumulation:
+        raise ValueError(
+            f"config.{room}.accumulation {fields.accumulation} does not divide "
+            f"config.{room}.batch_size {fields.batch_size}"
+        )
+    if not 0 <= fields.ema_decay < 1:
+        raise ValueError(f"config.{room}.ema_decay must be in [0, 1), got {fields.ema_decay}")
+    with under(f"{room}."):
+        make_optimizer(fields.optimizer, fields.steps)
+
+
+def _check_evaluation(config):
+    names = ("num_samples", "batch_size", "sample_steps", "neighbours")
+    check_positive(config, *(f"evaluation.{name}" for name in names))
+    check_choice("evaluation.features", config.evaluation.features, evaluation.FEATURES)
+    check_choice("evaluation.sampler", config.evaluation.sampler, SAMPLERS)
+    if config.evaluation.neighbours >= config.evaluation.num_samples:
+        raise ValueError(
+            f"config.evaluation.neighbours {config.evaluation.neighbours} must be below "
+            f"config.evaluation.num_samples {config.evaluation.num_samples}"
+        )
+
+
+def read_layer_map(text: str | None) -> dict[str, str] | None:
+    """config.distill.layer_map as {student feature: teacher feature}, None if not set.
+
+    Raises:
+      ValueError: it is no JSON object of names.
+    """
+    if text is None:
+        return None
+    try:
+        layer_map = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config.distill.layer_map is no JSON: {error}: {text!r}") from error
+    names = [*layer_map, *layer_map.values()] if isinstance(layer_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            'config.distill.layer_map must be like {"student feature": "teacher feature"}, '
+            f"got {text!r}"
+        )
+    return layer_map

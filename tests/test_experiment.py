@@ -1,0 +1,290 @@
+"""Configs, what is refused before anything is computed, and the numbers of the report."""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_config
+from ml_collections import ConfigDict
+
+from liftplace_jax import configuration, models
+from liftplace_jax.configuration import differences, parse_arg
+from liftplace_jax.experiment import Experiment, Run
+from liftplace_jax.losses import PUBLISHED
+from liftplace_jax.networks import Network, make_adapters
+from liftplace_jax.report import grid, markdown, summarise
+from liftplace_jax.training.objective import BASIC_METHODS, METHODS
+
+
+def tiny(arg=None, **changes):
+    """The tiny config with changes of dotted fields, written with "__"."""
+    config = tiny_config.get_config(arg)
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return config
+
+
+# Configuration --------------------------------------------------------------------------------
+
+
+def test_arguments_take_the_types_of_their_defaults():
+    read = functools.partial(
+        parse_arg, method="lift", ratio=0.9, seed=0, seeds=(-1,), names=("a",), runlocal=False
+    )
+    assert read(None).to_dict() == read("").to_dict() == dict(
+        method="lift", ratio=0.9, seed=0, seeds=(-1,), names=("a",), runlocal=False
+    )  # fmt: skip
+    args = read("method=no_kd,ratio=.5,seed=3,seeds=0+1+2,names=x+y,runlocal")
+    assert args.to_dict() == dict(
+        method="no_kd", ratio=0.5, seed=3, seeds=(0, 1, 2), names=("x", "y"), runlocal=True
+    )
+    assert read("runlocal=false").runlocal is False and read("runlocal=1").runlocal is True
+
+
+@pytest.mark.parametrize("arg, message", [
+    ("stepz=3", r"unknown config argument 'stepz'; known: \['flag', 'seeds', 'steps'\]"),
+    ("steps=many", "'steps=many': expected steps=<int>"),
+    ("steps=1.5", "'steps=1.5': expected steps=<int>"),
+    ("steps", "'steps': expected steps=<int>"),
+    ("seeds=1+x", "'seeds=1.x': expected seeds=<tuple>"),
+    ("flag=maybe", "'flag=maybe': expected flag=<bool>"),
+])  # fmt: skip
+def test_bad_arguments_are_named(arg, message):
+    with pytest.raises(ValueError, match=message):
+        parse_arg(arg, steps=1, seeds=(0,), flag=False)
+
+
+def test_configs_become_json_and_compare_by_field():
+    config = tiny(seeds=(0, 1))
+    old, new = configuration.to_json(config), configuration.to_json(tiny(seeds=(0, 1)))
+    assert differences(old, new) == []
+    assert old["seeds"] == [0, 1] and old["teacher"]["checkpoint"] is None
+    new = configuration.to_json(
+        tiny(seeds=(0, 2), teacher__optimizer__b1=0.5, teacher__checkpoint="x")
+    )
+    assert differences(old, new) == [
+        "seeds: [0, 1] -> [0, 2]",
+        "teacher.checkpoint: None -> 'x'",
+        "teacher.optimizer.b1: 0.9 -> 0.5",
+    ]
+    assert differences({"a": 1}, {"b": {"c": 2}}) == ["a: 1 -> None", "b: None -> {'c': 2}"]
+
+
+def test_checks_name_the_field():
+    config = ConfigDict({"a": {"b": 0}})
+    with pytest.raises(ValueError, match="config.a.b must be > 0, got 0"):
+        configuration.check_positive(config, "a.b")
+    with pytest.raises(ValueError, match=r"config.x must be one of \['u', 'v'\], got 'w'"):
+        configuration.check_choice("x", "w", ("v", "u"))
+
+
+# Experiments ----------------------------------------------------------------------------------
+
+
+def test_folders_of_one_and_of_many_students(tmp_path):
+    one = Experiment(tiny(), tmp_path / "one")
+    assert one.runs == [Run("lift_place", 0, tmp_path / "one" / "student")]
+    many = Experiment(tiny("method=all,seeds=0+3"), tmp_path / "many")
+    assert [(run.method, run.seed) for run in many.runs] == [
+        (method, seed) for method in BASIC_METHODS for seed in (0, 3)
+    ]
+    folders = [run.folder.relative_to(tmp_path / "many") for run in many.runs]
+    assert folders[1] == Path("student/no_kd/seed3") and len(set(folders)) == 12
+    assert set(BASIC_METHODS) < set(METHODS)
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("method", "lfit", r"config.method must be one of \['all', .*'lfit'"),
+    ("seed", -1, "config.seed must be >= 0, got -1"),
+    ("seeds", (), "config.seeds must be different numbers"),
+    ("seeds", (1, 1), "config.seeds must be different numbers"),
+    ("teacher.steps", 0, "config.teacher.steps must be > 0"),
+    ("distill.steps", -5, "config.distill.steps must be > 0"),
+    ("teacher.batch_size", 12, "config.teacher.batch_size 12 is not a multiple of the 8 devices"),
+    ("distill.batch_size", 20, "config.distill.batch_size 20 is not a multiple of the 8 devices"),
+    ("evaluation.batch_size", 9, "config.evaluation.batch_size 9 is not a multiple of the 8"),
+    ("teacher.accumulation", 3, "teacher.accumulation 3 does not divide config.teacher.batch_size"),
+    ("distill.accumulation", 5, "distill.accumulation 5 does not divide config.distill.batch_size"),
+    ("teacher.dtype", "float16", "config.teacher.dtype must be one of"),
+    ("distill.ema_decay", 1.0, r"config.distill.ema_decay must be in \[0, 1\), got 1.0"),
+    ("teacher.optimizer.name", "sgd", "config.teacher.optimizer.name must be one of"),
+    ("distill.optimizer.warmup_steps", 99, r"distill.optimizer.warmup_steps must be in 0\.\.8"),
+    ("distill.optimizer.schedule", "step", "config.distill.optimizer.schedule must be one of"),
+    ("mesh.data", 3, "mesh data=3 x fsdp=1 does not fit 8 devices"),
+    ("model.ch_mult", (), "config.model: .*ch_mult"),
+    ("model.num_groups", 3, "config.model: "),
+    ("model.out_channels", 2, "config.model.out_channels 2 differs from in_channels 1"),
+    ("model.model", "dit2", "config.model: unknown model 'dit2'"),
+    ("model.in_channels", 3, "config.model.out_channels 1 differs"),
+    ("model.image_size", 16, r"features 'digits' take images \(8, 8, 1\), .* are \(16, 16, 1\)"),
+    ("process.schedule", "line", "config.process: unknown beta schedule 'line'"),
+    ("process.prediction", "eps", "config.process: unknown prediction 'eps'"),
+    ("compress.ratio", 1.0, r"config.compress.ratio must be in \[0, 1\), got 1.0"),
+    ("compress.ratio", -0.1, r"config.compress.ratio must be in \[0, 1\)"),
+    ("compress.ratio", 0.95, "config.compress.ratio 0.95 leaves none of the"),
+    ("compress.importance", "size", "config.compress.importance must be one of .*'magnitude'"),
+    ("compress.normalisation", "none", "config.compress.normalisation must be one of"),
+    ("compress.taylor_threshold", 1.0, r"config.compress.taylor_threshold must be in \[0, 1\)"),
+    ("distill.loss.variant", "pixels", "config.distill.loss.variant must be one of"),
+    ("distill.loss.group_size", 0, "config.distill.loss.group_size must be > 0, got 0"),
+    ("distill.loss.group_size", 65, r"config.distill.loss.group_size must be .* 1\.\.64 .*got 65"),
+    ("distill.loss.grouping", "place", "config.distill.loss.grouping must be one of 'error', 's"),
+    ("distill.loss.terms", "all", "config.distill.loss.terms must be one of 'both', 'coarse'"),
+    ("distill.loss.norm", "l3", "config.distill.loss.norm must be one of 'l1', 'l2'"),
+    ("distill.loss.eps", 0.0, "config.distill.loss.eps must be > 0, got 0.0"),
+    ("distill.weight.name", "ramp", "config.distill.weight.name must be one of"),
+    ("distill.weight.direction", "up", "config.distill.weight.direction must be one of"),
+    ("distill.layer_map", "{a: b}", "config.distill.layer_map is no JSON: .*'{a: b}'"),
+    ("distill.layer_map", '["a"]', "config.distill.layer_map must be like"),
+    ("distill.layer_map", '{"a": 1}', "config.distill.layer_map must be like"),
+    ("evaluation.features", "inception9", "config.evaluation.features must be one of"),
+    ("evaluation.sampler", "euler", r"config.evaluation.sampler must be one of \['ancestral'"),
+    ("evaluation.sample_steps", 7, "config.evaluation: steps 7 must divide num_timesteps 20"),
+    ("evaluation.sample_steps", 21, r"config.evaluation: steps must be in 1\.\.20"),
+    ("evaluation.skip_type", "log", "config.evaluation: unknown skip_type 'log'"),
+    ("evaluation.eta", -1.0, "config.evaluation: eta -1.0 is out of range"),
+    ("evaluation.neighbours", 24, "evaluation.neighbours 24 must be below .*num_samples 24"),
+])  # fmt: skip
+def test_a_bad_field_is_named_before_anything_is_written(tmp_path, field, value, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Experiment(tiny(**{field.replace(".", "__"): value}), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(method="lift", distill__loss__per="pixel"), "config.distill.loss.per must be one of"),
+    (dict(distill__loss__grouping="space", distill__loss__group_size=8),
+     "config.distill.loss.group_size=8 is no cubic patch"),
+    (dict(distill__weight__name="learnable", distill__weight__value=1.0),
+     r"config.distill.weight.value of a learnable weight must be in \(0, 1\)"),
+    (dict(method="feature_kd", distill__layer_map='{"mid.block_9": "mid.block_1"}'),
+     r"layer_map: the student has no feature 'mid.block_9'; it has \['down.0.block.0'"),
+    (dict(method="all", distill__layer_map='{"mid.block_1": "up.9"}'),
+     "layer_map: the teacher has no feature 'up.9'"),
+    (dict(method="feature_kd", model__ch_mult=(1, 2),
+          distill__layer_map='{"mid.block_1": "down.0.block.0"}'),
+     r"layer_map: 'mid.block_1' is \(4, 4, .*'down.0.block.0' \(8, 8, .*only widths may differ"),
+])  # fmt: skip
+def test_fields_that_do_not_go_together_are_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Experiment(tiny(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changes", [
+    dict(distill__loss__variant=variant, distill__loss__grouping=grouping)
+    for variant in PUBLISHED for grouping in ("error", "space")
+] + [
+    dict(method="lift", distill__loss__per="sample", distill__loss__terms="coarse"),
+    dict(distill__loss__norm="l2", distill__loss__eps=1e-3, distill__loss__group_size=7),
+    dict(method="feature_kd", distill__layer_map='{"mid.block_1": "mid.block_2"}'),
+    dict(evaluation__sampler="ancestral", evaluation__skip_type="quad", evaluation__sample_steps=7),
+    dict(compress__normalisation="adapted", compress__ratio=0.6, mesh__fsdp=2),
+])  # fmt: skip
+def test_good_choices_are_taken(tmp_path, changes):
+    Experiment(tiny(**changes), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_a_refused_first_run_does_not_bind_the_work_directory(tmp_path):
+    Experiment(tiny(), tmp_path / "run")
+    Experiment(tiny(seed=3), tmp_path / "run")  # nothing was made yet
+    (tmp_path / "run" / "teacher").mkdir()
+    with pytest.raises(ValueError, match="seed: 3 -> 0"):
+        Experiment(tiny(), tmp_path / "run")
+    Experiment(tiny(seed=3, mesh__data=2, mesh__fsdp=4), tmp_path / "run")
+
+
+def test_a_run_killed_before_its_config_was_written_starts_again(tmp_path):
+    (tmp_path / ".config.json.123").write_text('{"na')
+    Experiment(tiny(), tmp_path)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_samplers_are_a_function_of_the_keys(tmp_path):
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def predict(params, x, t, *_):
+        return params * x, {}
+
+    for changes in (
+        {}, {"evaluation__eta": 0.5}, {"evaluation__sampler": "ancestral"},
+        {"evaluation__skip_type": "quad"},
+    ):  # fmt: skip
+        experiment = Experiment(tiny(**changes), tmp_path / "run")
+        sample = jax.jit(experiment.make_sampler(predict))
+        images = sample(0.1, keys)
+        assert images.shape == (3, 8, 8, 1) and np.isfinite(images).all()
+        np.testing.assert_allclose(sample(0.1, keys[::-1])[::-1], images, atol=1e-6)
+        assert np.abs(images[0] - images[1]).max() > 0.1
+
+
+def test_adapters_fit_the_widths_of_both_networks():
+    config = tiny().model.to_dict()
+    teacher_config = models.config_from_dict(config | {"widths": None})
+    student_config = dataclasses.replace(teacher_config, ch=4, widths=None)
+    student, teacher = (
+        Network(c, *models.abstract(c)) for c in (student_config, teacher_config)
+    )
+    adapters = make_adapters(student, teacher, {"mid.block_1": "up.0.block.1"}, 0)
+    assert {name: value.shape for name, value in adapters.items()} == {"mid.block_1": (4, 8)}
+    everything = make_adapters(student, teacher, None, 0)
+    assert {"down.0.block.0", "mid.block_1", "mid.block_2"} <= set(everything)
+    assert all(value.shape == (4, 8) for value in everything.values())
+    assert all(jnp.abs(value).max() <= 0.005 for value in everything.values())
+
+
+# Report ---------------------------------------------------------------------------------------
+
+
+def rows():
+    base = dict(parameters=100, macs=2_500_000, compression=1.0, steps=8)
+    teacher = base | dict(method="teacher", seed=0, frechet=5.0, precision=0.5, recall=0.25,
+                          train_seconds=None)  # fmt: skip
+    rng = np.random.default_rng(0)
+    return [teacher] + [
+        base | dict(method=method, seed=seed, **dict(zip(
+            ("frechet", "precision", "recall", "output_error", "train_seconds"), rng.random(5),
+            strict=True)))
+        for method in ("no_kd", "lift") for seed in (0, 1, 2)
+    ]  # fmt: skip
+
+
+def test_summaries_are_means_and_spreads_over_seeds():
+    summary = summarise(rows())
+    assert [entry["method"] for entry in summary] == ["teacher", "no_kd", "lift"]
+    for entry in summary[1:]:
+        members = [row for row in rows() if row["method"] == entry["method"]]
+        assert entry["seeds"] == [0, 1, 2]
+        for key in ("frechet", "precision", "recall", "output_error", "train_seconds"):
+            values = [row[key] for row in members]
+            np.testing.assert_allclose(entry[key], np.mean(values), rtol=1e-12)
+            np.testing.assert_allclose(entry[f"{key}_spread"], np.std(values, ddof=1), rtol=1e-12)
+    assert summary[0]["frechet"] == 5.0 and summary[0]["frechet_spread"] is None
+    assert summary[0]["output_error"] is summary[0]["train_seconds"] is None
+
+
+def test_the_table_has_a_line_for_each_method(tmp_path):
+    experiment = Experiment(tiny("method=all,seeds=0+1+2"), tmp_path / "run")
+    experiment.teacher_folder.mkdir()
+    (experiment.teacher_folder / "evaluation.json").write_text('{"label": "some distance"}')
+    text = markdown(experiment, summarise(rows()))
+    table = [re.split(r"\s*\|\s*", line)[1:-1] for line in text.splitlines() if line[:2] == "| "]
+    assert [line[0] for line in table] == ["method", "teacher", "no_kd (3 seeds)", "lift (3 seeds)"]
+    assert table[1] == ["teacher", "100", "2.50M", "1.0x", "5.0", "0.500", "0.250", "-", "8", "-"]
+    values = [row["precision"] for row in rows() if row["method"] == "lift"]
+    assert table[3][5] == f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}"
+    assert "some distance" in text and "standard deviation over seeds" in text
+
+
+def test_grids_hold_every_image():
+    images = np.arange(1, 11, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
+    picture = grid(images, columns=4)
+    assert picture.shape == (9, 12, 1) and picture.dtype == np.uint8
+    assert [picture[3, 3 * i, 0] for i in range(4)] == [5, 6, 7, 8]
+    assert picture[6, 6, 0] == 128  # empty

@@ -1,0 +1,381 @@
+"""The job as users run it: killed and repeated, stage by stage, and with everything wrong."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny_config
+
+from liftplace_jax import data, main, weights
+from liftplace_jax.report import FILES
+from liftplace_jax.training.metrics_io import read_metrics
+
+ROOT = Path(__file__).parent.parent
+CONFIG = "--config=tests/tiny_config.py"
+MAIN = ("-m", "liftplace_jax.main")
+INTERRUPTED = "tests/interrupted_main.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_dir(tmp_path_factory):
+    """Prepared data of all runs here, in this process and others."""
+    with pytest.MonkeyPatch.context() as patch:
+        path = tmp_path_factory.mktemp("tfds")
+        patch.setenv("LIFTPLACE_TEST_DATA", str(path))
+        data.load_source("digits", "train", data_dir=path)  # prepares them
+        yield
+
+
+@pytest.fixture(scope="module")
+def start(data_dir, tmp_path_factory):
+    """Starts Python at the repository's root, with one device and a shared compilation cache."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    def start(*arguments):
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def finished(start, tmp_path_factory):
+    """The work directory of a job without interruption, one mode after the other."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    process = start(
+        INTERRUPTED, "none", " ".join(main.MODES[1:]), CONFIG, f"--workdir={workdir}"
+    )
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out == f"Report: {workdir / 'report.md'}\n"
+    return workdir
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def run(workdir, mode="all", **changes):
+    """`main.run` in this process; changes are dotted fields of the tiny config."""
+    config = tiny_config.get_config()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    main.run(config, workdir, mode)
+
+
+def files(folder):
+    """Contents by path, with which two folders are compared."""
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+# Interruptions --------------------------------------------------------------------------------
+
+
+def test_a_job_killed_anywhere_ends_as_one_that_was_not(start, finished, tmp_path):
+    workdir = tmp_path / "run"
+    flags = CONFIG, f"--workdir={workdir}"
+
+    def interrupt(name, moment, status):
+        process = start(INTERRUPTED, name, moment, *flags)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == status, err
+        assert out == ""
+        return err
+
+    err = interrupt("SIGTERM", "teacher metrics 2", main.EXIT_INTERRUPTED)
+    assert err.endswith(
+        "teacher: SIGTERM at step 2: saved. The same command goes on from there.\n"
+    )
+    assert (workdir / "teacher" / "checkpoints" / "2").is_dir()
+    interrupt("SIGKILL", "teacher checkpoint 6", -signal.SIGKILL)
+    # Training was at step 6; what was being written does not count.
+    assert [row["step"] for row in read_metrics(workdir / "teacher")] == [1, 2, 3, 4, 5, 6]
+    assert not (workdir / "teacher" / "checkpoints" / "6").exists()
+    assert not (workdir / "teacher" / "model.safetensors").exists()
+    interrupt("SIGKILL", "student metrics 5", -signal.SIGKILL)
+    assert not (workdir / "student" / "model.safetensors").exists()
+    interrupt("SIGKILL", "scored 2", -signal.SIGKILL)
+    assert (workdir / "teacher" / "evaluation.json").exists()
+    assert not (workdir / "student" / "evaluation.json").exists()
+
+    process = start(*MAIN, *flags)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out) == (0, f"Report: {workdir / 'report.md'}\n"), err
+    for name in ("teacher", "pruned", "student"):
+        ours, theirs = ((d / name / "model.safetensors").read_bytes() for d in (workdir, finished))
+        assert ours == theirs, name
+    for name in ("teacher", "student"):
+        rows = [read_metrics(folder / name) for folder in (workdir, finished)]
+        assert [row["step"] for row in rows[0]] == list(range(1, 9))
+        for ours, theirs in zip(*rows, strict=True):
+            timing = ("seconds", "steps_per_second")
+            assert {k: v for k, v in ours.items() if k not in timing} == {
+                k: v for k, v in theirs.items() if k not in timing
+            }
+        scores = [json.loads((d / name / "evaluation.json").read_text())
+                  for d in (workdir, finished)]  # fmt: skip
+        assert scores[0] | {"seconds": 0} == scores[1] | {"seconds": 0}
+    # Nothing half-written is left; the files inside a checkpoint have random names.
+    names = [
+        {path if "checkpoints" not in path.parts else Path(*path.parts[:3]) for path in files(d)}
+        for d in (workdir, finished)
+    ]
+    assert names[0] == names[1]
+
+
+def test_a_second_run_says_that_all_is_done(copy, capsys):
+    before = files(copy)
+    run(copy)
+    assert capsys.readouterr().out == f"All is done: see {copy / 'report.md'}\n"
+    for mode in ("teacher", "compress", "distill", "evaluate"):
+        run(copy, mode)
+    assert files(copy) == before
+
+
+# The report -----------------------------------------------------------------------------------
+
+
+def test_the_report_has_a_row_for_each_method_and_finite_numbers(finished):
+    for name in FILES:
+        assert (finished / name).stat().st_size > 100
+        if name.endswith(".png"):
+            assert (finished / name).read_bytes().startswith(b"\x89PNG")
+    report = json.loads((finished / "report.json").read_text())
+    assert [row["method"] for row in report["rows"]] == ["teacher", "lift_place"]
+    assert {"liftplace_jax", "jax", "flax", "optax", "numpy"} <= set(report["versions"])
+
+    def check(node, name=""):
+        if isinstance(node, dict | list):
+            for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+                check(value, f"{name}.{key}")
+        elif isinstance(node, float):
+            assert math.isfinite(node), name
+
+    check(report)
+    student, score = report["rows"][1], json.loads(
+        (finished / "student" / "evaluation.json").read_text()
+    )  # fmt: skip
+    assert student["frechet"] == score["frechet"] and student["steps"] == 8
+    teacher_tensors, student_tensors = (
+        weights.read_tensors(finished / name / "model.safetensors")
+        for name in ("teacher", "pruned")
+    )
+    sizes = [sum(t.size for t in x.values()) for x in (teacher_tensors, student_tensors)]
+    assert student["parameters"] == sizes[1]
+    assert student["compression"] == sizes[0] / sizes[1] > 2
+    text = (finished / "report.md").read_text()
+    table = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert [line.split("|")[1].strip() for line in table] == ["teacher", "lift_place"]
+    assert f"{student['frechet']:.1f}" in table[1] and f"{sizes[1]:,}" in table[1]
+    assert "digit-feature Frechet distance, 24 samples" in text and "smoke run" in text
+    with np.load(finished / "student" / "samples.npz", allow_pickle=False) as samples:
+        assert samples["images"].shape == (24, 8, 8, 1) and samples["images"].dtype == np.uint8
+
+
+def test_a_lost_file_of_the_report_is_made_again(copy, finished, capsys):
+    (copy / "groups.png").unlink()
+    run(copy)
+    assert capsys.readouterr().out == f"Report: {copy / 'report.md'}\n"
+    assert set(files(copy)) == set(files(finished))
+    reports = [json.loads((d / "report.json").read_text()) for d in (copy, finished)]
+    assert reports[0] == reports[1]
+
+
+# Other jobs over the same teacher -------------------------------------------------------------
+
+
+def test_features_learnable_weight_bfloat16_and_fsdp_in_one_job(finished, tmp_path):
+    changes = dict(
+        teacher__checkpoint=str(finished / "teacher"), method="lift_place_feature_kd",
+        distill__dtype="bfloat16", distill__steps=2, distill__weight__name="learnable",
+        distill__layer_map='{"mid.block_1": "mid.block_2"}', mesh__fsdp=4,
+        sharding_rules=((r"conv\d\.kernel", ("fsdp",)),),
+    )  # fmt: skip
+    for mode in ("teacher", "compress", "distill"):
+        run(tmp_path / "run", mode, **changes)
+    workdir = tmp_path / "run"
+    ours, theirs = ((d / "teacher" / "model.safetensors").read_bytes() for d in (workdir, finished))
+    assert ours == theirs
+    rows = read_metrics(workdir / "student")
+    names = {"loss", "diffusion", "lift", "coarse", "fine", "weight", "feature_kd", "learning_rate"}
+    assert len(rows) == 2 and all(names <= set(row) for row in rows)
+    assert rows[0]["weight"] == pytest.approx(0.3)
+    # The same student, images and noise as in float32.
+    exact = read_metrics(finished / "student")[0]
+    for name in ("diffusion", "output_kd", "coarse", "fine"):
+        assert rows[0][name] == pytest.approx(exact[name], rel=0.05), name
+    assert rows[0]["diffusion"] != exact["diffusion"]
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.restore(workdir / "student" / "checkpoints" / "2" / "default")
+    assert set(saved["params"]) == {"student", "adapters", "weight_logit"}
+    assert saved["params"]["weight_logit"] != np.float32(math.log(0.3 / 0.7))
+    assert set(saved["params"]["adapters"]) == {"mid.block_1"}
+    trained = jax.tree.leaves((saved["params"], saved["ema"]))
+    assert all(leaf.dtype == np.float32 for leaf in trained)
+
+
+def test_taylor_pruning_uses_the_data(finished, tmp_path):
+    changes = dict(teacher__checkpoint=str(finished / "teacher"), compress__importance="taylor")
+    for mode in ("teacher", "compress"):
+        run(tmp_path / "run", mode, **changes)
+    ours, theirs = (
+        weights.read_tensors(d / "pruned" / "model.safetensors")
+        for d in (tmp_path / "run", finished)
+    )
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    assert any((ours[name] != theirs[name]).any() for name in ours)
+
+
+# Bad input ------------------------------------------------------------------------------------
+
+
+def test_refused_commands_are_one_line_and_leave_nothing(start, tmp_path):
+    workdir = tmp_path / "run"
+    commands = {
+        (f"{CONFIG}:method=nope",): "error: config.method must be one of ['all', 'feature_kd'",
+        (f"{CONFIG}:nope=1",): "error: unknown config argument 'nope'; known: ['method', 'seeds']",
+        (CONFIG, "--config.teacher.nope=1"):
+            "error: unknown config field in --config.teacher.nope=1: 'nope'",
+        (CONFIG, "--config.teacher.step=1"):
+            "error: unknown config field in --config.teacher.step=1: 'step' Did you mean \"steps\"",
+        (CONFIG, "--config.seed=x"): "error: flag --config.seed=x: invalid literal for int()",
+        (CONFIG, "--mode=trian"): "error: flag --mode=trian: value should be one of <all|teacher|",
+        ("--config=tests/missing.py",): "error: Configuration is not available",
+        (): "error: flag --config=None: Flag --config must have a value",
+    }  # fmt: skip
+    started = [start(*MAIN, f"--workdir={workdir}", *command) for command in commands]
+    for process, message in zip(started, commands.values(), strict=True):
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out) == (main.EXIT_BAD_INPUT, "")
+        assert err.startswith(message), err
+        assert "Traceback" not in err
+        assert len(err.splitlines()) == 1 or "missing.py" in err
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("mode, lost, message", [
+    ("compress", "teacher pruned student", "teacher: run --mode=teacher first"),
+    ("distill", "teacher student", "teacher: run --mode=teacher first"),
+    ("distill", "pruned student", "pruned: run --mode=compress first"),
+    ("evaluate", "student", "student: run --mode=distill first"),
+    ("report", "student", "student: run --mode=evaluate first"),
+])  # fmt: skip
+def test_a_mode_names_the_one_that_comes_first(copy, mode, lost, message):
+    for name in lost.split():
+        shutil.rmtree(copy / name)
+    with pytest.raises(ValueError, match=message):
+        run(copy, mode)
+    assert not any((copy / name / "config.json").exists() for name in lost.split())
+
+
+def test_work_directories_of_others_are_refused_untouched(copy, tmp_path):
+    before = files(copy)
+    with pytest.raises(ValueError, match="made with another config") as error:
+        run(copy, distill__loss__group_size=4, seed=1)
+    assert "\n  distill.loss.group_size: 16 -> 4\n  seed: 0 -> 1\n" in str(error.value)
+    assert files(copy) == before
+    run(copy, mesh__data=4, mesh__fsdp=2)  # other hardware is no other config
+
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="foreign is not empty and has no config.json"):
+        run(foreign)
+    (foreign / "config.json").write_text('{"other": 1}')
+    with pytest.raises(ValueError, match="made with another config"):
+        run(foreign)
+    (foreign / "notes.txt").unlink()
+    with pytest.raises(ValueError, match="made with another config"):
+        run(foreign)
+    (foreign / "config.json").write_text('{"cut o')
+    with pytest.raises(ValueError, match="config.json is no config of a work directory"):
+        run(foreign)
+    assert list(files(foreign).values()) == [b'{"cut o']
+    with pytest.raises(NotADirectoryError):
+        run(foreign / "config.json")
+
+
+def cut_weights(folder):
+    path = folder / "model.safetensors"
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def other_config(folder):
+    shutil.copy(folder.parent / "pruned" / "config.json", folder / "config.json")
+
+
+def other_images(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"image_size": 16}))
+
+
+@pytest.mark.parametrize("damage, message", [
+    (cut_weights, "teacher/model.safetensors: cannot be read as weights only"),
+    (other_config, r"teacher: \d+ tensors do not fit the model(?s:.*)conv_in.bias: has shape \(8,"),
+    (other_images, "teacher has image_size 16, config.model.image_size is 8"),
+    (shutil.rmtree, "teacher: (no such file|unknown kind)"),
+])  # fmt: skip
+def test_bad_teacher_checkpoints_are_named(copy, finished, tmp_path, damage, message):
+    damage(copy / "teacher")
+    workdir = tmp_path / "run"
+    with pytest.raises(ValueError, match=message):
+        run(workdir, teacher__checkpoint=str(copy / "teacher"))
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+    # Corrected, the same work directory serves.
+    run(workdir, "teacher", teacher__checkpoint=str(finished / "teacher"))
+    assert (workdir / "teacher" / "model.safetensors").exists()
+
+
+def test_a_truncated_checkpoint_is_named(copy):
+    (copy / "student" / "model.safetensors").unlink()
+    for path in (copy / "student" / "checkpoints" / "8").rglob("*"):
+        if path.is_file() and path.stat().st_size > 64:
+            os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match="step 8 in .*student/checkpoints cannot be restored"):
+        run(copy, "distill")
+    assert not (copy / "student" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("changes, kind, message", [
+    (dict(data__image_size=16), ValueError,
+     r"digits has images \(16, 16, 1\), the model takes \(8, 8, 1\): set config.data.image_size"),
+    (dict(data__name="no_such_data"), ValueError, "TFDS knows no data set 'no_such_data'"),
+    (dict(data__test_split="tset"), ValueError, "digits has no split 'tset', only"),
+])  # fmt: skip
+def test_unfit_data_is_refused_before_training(tmp_path, changes, kind, message):
+    with pytest.raises(kind, match=message):
+        run(tmp_path / "run", **changes)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_a_nan_in_the_data_is_named(tmp_path, monkeypatch):
+    image = np.zeros((8, 8, 1), np.float32)
+    records = [{"image": image}] * 3 + [{"image": np.full_like(image, np.nan)}]
+
+    def source(name, split, **_):
+        return data.Source(name, records, image_shape=image.shape, dtype=np.float32)
+
+    monkeypatch.setattr(data, "load_source", source)
+    with pytest.raises(ValueError, match="data set digits, example 3: image has non-finite values"):
+        run(tmp_path / "run", "teacher")
+    assert not (tmp_path / "run" / "teacher" / "model.safetensors").exists()
