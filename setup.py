@@ -42,7 +42,16 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["hypothesis>=6.100", "pytest>=8", "ruff>=0.12", "scipy>=1.13", "torch==2.13.0"],
+        "test": [
+            "hypothesis>=6.100",
+            "ipykernel>=6.29",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "pytest>=8",
+            "ruff>=0.12",
+            "scipy>=1.13",
+            "torch==2.13.0",
+        ],
         "torch": ["torch>=2.6"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],

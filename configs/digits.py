@@ -37,6 +37,8 @@ def get_config(arg=None):
     config.distill.ema_decay = 0.998
     config.distill.optimizer = optimizer_config(learning_rate=2e-3)
 
+    config.evaluation.clip = 1.0
+
     if args.runlocal:
         config.teacher.steps = config.distill.steps = 60
         config.teacher.log_every = config.distill.log_every = 20

@@ -28,8 +28,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     import importlib
 
-    from liftplace_jax import weights
-    from liftplace_jax.experiment import write_json
+    from liftplace_jax.files import replacing, write_json
 
     suite = importlib.import_module(f"liftplace_jax.suites.{_SUITE.value}")
     result = suite.run(_QUICK.value, _REPEATS.value)
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> None:
     out = Path(_OUT.value)
     text = markdown(result)
     write_json(out / f"{_SUITE.value}.json", result)
-    with weights.replacing(out / f"{_SUITE.value}.md") as temporary:
+    with replacing(out / f"{_SUITE.value}.md") as temporary:
         temporary.write_text(text)
     print(text)
 

@@ -82,6 +82,8 @@ def _check_evaluation(config):
     check_positive(config, *(f"evaluation.{name}" for name in names))
     check_choice("evaluation.features", config.evaluation.features, evaluation.FEATURES)
     check_choice("evaluation.sampler", config.evaluation.sampler, SAMPLERS)
+    if config.evaluation.clip is not None:
+        check_positive(config, "evaluation.clip")
     if config.evaluation.neighbours >= config.evaluation.num_samples:
         raise ValueError(
             f"config.evaluation.neighbours {config.evaluation.neighbours} must be below "

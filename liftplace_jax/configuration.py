@@ -95,8 +95,10 @@ def default_config() -> ConfigDict:
 
     config.evaluation = ConfigDict(
         dict(features="digits", num_samples=1024, batch_size=256, sampler="ddim", sample_steps=50,
-             skip_type="uniform", eta=0.0, seed=12345, neighbours=5)
+             skip_type="uniform", eta=0.0, seed=12345, neighbours=5, clip=None)
     )  # fmt: skip
+    # Score a second time with predicted data limited to +-clip at each step; default: do not.
+    config.evaluation.clip = config_dict.placeholder(float)
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))
     config.sharding_rules = ()  # (regular expression, partition) pairs; default: replicated
     config.tensorboard = True

@@ -16,20 +16,19 @@ import dataclasses
 import functools
 import json
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from liftplace_jax import configuration, data, evaluation, models, weights
 from liftplace_jax.checks import NORMALISATIONS, check_config, read_layer_map, under
 from liftplace_jax.compress import IMPORTANCES, prune_unet, pruned_config, taylor_gradients
-from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule, get_sampler
+from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
+from liftplace_jax.files import write_json
 from liftplace_jax.losses import PUBLISHED
 from liftplace_jax.networks import (
     Network,
@@ -39,6 +38,7 @@ from liftplace_jax.networks import (
     make_adapters,
     make_apply,
 )
+from liftplace_jax.sampling import make_sampler
 from liftplace_jax.training import sharding
 from liftplace_jax.training.loop import train
 from liftplace_jax.training.metrics_io import progress
@@ -119,7 +119,10 @@ class Experiment:
                     f"config.model are {shape}"
                 )
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-            jax.eval_shape(self.make_sampler(lambda params, x, *_: (x, {})), None, keys)
+            sampler = make_sampler(
+                config.evaluation, self.process, shape, lambda params, x, *_: (x, {})
+            )
+            jax.eval_shape(sampler, None, keys)
         methods = [METHODS[run.method] for run in self.runs]
         for method in methods:
             if method.output in OUTPUT_LOSSES:
@@ -360,91 +363,6 @@ class Experiment:
         if jax.process_index() == 0:
             weights.save_model(folder, models.config_to_dict(config), params)
 
-    # Evaluate -----------------------------------------------------------------------------------
-
-    def evaluate(self) -> None:
-        """Samples from teacher and students, compares with real data and with the teacher."""
-        folders = {"teacher": self.teacher_folder}
-        folders |= {f"{run.method} seed {run.seed}": run.folder for run in self.runs}
-        missing = {k: f for k, f in folders.items() if not (f / "evaluation.json").exists()}
-        if not missing:
-            return
-        fields = self.config.evaluation
-        extractor = evaluation.feature_extractor(fields.features)
-        real = evaluation.reference(
-            self.sources["train"], extractor, batch_size=fields.batch_size,
-            sharding=self.batch_sharding,
-        )  # fmt: skip
-        teacher = self.teacher()
-        for title, folder in missing.items():
-            network = load_network(folder, hint="run --mode=distill first")
-            result, images = self._evaluate_one(title, network, teacher, extractor, real)
-            if jax.process_index() == 0:
-                _save_images(folder / "samples.npz", images)
-                write_json(folder / "evaluation.json", result)
-
-    def _evaluate_one(self, title, network, teacher, extractor, real):
-        fields, started = self.config.evaluation, time.monotonic()
-        bar = progress(f"samples, {title}", fields.num_samples, unit="image")
-        samples = evaluation.collect(
-            self.make_sampler(make_apply(network.graphdef)), network.params,
-            fields.num_samples, batch_size=fields.batch_size, extractor=extractor,
-            seed=fields.seed, sharding=self.batch_sharding, keep_images=64,
-            progress=lambda done: bar.update(done - bar.n),
-        )  # fmt: skip
-        bar.close()
-        # Few samples are for smoke runs, whose numbers mean nothing; the report says so.
-        few = fields.num_samples <= extractor.dim
-        result = evaluation.score(real, samples, k=fields.neighbours, allow_few=few)
-        if title != "teacher":
-            predict = [
-                jax.jit(functools.partial(_prediction, make_apply(n.graphdef), n.params))
-                for n in (teacher, network)
-            ]
-            result |= evaluation.output_error(
-                *predict, self._noising, self.sources["test"], batch_size=fields.batch_size,
-                seed=fields.seed, sharding=self.batch_sharding,
-            )  # fmt: skip
-        result["parameters"] = models.count_parameters(network.params)
-        result["protocol"] = fields.to_dict() | {
-            "weights": "EMA", "reference": f"{self.config.data.name} {self.config.data.train_split}"
-        }  # fmt: skip
-        result["seconds"] = time.monotonic() - started
-        return result, samples.images
-
-    def make_sampler(self, apply: Callable[..., tuple[jax.Array, Any]]):
-        """(params, keys (B,)) -> images (B, H, W, C): the config's sampler, jit-able."""
-        fields, size = self.config.evaluation, self.model_config.image_size
-        shape = (size, size, self.model_config.in_channels)
-        sampler = get_sampler(fields.sampler)
-        options = {"eta": fields.eta} if fields.sampler == "ddim" else {}
-
-        def sample(params, keys):
-            start = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
-            steps = jax.vmap(
-                lambda key: jax.random.normal(
-                    jax.random.fold_in(key, 1), (fields.sample_steps, *shape)
-                ),
-                out_axes=1,
-            )
-            random = fields.sampler != "ddim" or fields.eta > 0
-            return sampler(
-                lambda x, t: apply(params, x, t, False, None)[0], start, self.process,
-                steps=fields.sample_steps, skip_type=fields.skip_type,
-                noise=steps(keys) if random else None, **options,
-            )  # fmt: skip
-
-        return sample
-
-    def _noising(self, images, levels, noise):
-        t = jnp.floor(levels * self.process.num_timesteps).astype(jnp.int32)
-        return self.process.q_sample(images, t, noise), t
-
-
-def _prediction(apply, params, x, t, labels):
-    del labels
-    return apply(params, x, t, False, None)[0]
-
 
 def loss_options(fields: ConfigDict, method: Method) -> dict[str, Any]:
     """Keyword arguments of a method's output loss: the variant's, with the config's changes."""
@@ -455,16 +373,3 @@ def loss_options(fields: ConfigDict, method: Method) -> dict[str, Any]:
     elif method.output == "place":
         options |= {"group_size": fields.group_size, "grouping": fields.grouping}
     return options
-
-
-def _save_images(path: Path, images: np.ndarray) -> None:
-    """Writes the first samples, uint8, as npz."""
-    with weights.replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, images=images)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with weights.replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")

@@ -63,13 +63,14 @@ def run(config, workdir: Path, mode: str) -> None:
     """
     from liftplace_jax.experiment import Experiment
     from liftplace_jax.report import is_reported, write_report
+    from liftplace_jax.scoring import evaluate
 
     experiment = Experiment(config, workdir)
     stages = {
         "teacher": experiment.train_teacher,
         "compress": experiment.compress,
         "distill": experiment.distill,
-        "evaluate": experiment.evaluate,
+        "evaluate": lambda: evaluate(experiment),
         "report": lambda: write_report(experiment),
     }
     if mode == "all" and is_reported(experiment):

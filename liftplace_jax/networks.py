@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from liftplace_jax import models, weights
@@ -57,7 +58,7 @@ def load_network(folder: Path, dtype: str = "float32", hint: str = "check the pa
     if not is_saved(folder):
         raise ValueError(f"no model.safetensors and config.json in {folder}: {hint}")
     fields, tensors = weights.load_model_tensors(folder)
-    return _filled(models.config_from_dict(fields), tensors, folder, dtype)
+    return from_tensors(models.config_from_dict(fields), tensors, folder, dtype)
 
 
 def load_file(path: Path, config: Any, dtype: str = "float32") -> Network:
@@ -66,10 +67,23 @@ def load_file(path: Path, config: Any, dtype: str = "float32") -> Network:
     Raises:
       ValueError: the file cannot be read or does not fit; names the path and every misfit.
     """
-    return _filled(config, weights.read_tensors(path), path, dtype)
+    return from_tensors(config, weights.read_tensors(path), path, dtype)
 
 
-def _filled(config, tensors, origin, dtype):
+def from_tensors(
+    config: Any, tensors: Mapping[str, np.ndarray], origin: Any = "tensors", dtype: str = "float32"
+) -> Network:
+    """A model of a config from arrays by published name, in PyTorch's layouts.
+
+    Args:
+      config: the model's config.
+      tensors: as of `weights.read_tensors` or a `Pruned` student.
+      origin: where they come from, for the error message.
+      dtype: of the computation.
+
+    Raises:
+      ValueError: tensors do not fit; names the origin and every misfit.
+    """
     graphdef, abstract = models.abstract(config, jnp.dtype(dtype))
     try:
         params = weights.from_torch(abstract, tensors)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from liftplace_jax import models, weights
-from liftplace_jax.experiment import Experiment, write_json
+from liftplace_jax import models
+from liftplace_jax.experiment import Experiment
+from liftplace_jax.files import replacing, write_json
 from liftplace_jax.losses import error_groups
 from liftplace_jax.models.cost import count_macs
 from liftplace_jax.networks import load_network, make_apply
@@ -23,6 +24,10 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 FILES = ("report.json", "report.md", "samples.png", "curves.png", "groups.png")
+MEASURES = (
+    "frechet", "precision", "recall", "frechet_clipped", "precision_clipped", "recall_clipped",
+    "output_error", "train_seconds",
+)  # fmt: skip
 CURVES = ("loss", "diffusion", "output_kd", "coarse", "fine", "weight", "slope", "intercept")
 
 
@@ -43,7 +48,7 @@ def write_report(experiment: Experiment) -> None:
     save_figure(samples_figure(experiment, rows), workdir / "samples.png")
     save_figure(curves_figure(experiment), workdir / "curves.png")
     save_figure(groups_figure(experiment), workdir / "groups.png")
-    with weights.replacing(workdir / "report.md") as temporary:
+    with replacing(workdir / "report.md") as temporary:
         temporary.write_text(markdown(experiment, summary))
     write_json(workdir / "report.json", {
         "name": experiment.config.name, "rows": rows, "summary": summary, "versions": versions(),
@@ -85,7 +90,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         entry = {"method": method, "seeds": [row["seed"] for row in members]}
         for key in ("parameters", "macs", "compression", "steps"):
             entry[key] = members[0][key]
-        for key in ("frechet", "precision", "recall", "output_error", "train_seconds"):
+        for key in MEASURES:
             values = [row[key] for row in members if row.get(key) is not None]
             entry[key] = statistics.fmean(values) if values else None
             entry[f"{key}_spread"] = statistics.stdev(values) if len(values) > 1 else None
@@ -100,16 +105,17 @@ def markdown(experiment: Experiment, summary: list[dict[str, Any]]) -> str:
     lines = [
         f"# {config.name}",
         "",
-        "| method | params | MACs | compression | Frechet | precision | recall | output error "
-        "| steps | time |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| method | params | MACs | compression | Frechet | precision | recall | Frechet, clipped "
+        "| output error | steps | time |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in summary:
         cells = [
             row["method"] + (f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else ""),
             f"{row['parameters']:,}", _si(row["macs"]), f"{row['compression']:.1f}x",
             _spread(row, "frechet", ".1f"), _spread(row, "precision", ".3f"),
-            _spread(row, "recall", ".3f"), _spread(row, "output_error", ".4f"),
+            _spread(row, "recall", ".3f"), _spread(row, "frechet_clipped", ".1f"),
+            _spread(row, "output_error", ".4f"),
             "-" if row["steps"] is None else str(row["steps"]),
             _spread(row, "train_seconds", ".0f", " s"),
         ]  # fmt: skip
@@ -121,6 +127,8 @@ def markdown(experiment: Experiment, summary: list[dict[str, Any]]) -> str:
         f"Precision, recall: k = {evaluation.neighbours}. "
         f"Sampler: {evaluation.sampler}, {evaluation.sample_steps} {evaluation.skip_type} steps, "
         f"eta {evaluation.eta}, EMA weights, seed {evaluation.seed}. "
+        "Clipped: predicted data limited to the image range at each sampling step, which forgives "
+        "errors in mean and variance. "
         "Output error: mean squared difference to the teacher's prediction on held-out data.",
     ]
     if any(row["frechet_spread"] is not None for row in summary):
@@ -135,22 +143,25 @@ def markdown(experiment: Experiment, summary: list[dict[str, Any]]) -> str:
 
 
 def samples_figure(experiment: Experiment, rows: list[dict[str, Any]]) -> plt.Figure:
-    """Teacher and one student of each method, drawn from the same noise."""
+    """Teacher and the first student of each method, drawn from the same noise.
+
+    A line of samples as published, and one with clipping if there is one.
+    """
     shown = {row["method"]: row for row in reversed(rows)}
-    names = [name for name in dict.fromkeys(row["method"] for row in rows)]
-    columns = 4 if len(names) > 4 else len(names)
-    lines = -(-len(names) // columns)
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    variants = {"": ""} | ({"_clipped": ", clipped"} if "frechet_clipped" in rows[0] else {})
     figure, axes = plt.subplots(
-        lines, columns, figsize=(3.2 * columns, 3.5 * lines), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, name in zip(axes.flat, names, strict=False):
-        path = experiment.workdir / shown[name]["folder"] / "samples.npz"
-        with np.load(path, allow_pickle=False) as file:
-            images = file["images"]
-        show(axis, grid(images))
-        axis.set_title(f"{name}\nFrechet {shown[name]['frechet']:.1f}", fontsize=10)
+        len(variants), len(names), figsize=(3 * len(names), 3.4 * len(variants)), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for line, (suffix, note) in zip(axes, variants.items(), strict=True):
+        for axis, name in zip(line, names, strict=True):
+            path = experiment.workdir / shown[name]["folder"] / "samples.npz"
+            with np.load(path, allow_pickle=False) as file:
+                show(axis, grid(file[f"images{suffix}"]))
+            frechet = shown[name][f"frechet{suffix}"]
+            axis.set_title(f"{name}{note}\nFrechet {frechet:.1f}", fontsize=10)
+            axis.set_axis_off()
     return figure
 
 
@@ -231,7 +242,7 @@ def show(axis: plt.Axes, image: np.ndarray) -> None:
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
     """Saves as PNG, whole or not at all, and closes."""
-    with weights.replacing(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
 

@@ -3,8 +3,9 @@
 python tests/interrupted_main.py SIGNAL MOMENT --config=... --workdir=...
 
 MOMENT: "teacher metrics 5" (its line 5 was just written), "student checkpoint 6" (all written, but
-not yet in its place), or "scored 2" (second network evaluated, nothing saved). Or, with the signal
-"none", modes: "teacher compress" runs these, one after the other, in one process.
+not yet in its place), or "scored 3" (the student's first score, after two of the teacher; nothing
+saved). Or, with the signal "none", modes: "teacher compress" runs these, one after the other, in
+one process.
 """
 
 import os

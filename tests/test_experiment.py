@@ -18,6 +18,7 @@ from liftplace_jax.experiment import Experiment, Run
 from liftplace_jax.losses import PUBLISHED
 from liftplace_jax.networks import Network, make_adapters
 from liftplace_jax.report import grid, markdown, summarise
+from liftplace_jax.sampling import make_sampler
 from liftplace_jax.training.objective import BASIC_METHODS, METHODS
 
 
@@ -217,7 +218,8 @@ def test_samplers_are_a_function_of_the_keys(tmp_path):
         {"evaluation__skip_type": "quad"},
     ):  # fmt: skip
         experiment = Experiment(tiny(**changes), tmp_path / "run")
-        sample = jax.jit(experiment.make_sampler(predict))
+        fields = experiment.config.evaluation
+        sample = jax.jit(make_sampler(fields, experiment.process, (8, 8, 1), predict))
         images = sample(0.1, keys)
         assert images.shape == (3, 8, 8, 1) and np.isfinite(images).all()
         np.testing.assert_allclose(sample(0.1, keys[::-1])[::-1], images, atol=1e-6)
@@ -276,7 +278,8 @@ def test_the_table_has_a_line_for_each_method(tmp_path):
     text = markdown(experiment, summarise(rows()))
     table = [re.split(r"\s*\|\s*", line)[1:-1] for line in text.splitlines() if line[:2] == "| "]
     assert [line[0] for line in table] == ["method", "teacher", "no_kd (3 seeds)", "lift (3 seeds)"]
-    assert table[1] == ["teacher", "100", "2.50M", "1.0x", "5.0", "0.500", "0.250", "-", "8", "-"]
+    cells = ["teacher", "100", "2.50M", "1.0x", "5.0", "0.500", "0.250", "-", "-", "8", "-"]
+    assert table[1] == cells
     values = [row["precision"] for row in rows() if row["method"] == "lift"]
     assert table[3][5] == f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}"
     assert "some distance" in text and "standard deviation over seeds" in text

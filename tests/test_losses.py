@@ -13,7 +13,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from liftplace_jax import PUBLISHED, feature_kd_loss, lift_loss, output_kd_loss, place_loss
-from liftplace_jax.losses import error_groups, grouping, init_adapters, mask_outliers
+from liftplace_jax.losses import (
+    Groups,
+    error_groups,
+    grouping,
+    init_adapters,
+    lift_terms,
+    mask_outliers,
+)
 
 
 def draw(shape, seed=0, student_scale=0.7):
@@ -103,6 +110,56 @@ def test_whole_channel_group_is_lift(variant, grouping):
     lift = lift_loss(student, teacher, per="channel", **PUBLISHED[variant])
     for a, b in zip(place, lift, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def own_groups(student, teacher, count, size):
+    """A user's grouping: consecutive elements of a channel, zero-padded to count groups of size."""
+    mask = (np.arange(count * size) < student.shape[1]).astype(np.float32).reshape(count, size)
+    pad = [(0, 0), (0, count * size - student.shape[1]), (0, 0)]
+    cut = [
+        np.moveaxis(np.pad(x, pad), -1, 1).reshape(len(x), -1, count, size)
+        for x in (student, teacher)
+    ]
+    return Groups(*cut, None if mask.all() else mask)
+
+
+@pytest.mark.parametrize("elements", [12, 10])
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_own_grouping_gets_the_whole_loss(elements, variant):
+    """Consecutive elements of one space axis are what grouping="space" makes of it."""
+    student, teacher = draw((2, elements, 3))
+    groups = own_groups(student, teacher, 3, 4)
+    want = place_loss(student, teacher, grouping="space", group_size=4, **PUBLISHED[variant])
+    for a, b in zip(lift_terms(groups, **PUBLISHED[variant]), want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_own_grouping_reaches_the_student_only_and_in_float32():
+    student, teacher = draw((2, 12, 3))
+
+    def loss(student, teacher):
+        cut = [jnp.moveaxis(x, -1, 1).reshape(2, 3, 3, 4) for x in (student, teacher)]
+        return lift_terms(Groups(*cut, None)).loss
+
+    half = jnp.asarray(student, jnp.bfloat16), jnp.asarray(teacher, jnp.bfloat16)
+    assert loss(*half).dtype == jnp.float32
+    to_student, to_teacher = jax.jit(jax.grad(loss, argnums=(0, 1)))(student, teacher)
+    assert (to_student != 0).all() and (to_teacher == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s, t, m: (s[0], t[0], m), r"Groups hold .* got shape \(3, 3, 4\)"),
+        (lambda s, t, m: (s, t[:1], m), "student has shape .* but teacher has"),
+        (lambda s, t, m: (s, t, m[:2]), r"mask of Groups has shape \(2, 4\), expected .* \(3, 4\)"),
+        (lambda s, t, m: (s.astype(int), t, m), "student must be floating point"),
+    ],
+)
+def test_bad_groups(change, message):
+    groups = own_groups(*draw((2, 10, 3)), 3, 4)
+    with pytest.raises(ValueError, match=message):
+        lift_terms(Groups(*change(*groups)))
 
 
 def test_terms_and_weights_combine():

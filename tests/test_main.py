@@ -114,7 +114,7 @@ def test_a_job_killed_anywhere_ends_as_one_that_was_not(start, finished, tmp_pat
     assert not (workdir / "teacher" / "model.safetensors").exists()
     interrupt("SIGKILL", "student metrics 5", -signal.SIGKILL)
     assert not (workdir / "student" / "model.safetensors").exists()
-    interrupt("SIGKILL", "scored 2", -signal.SIGKILL)
+    interrupt("SIGKILL", "scored 3", -signal.SIGKILL)
     assert (workdir / "teacher" / "evaluation.json").exists()
     assert not (workdir / "student" / "evaluation.json").exists()
 

@@ -34,5 +34,6 @@ def get_config(arg=None):
     config.evaluation.num_samples = 24
     config.evaluation.batch_size = 48
     config.evaluation.sample_steps = 4
+    config.evaluation.clip = 1.0
     config.tensorboard = False
     return config

@@ -7,8 +7,14 @@ from liftplace_jax.losses.baselines import (
     output_kd_loss,
 )
 from liftplace_jax.losses.fit import Fit, least_squares_fit
-from liftplace_jax.losses.grouping import error_groups
-from liftplace_jax.losses.lift_place import PUBLISHED, LiftTerms, lift_loss, place_loss
+from liftplace_jax.losses.grouping import Groups, error_groups
+from liftplace_jax.losses.lift_place import (
+    PUBLISHED,
+    LiftTerms,
+    lift_loss,
+    lift_terms,
+    place_loss,
+)
 from liftplace_jax.losses.weighting import (
     adaptive_weight,
     constant_weight,
@@ -20,6 +26,7 @@ from liftplace_jax.losses.weighting import (
 __all__ = [
     "PUBLISHED",
     "Fit",
+    "Groups",
     "LiftTerms",
     "adaptive_weight",
     "constant_weight",
@@ -30,6 +37,7 @@ __all__ = [
     "learnable_weight",
     "least_squares_fit",
     "lift_loss",
+    "lift_terms",
     "linear_weight",
     "mask_outliers",
     "output_kd_loss",

@@ -1,7 +1,7 @@
 """LIFT and PLACE: distillation through the least-squares fit of the teacher on the student.
 
 Every variant of the paper is a choice of grouping, norm, normalisation, reduction and weight of
-the one function `_lift`.
+the one function `lift_terms`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from liftplace_jax.losses import grouping as grouping_lib
 from liftplace_jax.losses.fit import NORMALIZE, least_squares_fit
+from liftplace_jax.losses.grouping import Groups
 from liftplace_jax.losses.weighting import adaptive_weight
 
 NORMS = ("l1", "l2")
@@ -89,7 +90,7 @@ def lift_loss(
     """
     _check_choice("per", per, PER)
     student, teacher = _checked(student, teacher)
-    return _lift(
+    return lift_terms(
         grouping_lib.whole(student, teacher, per),
         norm=norm, eps=eps, normalize=normalize, reduction=reduction, terms=terms,
         weight=weight, coarse_scale=coarse_scale, axis_name=axis_name,
@@ -161,16 +162,33 @@ def place_loss(
     else:
         patch = _patch_shape(space, group_size, num_groups)
         groups = grouping_lib.by_space(student, teacher, patch)
-    return _lift(
+    return lift_terms(
         groups,
         norm=norm, eps=eps, normalize=normalize, reduction=reduction, terms=terms,
         weight=weight, coarse_scale=coarse_scale, axis_name=axis_name,
     )  # fmt: skip
 
 
-def _lift(
-    groups, *, norm, eps, normalize, reduction, terms, weight, coarse_scale, axis_name
+def lift_terms(
+    groups: Groups,
+    *,
+    norm: str = "l1",
+    eps: float = 1e-7,
+    normalize: str = "mean",
+    reduction: str = "sum",
+    terms: str = "both",
+    weight: str | float | jax.Array = "adaptive",
+    coarse_scale: float | None = None,
+    axis_name: str | None = None,
 ) -> LiftTerms:
+    """LIFT with one fit per group, for any grouping: what `lift_loss` and `place_loss` call.
+
+    Args:
+      groups: student and teacher cut into groups; the teacher is treated as a constant.
+
+    The other arguments, the result and the errors are those of `place_loss`.
+    """
+    student, teacher, mask = _checked_groups(groups)
     _check_choice("norm", norm, NORMS)
     _check_choice("normalize", normalize, NORMALIZE)
     _check_choice("reduction", reduction, REDUCTIONS)
@@ -182,7 +200,6 @@ def _lift(
     if isinstance(weight, str) and weight != "adaptive":
         raise ValueError(f"weight must be 'adaptive' or a number, got {weight!r}")
 
-    student, teacher, mask = groups
     fit = least_squares_fit(student, teacher, mask, eps, normalize)
     _, rows, num_groups, _ = student.shape
     counts = None if mask is None else mask.sum(axis=-1)
@@ -232,6 +249,20 @@ def _checked(student, teacher):
             raise ValueError(f"{name} must be floating point, got {x.dtype}")
     dtype = jnp.promote_types(jnp.promote_types(student.dtype, teacher.dtype), jnp.float32)
     return student.astype(dtype), jax.lax.stop_gradient(teacher).astype(dtype)
+
+
+def _checked_groups(groups):
+    student, teacher, mask = groups
+    if student.ndim != 4:
+        raise ValueError(
+            f"Groups hold (batch, rows, groups, group_size) arrays, got shape {student.shape}"
+        )
+    if mask is not None and mask.shape != student.shape[2:]:
+        raise ValueError(
+            f"the mask of Groups has shape {mask.shape}, expected (groups, group_size), "
+            f"{student.shape[2:]}"
+        )
+    return *_checked(student, teacher), mask
 
 
 def _check_choice(name, value, choices):

@@ -10,7 +10,6 @@ from liftplace_jax.weights.convert import (
 from liftplace_jax.weights.torch_files import (
     WeightFileError,
     read_tensors,
-    replacing,
     write_safetensors,
 )
 
@@ -20,7 +19,6 @@ __all__ = [
     "from_torch",
     "load_model_tensors",
     "read_tensors",
-    "replacing",
     "save_model",
     "to_torch",
     "write_safetensors",

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from liftplace_jax.files import write_json
 from liftplace_jax.weights.torch_files import (
     WeightFileError,
     read_tensors,
-    replacing,
     write_safetensors,
 )
 
@@ -104,12 +104,11 @@ def save_model(folder: str | os.PathLike, config: Mapping[str, Any], params: Any
       params: its parameters.
     """
     folder = Path(folder)
-    text = json.dumps(config, indent=2) + "\n"
+    json.dumps(config)  # what is no JSON is refused before anything is written
     tensors = to_torch(params)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", tensors)
-    with replacing(folder / "config.json") as temporary:
-        temporary.write_text(text)
+    write_json(folder / "config.json", config)
 
 
 def load_model_tensors(

@@ -5,14 +5,15 @@ Files are data: nothing in a file is run, whatever it asks for.
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  gives NumPy the name "bfloat16", which safetensors looks up
 import numpy as np
 from safetensors.numpy import load_file, save_file
+
+from liftplace_jax.files import replacing
 
 # Entries under which training scripts keep a state dict beside other things.
 _ENTRIES = ("state_dict", "model", "ema")
@@ -127,18 +128,6 @@ def _to_numpy(value: Any) -> np.ndarray:
         value = value.detach()
         value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
     return value.astype(np.float32) if value.dtype.name == "bfloat16" else value
-
-
-@contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a temporary path to write; it takes path's place only if the block succeeds."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_safetensors(
