@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from liftplace_jax import evaluation, models
 from liftplace_jax.experiment import Experiment
@@ -60,18 +61,15 @@ def evaluate(experiment: Experiment) -> None:
 
 
 def _sample_scores(experiment, title, network, real) -> tuple[dict[str, Any], dict[str, Any]]:
-    fields, size = experiment.config.evaluation, experiment.model_config.image_size
-    shape = (size, size, experiment.model_config.in_channels)
+    fields = experiment.config.evaluation
     variants = {"": None} | ({"_clipped": fields.clip} if fields.clip else {})
     bar = progress(f"samples, {title}", fields.num_samples * len(variants), unit="image")
     result, images = {}, {}
     for suffix, clip in variants.items():
-        apply = make_apply(network.graphdef)
-        sampler = make_sampler(fields, experiment.process, shape, apply, clip)
         samples = evaluation.collect(
-            sampler, network.params, fields.num_samples, batch_size=fields.batch_size,
-            extractor=real.extractor, seed=fields.seed, sharding=experiment.batch_sharding,
-            keep_images=KEPT_IMAGES,
+            _sampler(experiment, network.graphdef, clip), network.params, fields.num_samples,
+            batch_size=fields.batch_size, extractor=real.extractor, seed=fields.seed,
+            sharding=experiment.batch_sharding, keep_images=KEPT_IMAGES,
             progress=lambda done, before=bar.n: bar.update(before + done - bar.n),
         )  # fmt: skip
         # Few samples are for smoke runs, whose numbers mean nothing; the report says so.
@@ -82,6 +80,16 @@ def _sample_scores(experiment, title, network, real) -> tuple[dict[str, Any], di
         images[f"images{suffix}"] = samples.images
     bar.close()
     return result, images
+
+
+@functools.lru_cache(maxsize=8)
+def _sampler(experiment: Experiment, graphdef: nnx.GraphDef, clip: float | None):
+    """One function, and so one compiled program, for all students of an architecture."""
+    size = experiment.model_config.image_size
+    return make_sampler(
+        experiment.config.evaluation, experiment.process,
+        (size, size, experiment.model_config.in_channels), make_apply(graphdef), clip,
+    )  # fmt: skip
 
 
 def _output_error(experiment: Experiment, teacher: Network, student: Network) -> dict[str, float]:
