@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-CPU_SORTS = 8  # measured on two cores; more parts than cores even out their load
+CPU_SORTS = 16  # measured on two cores; more parts than cores even out their load
 
 
 class Groups(NamedTuple):

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+PAUSE = 0.05  # seconds; OpenMP threads of the call before spin for a while and would take a core
+
 
 class Timing(NamedTuple):
     """Seconds of one call: median, and the quartiles as spread."""
@@ -28,6 +30,7 @@ def time_side_by_side(calls: Mapping[str, Callable[[], object]], repeats: int) -
         call()
     for _ in range(repeats):
         for name, call in calls.items():
+            time.sleep(PAUSE)
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
