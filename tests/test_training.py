@@ -501,6 +501,15 @@ def test_a_checkpoint_of_eight_devices_goes_on_on_two_and_on_one(tmp_path):
     checkpoints.close()
 
 
+def test_a_relative_folder_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = create_state({"student": {"w": jnp.ones(3)}}, optax.sgd(0.1))
+    Checkpoints("run/checkpoints").save(3, state)
+    restored = Checkpoints("run/checkpoints").restore(state)
+    np.testing.assert_array_equal(restored.ema["w"], np.ones(3))
+    assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     with pytest.raises(ValueError, match=re.escape(f"no checkpoint in {tmp_path}")):

@@ -20,7 +20,10 @@ class Checkpoints:
           folder: where they are.
           keep: how many to keep, at least 1.
         """
-        self._folder = epath.Path(folder)
+        path = os.fspath(folder)
+        if "://" not in path:
+            path = os.path.abspath(path)  # orbax takes no relative paths
+        self._folder = epath.Path(path)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(os.fspath(self._folder), options=options)
 
