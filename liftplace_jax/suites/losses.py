@@ -83,7 +83,7 @@ def _measure(shape, dtype, name, group_size, repeats, peer) -> dict[str, Any]:
         calls["sort"] = lambda: jax.block_until_ready(order(student, teacher))
     if peer:
         calls["torch"] = _torch_call(arrays, dtype, name, group_size)
-    times = time_side_by_side(calls, repeats)
+    times = time_side_by_side(calls, repeats, rounds=3)
     ours = times["ours"]
     size = int(np.prod(shape)) * student.dtype.itemsize
     temporary = compiled.memory_analysis().temp_size_in_bytes / size
