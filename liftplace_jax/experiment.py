@@ -29,9 +29,10 @@ from liftplace_jax.checks import NORMALISATIONS, check_config, read_layer_map, u
 from liftplace_jax.compress import IMPORTANCES, prune_unet, pruned_config, taylor_gradients
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
 from liftplace_jax.files import write_json
-from liftplace_jax.losses import PUBLISHED
+from liftplace_jax.losses import PUBLISHED, output_kd_loss
 from liftplace_jax.networks import (
     Network,
+    from_tensors,
     is_saved,
     load_file,
     load_network,
@@ -260,8 +261,8 @@ class Experiment:
             IMPORTANCES[fields.importance](self.config.seed), gradients=gradients,
             min_channels_per_group=NORMALISATIONS[fields.normalisation],
         )  # fmt: skip
-        abstract = models.abstract(pruned.config)[1]
-        self._save(folder, pruned.config, weights.from_torch(abstract, pruned.tensors))
+        student = from_tensors(pruned.config, pruned.tensors, "the pruned teacher")
+        self._save(folder, student.config, student.params)
 
     def _taylor_gradients(self, teacher: Network):
         """Gradients of the diffusion loss on one batch, timestep after timestep."""
@@ -280,8 +281,7 @@ class Experiment:
             t = jnp.full(images.shape[:1], t)
             x_t = self.process.q_sample(images, t, noise)
             prediction, _ = apply(params, x_t, t, False, None)
-            error = prediction - self.process.target(images, noise, t)
-            return jnp.mean(jnp.sum(jnp.square(error), axis=(1, 2, 3)))
+            return output_kd_loss(prediction, self.process.target(images, noise, t))
 
         bar = progress("taylor", self.process.num_timesteps)
 
@@ -311,7 +311,7 @@ class Experiment:
         params = {"student": start.params}
         if method.feature:
             params["adapters"] = make_adapters(start, teacher, layer_map, run.seed)
-        if fields.weight.name == "learnable" and method.output in ("lift", "place"):
+        if fields.weight.name == "learnable" and method.output in OUTPUT_LOSSES:
             value = fields.weight.value
             params["weight_logit"] = jnp.float32(math.log(value / (1 - value)))
         objective = make_objective(

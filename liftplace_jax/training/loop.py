@@ -86,11 +86,14 @@ def train(
                     values = _checked(step, metrics)
                     bar.set_postfix_str(f"loss {values['loss']:.4g}", refresh=False)
                     log.write(step, values | dict(on_log(step) if on_log else {}))
-                if step % checkpoint_every == 0 or step == total_steps or signals.received:
+                stop = signals.received  # once: one that comes later waits for the next step
+                if step % checkpoint_every == 0 or step == total_steps or stop:
                     _checked(step, metrics)
                     checkpoints.save(step, state)
-                if signals.received:
-                    raise Interrupted(f"{title}: {signals.received} at step {step}")
+                if stop:
+                    raise Interrupted(f"{title}: {stop} at step {step}")
+            if signals.received:
+                raise Interrupted(f"{title}: {signals.received} after the last step")
     finally:
         bar.close()
         log.close()
