@@ -27,7 +27,7 @@ def output_kd_loss(student: jax.Array, teacher: jax.Array, *, reduction: str = "
     """
     _check_choice("reduction", reduction, REDUCTIONS)
     student, teacher = _checked(student, teacher)
-    return _reduce(jnp.square(teacher - student), reduction)
+    return _reduce(_squared_error(student, teacher), reduction)
 
 
 def feature_kd_loss(
@@ -123,6 +123,20 @@ def _adapt(features, adapters, name):
             f"the adapter of {name!r} takes {kernel.shape[0]} channels, got {features.shape[-1]}"
         )
     return features @ kernel
+
+
+@jax.custom_jvp
+def _squared_error(student, teacher):
+    return jnp.square(teacher - student)
+
+
+@_squared_error.defjvp
+def _squared_error_jvp(primals, tangents):
+    # The difference the other way round: XLA then makes one pass for the loss and one for the
+    # gradient, where a shared difference became an array of its own (4-8 times slower on CPU).
+    student, teacher = primals
+    change = tangents[0] - tangents[1]
+    return _squared_error(student, teacher), 2 * (student - teacher) * change
 
 
 def _reduce(squares, reduction):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-CPU_SORTS = 16  # measured on two cores; more parts than cores even out their load
+from liftplace_jax.losses.host_sort import error_order_on_host
 
 
 class Groups(NamedTuple):
@@ -54,10 +54,8 @@ def by_error(student: jax.Array, teacher: jax.Array, group_size: int) -> Groups:
     Per sample and channel. Ties are broken by position. If `group_size` does not divide the
     number of elements, the last group (largest errors) is smaller.
     """
-    student, teacher = rows_per_channel(student), rows_per_channel(teacher)
     order = error_order(student, teacher)
-    student, teacher = permute(student, order), permute(teacher, order)
-    return Groups(*_cut(student, teacher, group_size))
+    return Groups(*_cut(take(student, order), take(teacher, order), group_size))
 
 
 def by_space(student: jax.Array, teacher: jax.Array, patch: Sequence[int]) -> Groups:
@@ -72,16 +70,20 @@ def by_space(student: jax.Array, teacher: jax.Array, patch: Sequence[int]) -> Gr
 
 
 def error_order(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Stable ascending order of the error along the last axis, int32, without gradient.
+    """Stable ascending order of the error, per sample and channel, without gradient.
 
     Args:
-      student: (batch, rows, elements).
+      student: (batch, *space, channel).
       teacher: same shape.
+
+    Returns:
+      int32 (batch, channel, elements): positions in the flattened space.
     """
     # |t - s| orders as (t - s)^2 does, but neither overflows nor underflows.
     error = jnp.abs(jax.lax.stop_gradient(teacher) - jax.lax.stop_gradient(student))
+    error = rows_per_channel(error)
     if error.dtype.itemsize == 4:
-        return jax.lax.platform_dependent(error, cpu=_packed_order, default=_pair_order)
+        return jax.lax.platform_dependent(error, cpu=_cpu_order, default=_pair_order)
     return _pair_order(error)
 
 
@@ -97,16 +99,15 @@ def _pair_order(error):
     return jax.lax.sort(operands, dimension=-1, is_stable=True, num_keys=1)[1]
 
 
+def _cpu_order(error):
+    return error_order_on_host(error) if _one_device() else _packed_order(error)
+
+
 def _packed_order(error):
     """One sort of error << 32 | position: on CPU XLA sorts one array much faster than a pair.
 
-    Parts of the batch are sorted by themselves, so that XLA can run them side by side.
+    Unlike a call to the host, it is split over devices as its operand is.
     """
-    parts = math.gcd(error.shape[0], CPU_SORTS) if _one_device() else 1
-    return jnp.concatenate([_packed_sort(part) for part in jnp.split(error, parts)])
-
-
-def _packed_sort(error):
     with jax.enable_x64(True):
         position = jax.lax.broadcasted_iota(jnp.int64, error.shape, error.ndim - 1)
         keys = (_bits(error).astype(jnp.int64) << 32) | position
@@ -119,54 +120,69 @@ def error_groups(student: jax.Array, teacher: jax.Array, group_size: int) -> jax
 
     0 holds the smallest errors. For pictures such as the paper's group map.
     """
-    rows = rows_per_channel(student)
-    order = error_order(rows, rows_per_channel(teacher))
+    order = error_order(student, teacher)
     rank = jnp.argsort(order, axis=-1).astype(jnp.int32)
-    ids = (rank // group_size).reshape(rows.shape[:2] + student.shape[1:-1])
+    ids = (rank // group_size).reshape(order.shape[:2] + student.shape[1:-1])
     return jnp.moveaxis(ids, 1, -1)
 
 
 def _one_device() -> bool:
     """With several devices the batch may be sharded: then its axis must stay an axis of its own,
-    so that nothing crosses devices. With one, flat indices and parts of the batch are faster."""
+    so that nothing crosses devices. With one, flat indices and the host's sort are faster."""
     return jax.device_count() == 1
 
 
-def _flat(order):
-    """Positions along the last axis -> positions in the flat array, (elements,)."""
-    rows = math.prod(order.shape[:-1])
-    start = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0) * order.shape[-1]
-    return (order.reshape(rows, -1) + start).reshape(-1)
+def _indices(order, one_array: bool):
+    """Positions in the space -> positions in a flat sample, or in the flat array; (..., all)."""
+    batch, channels, elements = order.shape
+    index = order * channels + jax.lax.broadcasted_iota(jnp.int32, order.shape, 1)
+    if not one_array:
+        return index.reshape(batch, -1)
+    index = index + jax.lax.broadcasted_iota(jnp.int32, order.shape, 0) * (elements * channels)
+    return index.reshape(-1)
 
 
 @jax.custom_vjp
-def permute(x: jax.Array, order: jax.Array) -> jax.Array:
-    """`take_along_axis` on the last axis for a permutation; its gradient is a plain write-back."""
+def take(x: jax.Array, order: jax.Array) -> jax.Array:
+    """Every channel of every sample in its own order; the gradient is a plain write-back.
+
+    The indices reach into the array as it lies, so that no transposed copy is made of it.
+
+    Args:
+      x: (batch, *space, channel).
+      order: int32 (batch, channel, elements): permutations of the flattened space.
+
+    Returns:
+      (batch, channel, elements).
+    """
+    index = _indices(order, _one_device())
     if _one_device():
-        taken = x.reshape(-1).at[_flat(order)].get(mode="promise_in_bounds", unique_indices=True)
-        return taken.reshape(x.shape)
-    return jnp.take_along_axis(x, order, axis=-1, mode="promise_in_bounds")
+        taken = x.reshape(-1).at[index].get(mode="promise_in_bounds", unique_indices=True)
+    else:
+        x = x.reshape(x.shape[0], -1)
+        taken = jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")
+    return taken.reshape(order.shape)
 
 
-def _permute_forward(x, order):
-    return permute(x, order), order
+def _take_forward(x, order):
+    return take(x, order), (order, jnp.zeros((0, *x.shape)))
 
 
-def _permute_backward(order, cotangent):
-    def put_back(indices, values):
-        return jnp.zeros_like(values).at[indices].set(
+def _take_backward(saved, cotangent):
+    order, shape = saved[0], saved[1].shape[1:]
+
+    def put_back(index, values):
+        return jnp.zeros_like(values).at[index].set(
             values, unique_indices=True, mode="promise_in_bounds"
         )
 
-    if _one_device():
-        flat = put_back(_flat(order), cotangent.reshape(-1))
-        return flat.reshape(cotangent.shape), None
-    for _ in range(order.ndim - 1):
+    index = _indices(order, _one_device())
+    if not _one_device():
         put_back = jax.vmap(put_back)
-    return put_back(order, cotangent), None
+    return put_back(index, cotangent.reshape(index.shape)).reshape(shape), None
 
 
-permute.defvjp(_permute_forward, _permute_backward)
+take.defvjp(_take_forward, _take_backward)
 
 
 def _cut(student, teacher, group_size):

@@ -16,20 +16,24 @@ import jax.numpy as jnp
 import tqdm
 
 from liftplace_jax.losses import grouping as lib
+from liftplace_jax.losses.host_sort import error_order_on_host
 from liftplace_jax.suites.losses import SHAPES, draw
 from liftplace_jax.suites.timing import milliseconds, time_side_by_side
 
 GROUP_SIZE = 16
+HOST = "host sort, gather"
 
 
 def run(quick: bool, repeats: int) -> dict[str, Any]:
     """Measures each way on each shape; see `losses.run`."""
     rows = []
     for shape in tqdm.tqdm(((4, 16, 16, 3),) if quick else SHAPES, desc="grouping", unit="shape"):
-        student, teacher = (lib.rows_per_channel(jnp.asarray(x)) for x in draw(shape))
+        student, teacher = map(jnp.asarray, draw(shape))
         calls = {}
         for name, way in WAYS.items():
-            if name == "comparison and matrix product" and student.shape[-1] > 4096:
+            if name == HOST and jax.default_backend() != "cpu":
+                continue
+            if name == "comparison and matrix product" and student[0, ..., 0].size > 4096:
                 continue  # elements x groups would be gigabytes
             compiled = jax.jit(way)
             calls[name] = _call(compiled, student, teacher)
@@ -44,7 +48,7 @@ def run(quick: bool, repeats: int) -> dict[str, Any]:
         "title": f"Sums over PLACE's groups of {GROUP_SIZE}: ways to get them, forward pass",
         "columns": ["shape", "way", "ms", "over_packed"],
         "rows": rows,
-        "notes": ["over_packed: median time / that of the packed sort, the losses' way on CPU."],
+        "notes": ["over_packed: median time / that of the packed sort, XLA's best on CPU."],
     }
 
 
@@ -57,25 +61,41 @@ def _values(s, t):
     return jnp.stack([s, t, s * s, s * t, jnp.ones_like(s)])
 
 
-def _sorted_sums(order, s, t):
-    s, t = lib.permute(s, order), lib.permute(t, order)
+def _rows(s, t):
+    """Student, teacher and their distance, each (batch, channel, elements)."""
+    s, t = lib.rows_per_channel(s), lib.rows_per_channel(t)
+    return s, t, jnp.abs(t - s)
+
+
+def _sorted_sums(order_of, s, t):
+    order = order_of(lib.rows_per_channel(jnp.abs(t - s)))
+    return _sums_of_runs(lib.take(s, order), lib.take(t, order))
+
+
+def _sums_of_runs(s, t):
     return _values(s, t).reshape(5, *s.shape[:2], -1, GROUP_SIZE).sum(-1)
 
 
 def pair_sort(s, t):
     """A stable sort of (error, position) pairs: the losses' way on accelerators."""
-    return _sorted_sums(lib._pair_order(jnp.abs(t - s)), s, t)
+    return _sorted_sums(lib._pair_order, s, t)
+
+
+def host_sort(s, t):
+    """NumPy's sort of packed 64-bit keys: the losses' way on one CPU device."""
+    return _sorted_sums(error_order_on_host, s, t)
 
 
 def packed_sort(s, t):
-    """A sort of packed 64-bit keys: the losses' way on CPU."""
-    return _sorted_sums(lib._packed_order(jnp.abs(t - s)), s, t)
+    """XLA's sort of packed 64-bit keys: the losses' way on several CPU devices."""
+    return _sorted_sums(lib._packed_order, s, t)
 
 
 def multi_operand_sort(s, t):
     """Student and teacher carried along by the sort: no gather."""
-    _, s, t = jax.lax.sort((lib._bits(jnp.abs(t - s)), s, t), dimension=-1, num_keys=1)
-    return _values(s, t).reshape(5, *s.shape[:2], -1, GROUP_SIZE).sum(-1)
+    s, t, error = _rows(s, t)
+    _, s, t = jax.lax.sort((lib._bits(error), s, t), dimension=-1, num_keys=1)
+    return _sums_of_runs(s, t)
 
 
 def _thresholds(error):
@@ -84,7 +104,7 @@ def _thresholds(error):
 
 def binary_search(s, t):
     """Errors sorted alone; each element's group by binary search; sums by scatter."""
-    error = jnp.abs(t - s)
+    s, t, error = _rows(s, t)
     groups = s.shape[-1] // GROUP_SIZE
 
     def one_row(bits, limits, values):
@@ -98,13 +118,14 @@ def binary_search(s, t):
 
 def comparison(s, t):
     """Errors sorted alone; membership by comparison with all thresholds; sums by matrix product."""
-    error = jnp.abs(t - s)
+    s, t, error = _rows(s, t)
     below = lib._bits(error)[..., None] <= _thresholds(error)[..., None, :]
     cumulative = jnp.einsum("kbrn,brng->kbrg", _values(s, t), below.astype(jnp.float32))
     return jnp.diff(cumulative, axis=-1, prepend=0.0)
 
 
 WAYS = {
+    HOST: host_sort,
     "packed sort, gather": packed_sort,
     "pair sort, gather": pair_sort,
     "sort carrying both": multi_operand_sort,

@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 
 from liftplace_jax.losses import lift_loss, output_kd_loss, place_loss
-from liftplace_jax.losses.grouping import error_order, rows_per_channel
+from liftplace_jax.losses.grouping import error_order
 from liftplace_jax.suites import torch_losses
 from liftplace_jax.suites.timing import Timing, milliseconds, time_side_by_side
 
@@ -79,7 +79,7 @@ def _measure(shape, dtype, name, group_size, repeats, peer) -> dict[str, Any]:
     )
     calls = {"ours": lambda: jax.block_until_ready(compiled(student, teacher))}
     if name == "place":
-        order = jax.jit(lambda s, t: error_order(*(_as_rows(x) for x in (s, t))))
+        order = jax.jit(lambda s, t: error_order(s.astype(jnp.float32), t.astype(jnp.float32)))
         calls["sort"] = lambda: jax.block_until_ready(order(student, teacher))
     if peer:
         calls["torch"] = _torch_call(arrays, dtype, name, group_size)
@@ -96,10 +96,6 @@ def _measure(shape, dtype, name, group_size, repeats, peer) -> dict[str, Any]:
         "temporaries": f"{temporary:.1f}",
         "seconds": {key: timing._asdict() for key, timing in times.items()},
     }  # fmt: skip
-
-
-def _as_rows(x):
-    return rows_per_channel(x.astype(jnp.float32))
 
 
 def _torch_call(arrays, dtype, name, group_size) -> Callable[[], None]:
