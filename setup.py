@@ -43,6 +43,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "diffusers>=0.36,<0.44",
             "hypothesis>=6.100",
             "ipykernel>=6.29",
             "nbclient>=0.10",

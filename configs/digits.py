@@ -13,23 +13,12 @@ Arguments after a colon, for example `--config=configs/digits.py:method=output_k
     runlocal       the same in under a minute
 """
 
-from liftplace_jax.configuration import default_config, optimizer_config, parse_arg
+from liftplace_jax.configuration import experiment_config, optimizer_config
 
 
 def get_config(arg=None):
     """The config; see the module's text for `arg`."""
-    args = parse_arg(
-        arg, method="lift_place", ratio=0.9, seed=0, seeds=(-1,), normalisation="published",
-        runlocal=False,
-    )  # fmt: skip
-    config = default_config()
-    config.name = "digits"
-    config.method = args.method
-    config.seed = args.seed
-    config.seeds = args.seeds if args.seeds != (-1,) else (args.seed,)
-    config.compress.ratio = args.ratio
-    config.compress.normalisation = args.normalisation
-
+    config, args = experiment_config(arg, "digits", method="lift_place", ratio=0.9)
     config.teacher.steps = 2400
     config.teacher.ema_decay = 0.998
     config.teacher.optimizer = optimizer_config(learning_rate=2e-3, schedule="cosine")
@@ -44,7 +33,7 @@ def get_config(arg=None):
         config.teacher.log_every = config.distill.log_every = 20
         config.teacher.checkpoint_every = config.distill.checkpoint_every = 40
         config.evaluation.num_samples = 128
-        config.evaluation.batch_size = 128
+        config.evaluation.batch_size = 64
         config.evaluation.sample_steps = 10
         config.tensorboard = False
     return config

@@ -1,73 +1,126 @@
-"""Benchmarks, each against a peer in the same run; writes JSON and a markdown table.
+"""Measurements: each against a peer in the same run, or of how small a teacher can get.
 
-    python -m liftplace_jax.benchmark --suite=losses --out=benchmarks
+    python -m liftplace_jax.benchmark --suite=losses
+    python -m liftplace_jax.benchmark --suite=sizes
+    python -m liftplace_jax.benchmark --suite=compression --config=configs/digits.py
+
+Writes JSON, CSV and a markdown table, and a suite's pictures.
 """
 
 from __future__ import annotations
 
-import os
-import platform
+import glob
+import importlib
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 from absl import app, flags
+from ml_collections import config_flags
 
-SUITES = ("losses", "steps", "grouping")
+from liftplace_jax.command_line import (
+    EXIT_INTERRUPTED,
+    parse_flags,
+    quieten_libraries,
+    refuse,
+)
 
-_SUITE = flags.DEFINE_enum("suite", None, SUITES, "what to measure")
-_OUT = flags.DEFINE_string("out", "benchmarks", "folder for <suite>.json and <suite>.md")
+# Suite -> the flags that are for it, beside those that all have.
+SUITES = {
+    "losses": (),
+    "steps": (),
+    "grouping": (),
+    "sizes": (),
+    "compression": ("config", "ratios", "batch_size", "workdirs"),
+    "capacity_gap": ("config", "workdir"),
+}
+
+_SUITE = flags.DEFINE_enum("suite", None, list(SUITES), "what to measure")
+_OUT = flags.DEFINE_string("out", "benchmarks", "folder of the results")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each case", lower_bound=3)
 _QUICK = flags.DEFINE_bool("quick", False, "a small part, to see that the suite works")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "compression, capacity_gap: config file, FILE.py[:key=value,...]"
+)
+_RATIOS = flags.DEFINE_list("ratios", [], "compression: shares of channels removed, in [0, 1)")
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "compression: of training and sampling (default: the config's)",
+    lower_bound=1,
+)  # fmt: skip
+_WORKDIRS = flags.DEFINE_list(
+    "workdirs", [], "compression: finished work directories, patterns such as runs/sweep/*"
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "capacity_gap: where its runs are kept")
+_DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a refused input")
 
 
 def main(argv: list[str]) -> None:
     """Entry point under absl."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    import importlib
-
-    from liftplace_jax.files import replacing, write_json
+    quieten_libraries()
+    try:
+        options = read_options()
+    except ValueError as error:
+        refuse(str(error))
+    # Late, so that --help and a misspelt flag answer at once.
+    from liftplace_jax.suites.writing import machine, write
+    from liftplace_jax.training.loop import Interrupted
 
     suite = importlib.import_module(f"liftplace_jax.suites.{_SUITE.value}")
-    result = suite.run(_QUICK.value, _REPEATS.value)
+    try:
+        result = {"name": _SUITE.value} | suite.run(options)
+    except (KeyboardInterrupt, Interrupted):
+        print("\nInterrupted: no results are written.", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except (ValueError, RuntimeError, OSError) as error:
+        if _DEBUG.value:
+            raise
+        refuse(str(error))
     result |= {"command": f"python -m liftplace_jax.benchmark {shlex.join(sys.argv[1:])}"}
     result |= {"machine": machine()}
-    out = Path(_OUT.value)
-    text = markdown(result)
-    write_json(out / f"{_SUITE.value}.json", result)
-    with replacing(out / f"{_SUITE.value}.md") as temporary:
-        temporary.write_text(text)
-    print(text)
+    print(write(options.out, result))
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    import jax
+def read_options():
+    """The flags, as the suite takes them.
 
-    device = jax.devices()[0]
-    found = {
-        "device": device.device_kind, "backend": device.platform, "cores": os.cpu_count(),
-        "processor": platform.machine(), "python": platform.python_version(),
-        "jax": jax.__version__,
-    }  # fmt: skip
-    if "torch" in sys.modules:
-        found["torch"] = sys.modules["torch"].__version__
+    Raises:
+      ValueError: a flag that is not for this suite, is lacking, or has a bad value.
+    """
+    from liftplace_jax.suites.options import Options
+
+    suite, known = _SUITE.value, SUITES[_SUITE.value]
+    for name in {name for names in SUITES.values() for name in names} - set(known):
+        if flags.FLAGS[name].present:
+            raise ValueError(f"--{name} is not for --suite={suite}")
+    for name in {"config", "workdir"} & set(known):
+        if flags.FLAGS[name].value is None:
+            raise ValueError(f"--suite={suite} needs --{name}")
+    return Options(
+        quick=_QUICK.value, repeats=_REPEATS.value, out=Path(_OUT.value).expanduser(),
+        workdir=Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None,
+        config=_CONFIG.value, ratios=tuple(map(_ratio, _RATIOS.value)),
+        batch_size=_BATCH_SIZE.value,
+        workdirs=tuple(path for pattern in _WORKDIRS.value for path in _directories(pattern)),
+    )  # fmt: skip
+
+
+def _ratio(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--ratios must be numbers such as 0,0.5,0.9, got {text!r}") from None
+
+
+def _directories(pattern: str) -> list[Path]:
+    paths = sorted(Path(p) for p in glob.glob(str(Path(pattern).expanduser())))
+    found = [path for path in paths if path.is_dir()]
+    if not found:
+        raise ValueError(f"--workdirs: no directory matches {pattern!r}")
     return found
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The result as a table with its command and machine."""
-    columns = result["columns"]
-    lines = [f"# {result['title']}", "", f"`{result['command']}`", ""]
-    lines += [", ".join(f"{k} {v}" for k, v in result["machine"].items()), ""]
-    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(str(row[c]) for c in columns) + " |" for row in result["rows"]]
-    notes = [note for note in result["notes"] if note]
-    return "\n".join([*lines, "", *notes, ""])
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("suite")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -37,7 +37,8 @@ def check_config(config: ConfigDict) -> None:
     Raises:
       ValueError: names the first field that cannot be, and what it may be.
     """
-    check_choice("method", config.method, [*METHODS, "all"])
+    for method in config.method.split("+") if config.method != "all" else ():
+        check_choice("method", method, [*METHODS, "all"])
     if not config.seeds or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
         raise ValueError(f"config.seeds must be different numbers >= 0, got {config.seeds}")
     if config.seed < 0:
@@ -59,6 +60,12 @@ def check_config(config: ConfigDict) -> None:
         raise ValueError("config.distill.weight.value of a learnable weight must be in (0, 1)")
     read_layer_map(config.distill.layer_map)
     _check_evaluation(config)
+    if config.data.name == "folder" and not config.data.path:
+        raise ValueError("config.data.path must be the folder of images of config.data.name=folder")
+    if config.data.path and config.data.name != "folder":
+        raise ValueError(
+            f"config.data.path is for config.data.name=folder only, which is {config.data.name!r}"
+        )
 
 
 def _check_training(config, room):
@@ -80,7 +87,8 @@ def _check_training(config, room):
 def _check_evaluation(config):
     names = ("num_samples", "batch_size", "sample_steps", "neighbours")
     check_positive(config, *(f"evaluation.{name}" for name in names))
-    check_choice("evaluation.features", config.evaluation.features, evaluation.FEATURES)
+    if config.evaluation.features:
+        check_choice("evaluation.features", config.evaluation.features, evaluation.FEATURES)
     check_choice("evaluation.sampler", config.evaluation.sampler, SAMPLERS)
     if config.evaluation.clip is not None:
         check_positive(config, "evaluation.clip")

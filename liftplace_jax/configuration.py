@@ -6,11 +6,14 @@ hands over the arg, and `--config.field=value` changes single fields.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
+
+from liftplace_jax.models.published import PUBLISHED_UNETS
 
 SEPARATOR = ","
 
@@ -44,14 +47,18 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "experiment"
     config.seed = 0  # of the teacher, and of pruning by random importance
-    config.method = "lift_place"  # a name of training.objective.METHODS, or "all"
+    # A name of training.objective.METHODS, several of them joined by "+", or "all".
+    config.method = "lift_place"
     config.seeds = (0,)  # one student for each method and seed
 
     config.data = ConfigDict(
         dict(name="digits", train_split="train", test_split="test", image_size=None, flip=False)
     )
     config.data.data_dir = config_dict.placeholder(str)  # default: TFDS's own
+    config.data.path = config_dict.placeholder(str)  # of the images, with data.name=folder
     config.data.image_size = config_dict.placeholder(int)
+    # (left, upper, right, lower) in pixels, cut out first; default: the data set's published crop.
+    config.data.crop = config_dict.placeholder(tuple)
 
     config.model = ConfigDict(
         dict(model="unet", image_size=8, in_channels=1, out_channels=1, ch=32, ch_mult=(1, 2),
@@ -65,9 +72,12 @@ def default_config() -> ConfigDict:
 
     config.teacher = training_config()
     config.teacher.optimizer = optimizer_config()
-    # Instead of training one: a folder with model.safetensors and config.json, or a file of
-    # weights (.safetensors, .pt, .pth, .ckpt, .bin, .npz) for config.model.
+    # Instead of training one: a folder of ours (model.safetensors and config.json) or of diffusers'
+    # UNet2DModel, or a file of published weights (.safetensors, .pt, .pth, .ckpt, .bin, .npz).
+    # Whichever it is, it must be what config.model says; only dropout is always config.model's.
     config.teacher.checkpoint = config_dict.placeholder(str)
+    # Where in a file of several state dicts: a key ("ema") or the number of an item ("-1").
+    config.teacher.entry = config_dict.placeholder(str)
 
     config.compress = ConfigDict(
         dict(
@@ -78,6 +88,8 @@ def default_config() -> ConfigDict:
             taylor_batch_size=64,
         )
     )
+    # Instead of the pruned teacher: a folder with model.safetensors and config.json.
+    config.compress.checkpoint = config_dict.placeholder(str)
 
     config.distill = training_config()
     config.distill.optimizer = optimizer_config()
@@ -93,6 +105,7 @@ def default_config() -> ConfigDict:
     config.distill.loss.eps = config_dict.placeholder(float)
     config.distill.weight = ConfigDict(dict(name="adaptive", value=0.3, direction="increase"))
 
+    # features: a name of evaluation.FEATURES, or None: samples are drawn, not scored.
     config.evaluation = ConfigDict(
         dict(features="digits", num_samples=1024, batch_size=256, sampler="ddim", sample_steps=50,
              skip_type="uniform", eta=0.0, seed=12345, neighbours=5, clip=None)
@@ -102,6 +115,92 @@ def default_config() -> ConfigDict:
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))
     config.sharding_rules = ()  # (regular expression, partition) pairs; default: replicated
     config.tensorboard = True
+    return config
+
+
+def experiment_config(
+    arg: str | None, name: str, *, method: str, ratio: float
+) -> tuple[ConfigDict, ConfigDict]:
+    """The default config with the arguments of every experiment.
+
+    Args:
+      arg: what follows the colon: method, ratio, seed, seeds, normalisation, runlocal.
+      name: of the experiment.
+      method: the default one.
+      ratio: the default share of channels removed.
+
+    Returns:
+      (config, the arguments as read).
+
+    Raises:
+      ValueError: a bad argument; see `parse_arg`.
+    """
+    args = parse_arg(
+        arg, method=method, ratio=ratio, seed=0, seeds=(-1,), normalisation="published",
+        runlocal=False,
+    )  # fmt: skip
+    config = default_config()
+    config.name = name
+    config.method = args.method
+    config.seed = args.seed
+    config.seeds = args.seeds if args.seeds != (-1,) else (args.seed,)
+    config.compress.ratio = args.ratio
+    config.compress.normalisation = args.normalisation
+    return config, args
+
+
+def pixel_unet_config(
+    arg: str | None, name: str, unet: str, *, ratio: float, steps: Mapping[float, int]
+) -> tuple[ConfigDict, ConfigDict]:
+    """What the published pixel-space experiments share.
+
+    Args:
+      arg: as of `experiment_config`.
+      name: of the experiment.
+      unet: of `PUBLISHED_UNETS`.
+      ratio: the default share of channels removed.
+      steps: student's training steps by ratio; a ratio between two takes those of the larger, one
+        beyond the last those of the last.
+
+    Returns:
+      (config, the arguments as read).
+    """
+    config, args = experiment_config(arg, name, method="lift_place_feature_kd", ratio=ratio)
+    model = PUBLISHED_UNETS[unet]
+    for field in dataclasses.fields(model):
+        if field.name != "widths":
+            config.model[field.name] = getattr(model, field.name)
+    config.data.image_size = model.image_size
+    config.data.flip = True
+    config.compress.importance = "taylor"
+    config.distill.steps = steps[min((r for r in steps if r >= args.ratio), default=max(steps))]
+    for run in (config.teacher, config.distill):
+        run.log_every = 100
+        run.checkpoint_every = 5000
+    config.evaluation.features = config_dict.placeholder(str)
+    config.evaluation.num_samples = 50_000
+    config.evaluation.sample_steps = 100
+    return config, args
+
+
+def runlocal(config: ConfigDict) -> ConfigDict:
+    """The same experiment on 16x16 images, with a small network and few steps: under a minute."""
+    config.model.update(
+        image_size=16, ch=16, ch_mult=config.model.ch_mult[:2], num_res_blocks=1,
+        attn_resolutions=(8,), num_groups=4,
+    )  # fmt: skip
+    config.data.image_size = 16
+    config.process.num_timesteps = 20
+    config.compress.taylor_batch_size = 8
+    for run in (config.teacher, config.distill):
+        run.steps = 30
+        run.batch_size = 16
+        run.ema_decay = 0.9
+        run.optimizer.learning_rate = 2e-3
+        run.log_every = 10
+        run.checkpoint_every = 20
+    config.evaluation.update(num_samples=64, batch_size=32, sample_steps=10)
+    config.tensorboard = False
     return config
 
 

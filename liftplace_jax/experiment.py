@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,14 @@ from liftplace_jax import configuration, data, evaluation, models, weights
 from liftplace_jax.checks import NORMALISATIONS, check_config, read_layer_map, under
 from liftplace_jax.compress import IMPORTANCES, prune_unet, pruned_config, taylor_gradients
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
+from liftplace_jax.distillation import loss_options, student_objective
 from liftplace_jax.files import write_json
-from liftplace_jax.losses import PUBLISHED, output_kd_loss
+from liftplace_jax.losses import output_kd_loss
 from liftplace_jax.networks import (
     Network,
     from_tensors,
     is_saved,
-    load_file,
+    load_checkpoint,
     load_network,
     make_adapters,
     make_apply,
@@ -47,13 +47,10 @@ from liftplace_jax.training.objective import (
     BASIC_METHODS,
     METHODS,
     OUTPUT_LOSSES,
-    Method,
-    Weighting,
     make_objective,
 )
-from liftplace_jax.training.optimizer import make_optimizer
-from liftplace_jax.training.state import TrainState, create_state
-from liftplace_jax.training.step import make_train_step
+from liftplace_jax.training.prepare import prepare
+from liftplace_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +110,10 @@ class Experiment:
         shape = (model.image_size, model.image_size, model.in_channels)
         image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
         with under("evaluation: "):
-            expected = evaluation.feature_extractor(config.evaluation.features).image_shape
-            if shape != expected:
+            if self.extractor and shape != self.extractor.image_shape:
                 raise ValueError(
-                    f"features {config.evaluation.features!r} take images {expected}, those of "
-                    f"config.model are {shape}"
+                    f"features {config.evaluation.features!r} take images "
+                    f"{self.extractor.image_shape}, those of config.model are {shape}"
                 )
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
             sampler = make_sampler(
@@ -131,7 +127,9 @@ class Experiment:
                 loss = functools.partial(OUTPUT_LOSSES[method.output], **options)
                 with under("distill.loss."):
                     jax.eval_shape(loss, image, image)
-        if not config.teacher.checkpoint:
+        if config.compress.checkpoint:
+            self._given_student()
+        elif not config.teacher.checkpoint:
             with under("compress."):
                 student = pruned_config(
                     model, config.compress.ratio, NORMALISATIONS[config.compress.normalisation]
@@ -175,11 +173,18 @@ class Experiment:
     def runs(self) -> list[Run]:
         """All students of the config."""
         config = self.config
-        methods = BASIC_METHODS if config.method == "all" else (config.method,)
+        methods = BASIC_METHODS if config.method == "all" else config.method.split("+")
+        methods = dict.fromkeys(methods)
         pairs = [(method, seed) for method in methods for seed in config.seeds]
         if len(pairs) == 1:
             return [Run(*pairs[0], self.workdir / "student")]
         return [Run(m, s, self.workdir / "student" / m / f"seed{s}") for m, s in pairs]
+
+    @functools.cached_property
+    def extractor(self) -> evaluation.Extractor | None:
+        """What samples are compared by; None if config.evaluation.features names nothing."""
+        name = self.config.evaluation.features
+        return evaluation.feature_extractor(name) if name else None
 
     @functools.cached_property
     def sources(self) -> dict[str, data.Source]:
@@ -188,7 +193,8 @@ class Experiment:
         sources = {
             use: data.load_source(
                 fields.name, fields[f"{use}_split"], data_dir=fields.data_dir,
-                image_size=fields.image_size,
+                image_size=fields.image_size, path=fields.path, crop=fields.crop,
+                channels=self.model_config.in_channels,
             )
             for use in ("train", "test")
         }  # fmt: skip
@@ -215,14 +221,10 @@ class Experiment:
         fields = self.config.teacher
         if fields.checkpoint:
             path = Path(fields.checkpoint).expanduser()
-            network = load_network(path) if path.is_dir() else load_file(path, self.model_config)
-            for field in ("image_size", "in_channels", "out_channels"):
-                found, wanted = getattr(network.config, field), getattr(self.model_config, field)
-                if found != wanted:
-                    raise ValueError(
-                        f"the teacher of {path} has {field} {found}, config.model.{field} is "
-                        f"{wanted}: change one of them"
-                    )
+            try:
+                network = load_checkpoint(path, self.model_config, fields.entry)
+            except weights.EntryError as error:
+                raise ValueError(f"{error} (config.teacher.entry)") from error
             self._save(self.teacher_folder, network.config, network.params)
             return
         graphdef, params = models.create(
@@ -248,9 +250,13 @@ class Experiment:
     # Compress -----------------------------------------------------------------------------------
 
     def compress(self) -> None:
-        """Prunes the teacher into the network that every student starts from."""
+        """Makes what every student starts from: the pruned teacher, or a given network."""
         folder, fields = self.workdir / "pruned", self.config.compress
         if is_saved(folder):
+            return
+        if fields.checkpoint:
+            student = self._given_student()
+            self._save(folder, student.config, student.params)
             return
         teacher = self.teacher()
         gradients = None
@@ -263,6 +269,18 @@ class Experiment:
         )  # fmt: skip
         student = from_tensors(pruned.config, pruned.tensors, "the pruned teacher")
         self._save(folder, student.config, student.params)
+
+    def _given_student(self) -> Network:
+        path = self.config.compress.checkpoint
+        student = load_network(Path(path).expanduser())
+        for field in ("image_size", "in_channels", "out_channels"):
+            found, wanted = getattr(student.config, field), getattr(self.model_config, field)
+            if found != wanted:
+                raise ValueError(
+                    f"config.compress.checkpoint {path} has {field} {found}, config.model.{field} "
+                    f"is {wanted}: change one of them"
+                )
+        return student
 
     def _taylor_gradients(self, teacher: Network):
         """Gradients of the diffusion loss on one batch, timestep after timestep."""
@@ -304,24 +322,13 @@ class Experiment:
                 self._distill_one(run)
 
     def _distill_one(self, run: Run) -> None:
-        fields, method = self.config.distill, METHODS[run.method]
+        fields = self.config.distill
         teacher = self.teacher(fields.dtype)
         start = load_network(self.workdir / "pruned", fields.dtype, "run --mode=compress first")
-        layer_map = read_layer_map(fields.layer_map)
-        params = {"student": start.params}
-        if method.feature:
-            params["adapters"] = make_adapters(start, teacher, layer_map, run.seed)
-        if fields.weight.name == "learnable" and method.output in OUTPUT_LOSSES:
-            value = fields.weight.value
-            params["weight_logit"] = jnp.float32(math.log(value / (1 - value)))
-        objective = make_objective(
-            method, make_apply(start.graphdef), self.process, run.seed,
-            teacher_apply=make_apply(teacher.graphdef), scale=fields.scale,
-            feature_scale=fields.feature_scale, layer_map=layer_map,
-            weighting=Weighting(**fields.weight.to_dict(), total_steps=fields.steps),
-            loss_options=loss_options(fields.loss, method),
-        )  # fmt: skip
-        teacher_params = teacher.params if method.needs_teacher else None
+        objective, params = student_objective(
+            self.config, self.process, run.method, run.seed, start, teacher
+        )
+        teacher_params = teacher.params if METHODS[run.method].needs_teacher else None
         title = f"{run.method} seed {run.seed}"
         state = self._train(
             fields, objective, params, teacher_params, run.seed, run.folder, title
@@ -332,18 +339,9 @@ class Experiment:
 
     def _train(self, fields, objective, params, teacher_params, seed, folder, title) -> TrainState:
         source = self.sources["train"]
-        optimizer, schedule = make_optimizer(fields.optimizer, fields.steps)
-        rules = self.config.sharding_rules
-        abstract = jax.eval_shape(functools.partial(create_state, optimizer=optimizer), params)
-        shardings = sharding.tree_shardings(abstract, rules, self.mesh)
-        state = jax.device_put(create_state(params, optimizer), shardings)
-        teacher_params = jax.device_put(
-            teacher_params, sharding.tree_shardings(teacher_params, rules, self.mesh)
+        run = prepare(
+            fields, objective, params, teacher_params, self.mesh, self.config.sharding_rules
         )
-        step = make_train_step(
-            objective, optimizer, ema_decay=fields.ema_decay, accumulation=fields.accumulation,
-            shardings=shardings,
-        )  # fmt: skip
 
         def make_batches(first: int) -> Iterator[Any]:
             batches = data.train_batches(
@@ -353,23 +351,12 @@ class Experiment:
             return sharding.global_batches(batches, self.mesh)
 
         return train(
-            step, state, teacher_params, make_batches, total_steps=fields.steps, folder=folder,
-            title=title, shardings=shardings, log_every=fields.log_every,
+            run.step, run.state, run.teacher_params, make_batches, total_steps=fields.steps,
+            folder=folder, title=title, shardings=run.shardings, log_every=fields.log_every,
             checkpoint_every=fields.checkpoint_every, tensorboard=self.config.tensorboard,
-            on_log=lambda step: {"learning_rate": float(schedule(step - 1))},
+            on_log=lambda step: {"learning_rate": float(run.schedule(step - 1))},
         )  # fmt: skip
 
     def _save(self, folder: Path, config: Any, params: Any) -> None:
         if jax.process_index() == 0:
             weights.save_model(folder, models.config_to_dict(config), params)
-
-
-def loss_options(fields: ConfigDict, method: Method) -> dict[str, Any]:
-    """Keyword arguments of a method's output loss: the variant's, with the config's changes."""
-    options = dict(PUBLISHED[fields.variant]) | {"terms": fields.terms}
-    options |= {k: fields[k] for k in ("norm", "eps") if fields[k] is not None}
-    if method.output == "lift":
-        options["per"] = fields.per
-    elif method.output == "place":
-        options |= {"group_size": fields.group_size, "grouping": fields.grouping}
-    return options

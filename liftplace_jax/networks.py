@@ -13,6 +13,8 @@ import numpy as np
 from flax import nnx
 
 from liftplace_jax import models, weights
+from liftplace_jax.configuration import differences
+from liftplace_jax.diffusers_folder import find_folder, read_diffusers
 from liftplace_jax.losses import init_adapters
 
 
@@ -58,16 +60,71 @@ def load_network(folder: Path, dtype: str = "float32", hint: str = "check the pa
     if not is_saved(folder):
         raise ValueError(f"no model.safetensors and config.json in {folder}: {hint}")
     fields, tensors = weights.load_model_tensors(folder)
-    return from_tensors(models.config_from_dict(fields), tensors, folder, dtype)
+    try:
+        config = models.config_from_dict(fields)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    return from_tensors(config, tensors, folder, dtype)
 
 
-def load_file(path: Path, config: Any, dtype: str = "float32") -> Network:
-    """A model of a known config from a file of published weights; see `weights.read_tensors`.
+def load_checkpoint(
+    path: Path,
+    config: Any | None = None,
+    entry: str | int | None = None,
+    dtype: str = "float32",
+) -> Network:
+    """A model from wherever it was trained.
+
+    Args:
+      path: a folder of ours (model.safetensors and config.json); a folder of diffusers'
+        `UNet2DModel`, or of a pipeline with one; or a file of published weights, as of
+        `weights.read_tensors`.
+      config: what the model must be. A folder's own config must agree with it, but for dropout,
+        which is no property of weights: that of `config` counts. Needed for a file, which does
+        not say what it is; without it a folder's own config counts.
+      entry: where in a file the weights are, as of `weights.read_tensors`.
+      dtype: of the computation.
 
     Raises:
-      ValueError: the file cannot be read or does not fit; names the path and every misfit.
+      ValueError: the path cannot be read, or does not fit; names the path and every misfit.
     """
-    return from_tensors(config, weights.read_tensors(path), path, dtype)
+    if path.is_dir():
+        if entry is not None:
+            raise ValueError(f"{path} is a folder, only a file has an entry {entry!r}")
+        if find_folder(path):
+            network = from_tensors(*read_diffusers(path), path, dtype)
+        else:
+            network = load_network(path, dtype)
+        return network if config is None else _as_config(network, config, path, dtype)
+    if config is None:
+        raise ValueError(f"{path}: a file of weights does not say its model, so give its config")
+    tensors = weights.read_tensors(path, entry)
+    if "conv_norm_out.weight" in tensors:
+        raise ValueError(f"{path} is the weights of diffusers alone: give its folder")
+    return from_tensors(config, tensors, path, dtype)
+
+
+def _as_config(network: Network, config: Any, path: Path, dtype: str) -> Network:
+    """The network with the dropout of `config`, from which it must not differ otherwise."""
+    found, wanted = _architecture(network.config), _architecture(config)
+    widths = found.pop("widths"), wanted.pop("widths")
+    # Widths follow from the other fields: they tell something only where those agree.
+    lines = differences(found, wanted) or differences(*({"widths": w} for w in widths))
+    if lines:
+        raise ValueError(
+            f"{path} is not what config.model says (checkpoint -> config.model):\n  "
+            + "\n  ".join(lines)
+            + "\nSet config.model to what the checkpoint is (also widths, in a config file, where "
+            "they are not those of ch and ch_mult), or choose another checkpoint."
+        )
+    return Network(config, models.abstract(config, jnp.dtype(dtype))[0], network.params)
+
+
+def _architecture(config: Any) -> dict[str, Any]:
+    fields = models.config_to_dict(config)
+    del fields["dropout"]
+    sizes = {fields["image_size"] >> level for level in range(len(fields["ch_mult"]))}
+    return fields | {"attn_resolutions": sorted(sizes.intersection(fields["attn_resolutions"]))}
 
 
 def from_tensors(
@@ -88,7 +145,7 @@ def from_tensors(
     try:
         params = weights.from_torch(abstract, tensors)
     except weights.WeightMismatchError as error:
-        raise weights.WeightMismatchError(f"{origin}: {error}") from error
+        raise weights.WeightMismatchError(error.misfits, origin) from error
     return Network(config, graphdef, jax.tree.map(jnp.asarray, params))
 
 

@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 FILES = ("report.json", "report.md", "samples.png", "curves.png", "groups.png")
 MEASURES = (
     "frechet", "precision", "recall", "frechet_clipped", "precision_clipped", "recall_clipped",
-    "output_error", "train_seconds",
+    "output_error", "images_per_second", "train_seconds",
 )  # fmt: skip
 CURVES = ("loss", "diffusion", "output_kd", "coarse", "fine", "weight", "slope", "intercept")
 
@@ -101,36 +101,35 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def markdown(experiment: Experiment, summary: list[dict[str, Any]]) -> str:
     """The report as text."""
     config, evaluation = experiment.config, experiment.config.evaluation
-    label = json.loads((experiment.teacher_folder / "evaluation.json").read_text())["label"]
-    lines = [
-        f"# {config.name}",
-        "",
-        "| method | params | MACs | compression | Frechet | precision | recall | Frechet, clipped "
-        "| output error | steps | time |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in summary:
-        cells = [
-            row["method"] + (f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else ""),
-            f"{row['parameters']:,}", _si(row["macs"]), f"{row['compression']:.1f}x",
-            _spread(row, "frechet", ".1f"), _spread(row, "precision", ".3f"),
-            _spread(row, "recall", ".3f"), _spread(row, "frechet_clipped", ".1f"),
-            _spread(row, "output_error", ".4f"),
-            "-" if row["steps"] is None else str(row["steps"]),
-            _spread(row, "train_seconds", ".0f", " s"),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
+    lines = [f"# {config.name}", "", *_table(summary), ""]
+    if experiment.extractor:
+        lines.append(
+            f"Frechet: {experiment.extractor.label}, {evaluation.num_samples} samples against all "
+            f"of {config.data.name} {config.data.train_split}; lower is better. "
+            f"Precision, recall: k = {evaluation.neighbours}."
+        )
+    else:
+        lines.append(
+            "No feature extractor was named (config.evaluation.features): "
+            f"{evaluation.num_samples} samples were drawn from each model and compared with "
+            "nothing, so there is no Frechet distance, precision or recall."
+        )
+    if evaluation.clip:
+        lines.append(
+            "Clipped: predicted data limited to the image range at each sampling step, which "
+            "forgives errors in mean and variance."
+        )
     lines += [
-        "",
-        f"Frechet: {label}, {evaluation.num_samples} samples against all of "
-        f"{config.data.name} {config.data.train_split}; lower is better. "
-        f"Precision, recall: k = {evaluation.neighbours}. "
         f"Sampler: {evaluation.sampler}, {evaluation.sample_steps} {evaluation.skip_type} steps, "
-        f"eta {evaluation.eta}, EMA weights, seed {evaluation.seed}. "
-        "Clipped: predicted data limited to the image range at each sampling step, which forgives "
-        "errors in mean and variance. "
-        "Output error: mean squared difference to the teacher's prediction on held-out data.",
+        f"eta {evaluation.eta}, EMA weights, seed {evaluation.seed}.",
+        "Output error: mean squared difference to the teacher's prediction on "
+        f"{config.data.name} {config.data.test_split}.",
     ]
+    if any(row["images_per_second"] is not None for row in summary):
+        lines.append(
+            f"Images/s: drawn at batch {evaluation.batch_size}"
+            f"{', features included' if experiment.extractor else ''}, without the first batch."
+        )
     if any(row["frechet_spread"] is not None for row in summary):
         lines.append("After +-: standard deviation over seeds.")
     if evaluation.num_samples < 500:
@@ -142,6 +141,31 @@ def markdown(experiment: Experiment, summary: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _table(summary: list[dict[str, Any]]) -> list[str]:
+    """Lines of the table; a measure that no row has is no column."""
+    columns = {
+        "method": lambda row: row["method"]
+        + (f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else ""),
+        "params": lambda row: f"{row['parameters']:,}",
+        "MACs": lambda row: _si(row["macs"]),
+        "compression": lambda row: f"{row['compression']:.1f}x",
+        "Frechet": lambda row: _spread(row, "frechet", ".1f"),
+        "precision": lambda row: _spread(row, "precision", ".3f"),
+        "recall": lambda row: _spread(row, "recall", ".3f"),
+        "Frechet, clipped": lambda row: _spread(row, "frechet_clipped", ".1f"),
+        "output error": lambda row: _spread(row, "output_error", ".4f"),
+        "images/s": lambda row: _spread(row, "images_per_second", ".3g"),
+        "steps": lambda row: "-" if row["steps"] is None else str(row["steps"]),
+        "time": lambda row: _spread(row, "train_seconds", ".0f", " s"),
+    }
+    cells = {name: [cell(row) for row in summary] for name, cell in columns.items()}
+    cells = {name: column for name, column in cells.items() if set(column) != {"-"}}
+    header, *rows = (
+        "| " + " | ".join(row) + " |" for row in (cells, *zip(*cells.values(), strict=True))
+    )
+    return [header, "|" + "---|" * len(cells), *rows]
+
+
 def samples_figure(experiment: Experiment, rows: list[dict[str, Any]]) -> plt.Figure:
     """Teacher and the first student of each method, drawn from the same noise.
 
@@ -149,18 +173,21 @@ def samples_figure(experiment: Experiment, rows: list[dict[str, Any]]) -> plt.Fi
     """
     shown = {row["method"]: row for row in reversed(rows)}
     names = list(dict.fromkeys(row["method"] for row in rows))
-    variants = {"": ""} | ({"_clipped": ", clipped"} if "frechet_clipped" in rows[0] else {})
+    variants = {"": ""} | ({"_clipped": ", clipped"} if experiment.config.evaluation.clip else {})
+    # Few of the large images, so that each can be seen.
+    side, width = (8, 3) if experiment.model_config.image_size <= 32 else (4, 4)
     figure, axes = plt.subplots(
-        len(variants), len(names), figsize=(3 * len(names), 3.4 * len(variants)), squeeze=False,
-        layout="constrained",
+        len(variants), len(names), squeeze=False, layout="constrained",
+        figsize=(width * len(names), (width + 0.4) * len(variants)),
     )  # fmt: skip
     for line, (suffix, note) in zip(axes, variants.items(), strict=True):
         for axis, name in zip(line, names, strict=True):
             path = experiment.workdir / shown[name]["folder"] / "samples.npz"
             with np.load(path, allow_pickle=False) as file:
-                show(axis, grid(file[f"images{suffix}"]))
-            frechet = shown[name][f"frechet{suffix}"]
-            axis.set_title(f"{name}{note}\nFrechet {frechet:.1f}", fontsize=10)
+                show(axis, grid(file[f"images{suffix}"][: side**2], side))
+            frechet = shown[name].get(f"frechet{suffix}")
+            score = "" if frechet is None else f"\nFrechet {frechet:.1f}"
+            axis.set_title(f"{name}{note}{score}", fontsize=10)
             axis.set_axis_off()
     return figure
 
@@ -179,7 +206,7 @@ def curves_figure(experiment: Experiment) -> plt.Figure:
                           label=run.method if first else None)  # fmt: skip
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(which="both", labelsize=8)
         axis.grid(alpha=0.3)
         if name in ("slope", "intercept"):
             axis.axhline(1 if name == "slope" else 0, color="black", lw=0.8, ls=":")
@@ -193,8 +220,10 @@ def groups_figure(experiment: Experiment) -> plt.Figure:
     """Error map and group map of the paper's PLACE figure, on held-out images."""
     run = experiment.runs[-1]
     teacher, student = experiment.teacher(), load_network(run.folder)
-    images = experiment.sources["test"].get(np.arange(4))["image"].astype(np.float32) / 127.5 - 1
-    t = jnp.full((4,), experiment.process.num_timesteps // 4)
+    source = experiment.sources["test"]
+    count = min(4, len(source))
+    images = source.get(np.arange(count))["image"].astype(np.float32) / 127.5 - 1
+    t = jnp.full((count,), experiment.process.num_timesteps // 4)
     noise = jax.random.normal(jax.random.key(experiment.config.evaluation.seed), images.shape)
     x_t = experiment.process.q_sample(jnp.asarray(images), t, noise)
     outputs = [
@@ -204,25 +233,32 @@ def groups_figure(experiment: Experiment) -> plt.Figure:
     error = jnp.square(outputs[0] - outputs[1])
     size = min(experiment.config.distill.loss.group_size, int(np.prod(images.shape[1:3])))
     groups = error_groups(outputs[1], outputs[0], size)
+    # Errors are sorted within each channel, so one of them is shown.
+    channel = " (red)" if images.shape[-1] == 3 else ""
     columns = {
-        "image": images, f"noisy, t = {int(t[0])}": x_t, "teacher": outputs[0],
-        f"student ({run.method})": outputs[1], "squared error": error,
-        f"groups of {size}": groups,
+        "image": images, f"noisy, t = {int(t[0])}": x_t, f"teacher{channel}": outputs[0],
+        f"student{channel}\n{run.method}": outputs[1], f"squared error{channel}": error,
+        f"groups of {size}{channel}": groups,
     }  # fmt: skip
-    figure, axes = plt.subplots(4, 6, figsize=(11, 7.6), layout="constrained")
+    figure, axes = plt.subplots(
+        count, 6, figsize=(11, 0.4 + 1.8 * count), squeeze=False, layout="constrained"
+    )
     limit = float(np.abs(outputs[0]).max())
     for column, (title, values) in enumerate(columns.items()):
         axes[0, column].set_title(title, fontsize=10)
-        for row in range(4):
+        for row in range(count):
             picture, axis = np.asarray(values[row]), axes[row, column]
             axis.set_axis_off()
             if column < 2:
                 show(axis, np.clip((picture + 1) * 127.5, 0, 255).astype(np.uint8))
             elif column < 4:
-                axis.imshow(picture.mean(-1), cmap="RdBu", vmin=-limit, vmax=limit)
+                axis.imshow(picture[..., 0], cmap="RdBu", vmin=-limit, vmax=limit)
+            elif column == 4:
+                # A few large errors of a large image would leave the rest black.
+                brightest = np.quantile(picture[..., 0], 0.995)
+                axis.imshow(picture[..., 0], cmap="magma", vmin=0, vmax=brightest)
             else:
-                # One channel: errors are sorted within each channel.
-                axis.imshow(picture[..., 0], cmap="magma" if column == 4 else "viridis")
+                axis.imshow(picture[..., 0], cmap="viridis")
     return figure
 
 

@@ -1,5 +1,7 @@
 """The evaluation stage: samples of teacher and students against real data, and against the teacher.
 
+Without config.evaluation.features samples are drawn and timed, and compared with nothing.
+
 Samples are drawn as published and, if config.evaluation.clip is set, a second time with the
 predicted data clipped to the image range at each step: a safeguard that forgives a student's errors
 in mean and variance.
@@ -39,9 +41,8 @@ def evaluate(experiment: Experiment) -> None:
     if not missing:
         return
     fields = experiment.config.evaluation
-    extractor = evaluation.feature_extractor(fields.features)
-    real = evaluation.reference(
-        experiment.sources["train"], extractor, batch_size=fields.batch_size,
+    real = experiment.extractor and evaluation.reference(
+        experiment.sources["train"], experiment.extractor, batch_size=fields.batch_size,
         sharding=experiment.batch_sharding,
     )  # fmt: skip
     teacher = experiment.teacher()
@@ -66,20 +67,34 @@ def _sample_scores(experiment, title, network, real) -> tuple[dict[str, Any], di
     bar = progress(f"samples, {title}", fields.num_samples * len(variants), unit="image")
     result, images = {}, {}
     for suffix, clip in variants.items():
+        ends, before = [], bar.n
+
+        def update(done, ends=ends, before=before):
+            ends.append(time.monotonic())
+            bar.update(before + done - bar.n)
+
         samples = evaluation.collect(
             _sampler(experiment, network.graphdef, clip), network.params, fields.num_samples,
-            batch_size=fields.batch_size, extractor=real.extractor, seed=fields.seed,
-            sharding=experiment.batch_sharding, keep_images=KEPT_IMAGES,
-            progress=lambda done, before=bar.n: bar.update(before + done - bar.n),
+            batch_size=fields.batch_size, extractor=experiment.extractor, seed=fields.seed,
+            sharding=experiment.batch_sharding, keep_images=KEPT_IMAGES, progress=update,
         )  # fmt: skip
-        # Few samples are for smoke runs, whose numbers mean nothing; the report says so.
-        few = fields.num_samples <= real.extractor.dim
-        scores = evaluation.score(real, samples, k=fields.neighbours, allow_few=few)
-        names = ("frechet", "precision", "recall", "density", "coverage")
-        result |= {name + suffix: scores[name] for name in names} if suffix else scores
+        if not suffix:
+            result["images_per_second"] = _rate(fields, ends)
+        if real:
+            # Few samples are for smoke runs, whose numbers mean nothing; the report says so.
+            few = fields.num_samples <= real.extractor.dim
+            scores = evaluation.score(real, samples, k=fields.neighbours, allow_few=few)
+            names = ("frechet", "precision", "recall", "density", "coverage")
+            result |= {name + suffix: scores[name] for name in names} if suffix else scores
         images[f"images{suffix}"] = samples.images
     bar.close()
     return result, images
+
+
+def _rate(fields, ends: list[float]) -> float | None:
+    """Images drawn a second, from the ends of the batches; the first one compiles."""
+    batches = len(ends) - 1
+    return batches * fields.batch_size / (ends[-1] - ends[0]) if batches else None
 
 
 @functools.lru_cache(maxsize=8)

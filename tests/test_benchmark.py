@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from liftplace_jax.suites import grouping, losses, torch_losses
+from liftplace_jax.suites.options import Options
 from liftplace_jax.suites.timing import time_side_by_side
 
 
@@ -50,6 +51,6 @@ def test_command_writes_json_and_table(tmp_path):
 
 def test_works_without_torch(monkeypatch):
     monkeypatch.setattr(losses.importlib.util, "find_spec", lambda name: None)
-    result = losses.run(quick=True, repeats=3)
+    result = losses.run(Options(quick=True, repeats=3))
     assert all(row["ratio"] == "-" for row in result["rows"])
     assert "PyTorch is not installed: no ratios." in result["notes"]

@@ -4,14 +4,17 @@ import itertools
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from liftplace_jax.data import Source, eval_batches, load_source, train_batches
 from liftplace_jax.data.digits import Digits, split_indices
+from liftplace_jax.data.folder import SUFFIXES
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +97,12 @@ def test_losing_the_race_to_prepare_uses_the_winners_data(tmp_path, monkeypatch)
         ("celeb_a", {}, (128, 128, 3), None),
         ("celeb_a", {"image_size": 64}, (64, 64, 3), None),
         ("lsun/bedroom", {"image_size": 32}, (32, 32, 3), None),
+        ("lsun/church_outdoor", {"image_size": 32}, (32, 32, 3), None),
         ("mnist", {"image_size": 14}, (14, 14, 1), 10),
     ],
 )
-def test_named_data_sets(name, options, shape, classes):
+def test_named_data_sets(name, options, shape, classes, monkeypatch):
+    monkeypatch.setattr("liftplace_jax.data.named._need_tensorflow_io", lambda: None)
     with tfds.testing.mock_data(num_examples=5):
         source = load_source(name, "train", **options)
         assert (len(source), source.image_shape, source.num_classes) == (5, shape, classes)
@@ -324,7 +329,145 @@ def test_data_that_cannot_be_prepared_says_how_to(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("celeb_a", "img_align_celeba.zip.*into {path}/downloads/manual and run it again"),
+        ("cifar10", "tfds.builder.'cifar10', data_dir='{path}'.*"),
+        ("lsun/bedroom", "export the images of LSUN's lmdb files"),
+        ("lsun/church_outdoor", "export the images of LSUN's lmdb files"),
+    ],
+)
+def test_each_published_data_set_says_what_to_do_offline(name, hint, tmp_path, monkeypatch):
+    def offline(self, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", offline)
+    with pytest.raises(RuntimeError, match=hint.format(path=tmp_path)) as caught:
+        load_source(name, "train", data_dir=tmp_path)
+    assert "--config.data.name=folder --config.data.path=<folder>" in str(caught.value)
+    assert "\n\n" not in str(caught.value) and "{" not in str(caught.value)
+
+
+def test_lsun_asks_for_its_reader_before_it_downloads(tmp_path, monkeypatch):
+    def download(self, **kwargs):
+        raise AssertionError("45 GB for nothing")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", download)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="TFDS reads LSUN's files with the package tensorflow-"):
+        load_source("lsun/bedroom", "train", data_dir=tmp_path)
+
+
 def test_data_prepared_without_random_access(tmp_path):
     Digits(data_dir=tmp_path).download_and_prepare(file_format="tfrecord")
     with pytest.raises(RuntimeError, match="prepared in a format without random access"):
         load_source("digits", "train", data_dir=tmp_path)
+
+
+# Folders of images ----------------------------------------------------------------------------
+
+
+def picture(path, value, size=(4, 4), mode="RGB"):
+    """Saves a picture of one grey value; `size` is (width, height)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    color = value if mode in ("L", "I;16") else (value,) * 3
+    Image.new(mode, size, color).save(path)
+
+
+def greys(source):
+    return source.get(np.arange(len(source)))["image"][:, 0, 0, 0].tolist()
+
+
+def test_a_folder_is_read_recursively_in_the_order_of_paths(tmp_path):
+    names = ["b.png", "a/z.JPG", "a/b/c.jpeg", "c.bmp", "a/d.webp"]
+    for value, name in enumerate(names):
+        picture(tmp_path / name, 40 * value)
+    for name in ("notes.txt", ".hidden.png", ".cache/e.png", "f.gif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("no image")
+    assert {Path(name).suffix.lower() for name in names} == set(SUFFIXES)
+    source = load_source("folder", "train", path=tmp_path)
+    assert source.image_shape == (4, 4, 3) and source.num_classes is None
+    # a/b/c, a/d, a/z, b, c
+    assert greys(source) == pytest.approx([80, 160, 40, 0, 120], abs=2)
+    assert not source.get([0, 1])["label"].any()
+    assert greys(load_source("folder", "test", path=str(tmp_path))) == greys(source)
+    (batch,) = take(train_batches(source, batch_size=4, seed=0), 1)
+    assert batch["image"].shape == (4, 4, 4, 3) and batch["image"].dtype == np.float32
+
+
+def test_a_subfolder_named_like_the_split_is_the_split(tmp_path):
+    picture(tmp_path / "train" / "x.png", 10)
+    picture(tmp_path / "test" / "y.png", 20)
+    assert greys(load_source("folder", "train", path=tmp_path)) == [10]
+    assert greys(load_source("folder", "test", path=tmp_path)) == [20]
+    with pytest.raises(ValueError, match=r"no subfolder 'validation', only \['train', 'test'\]"):
+        load_source("folder", "validation", path=tmp_path)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "RGBA", "1"])
+def test_images_of_a_folder_get_the_channels_of_the_model(tmp_path, channels, mode):
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[:, 2:] = 255
+    Image.fromarray(pixels).convert(mode).save(tmp_path / "x.png")
+    source = load_source("folder", "train", path=tmp_path, channels=channels)
+    assert source.image_shape == (4, 4, channels)
+    assert np.array_equal(source.get([0])["image"][0], pixels[..., :channels])
+
+
+def test_images_of_a_folder_are_cropped_and_resized_as_those_of_tfds(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (218, 178, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "1.png")
+    with tfds.testing.mock_data(as_data_source_fn=lambda *args, **kwargs: [{"image": image}]):
+        theirs = load_source("celeb_a", "train", image_size=64).get([0])["image"]
+    crop = (25, 57, 153, 185)
+    ours = load_source("folder", "train", path=tmp_path, crop=crop, image_size=64)
+    assert np.array_equal(ours.get([0])["image"], theirs)
+    picture(tmp_path / "2.png", 7, size=(200, 180))
+    ours = load_source("folder", "train", path=tmp_path, crop=crop, image_size=64)
+    with pytest.raises(ValueError, match=r"example 1 \(.*2.png\): the crop .* is not within \(180"):
+        ours.get([0, 1])
+
+
+def test_unreadable_images_are_named_when_they_are_read(tmp_path):
+    for name in "abc":
+        picture(tmp_path / f"{name}.png", 5, size=(64, 64))
+    whole = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(whole[:60])
+    source = load_source("folder", "train", path=tmp_path)
+    with pytest.raises(ValueError, match=f"cannot read image {tmp_path}/b.png: "):
+        source.get([0, 1])
+    with pytest.raises(ValueError, match=f"cannot read image {tmp_path}/b.png: "):
+        take(train_batches(source, batch_size=3, seed=0), 1)
+    picture(tmp_path / "b.png", 3, size=(64, 32))
+    with pytest.raises(ValueError, match=r"example 1 \(.*b.png\): image has shape \(32, 64, 3\)"):
+        source.get([1])
+    picture(tmp_path / "b.png", 3000, mode="I;16")
+    with pytest.raises(ValueError, match="b.png: pixels of mode I;16, want 8 bits a channel"):
+        source.get([1])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"path": "missing"}, "config.data.path: there is no folder .*missing"),
+        ({"path": "empty"}, r"no images \(.png, .jpg, .*\) in .*empty"),
+        ({"path": "broken"}, "cannot read image .*broken/x.png: "),
+        ({"path": "wide"}, "images of 4x8, not square: set image_size"),
+        ({"path": "good", "split": "train[:90%]"}, "slices are not supported; name a subfolder"),
+        ({"path": "good", "channels": 2}, "a folder of images has 1 or 3 channels, not 2"),
+        ({"path": "good", "crop": (3, 0, 2, 4)}, "crop must be .left, upper, right, lower. in pix"),
+        ({"path": "good", "crop": (1, 2)}, "crop must be .* got"),
+    ],
+)
+def test_bad_folders(tmp_path, options, message):
+    (tmp_path / "empty").mkdir()
+    picture(tmp_path / "good" / "x.png", 1)
+    picture(tmp_path / "wide" / "x.png", 1, size=(8, 4))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.png").write_text("no image")
+    options = {"split": "train"} | options | {"path": tmp_path / options["path"]}
+    with pytest.raises(ValueError, match=message):
+        load_source("folder", **options)

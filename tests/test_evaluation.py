@@ -316,6 +316,27 @@ def test_collected_moments_are_those_of_the_saved_images():
     assert result["precision"] == result["recall"] == result["coverage"] == 1
 
 
+def test_samples_without_features_are_the_same_and_cannot_be_scored(batch_sharding):
+    options = dict(batch_size=24, seed=3, keep_images=30)
+    done = []
+    bare = collect(blobs, PARAMS, 40, extractor=None, progress=done.append, **options)
+    assert done == [24, 40] and bare.features.shape == (40, 0) and bare.extractor is None
+    digits = collect(blobs, PARAMS, 40, extractor=feature_extractor("digits"), **options)
+    eight = collect(blobs, PARAMS, 40, extractor=None, sharding=batch_sharding, **options)
+    assert np.array_equal(bare.images, digits.images)
+    assert np.array_equal(bare.images, eight.images)
+    with pytest.raises(ValueError, match="without features cannot be compared: name an extractor"):
+        score(bare, digits)
+    with pytest.raises(ValueError, match="without features cannot be compared"):
+        score(digits, bare)
+
+    def broken(params, keys):
+        return blobs(params, keys).at[5].set(jnp.nan)
+
+    with pytest.raises(ValueError, match="image 5 or its features have non-finite values"):
+        collect(broken, PARAMS, 40, extractor=None, **options)
+
+
 def test_one_compilation_serves_changing_parameters():
     traces = []
 

@@ -12,12 +12,12 @@ import pytest
 import tiny_config
 from ml_collections import ConfigDict
 
-from liftplace_jax import configuration, models
+from liftplace_jax import configuration, data, models, weights
 from liftplace_jax.configuration import differences, parse_arg
 from liftplace_jax.experiment import Experiment, Run
 from liftplace_jax.losses import PUBLISHED
 from liftplace_jax.networks import Network, make_adapters
-from liftplace_jax.report import grid, markdown, summarise
+from liftplace_jax.report import grid, groups_figure, markdown, samples_figure, summarise
 from liftplace_jax.sampling import make_sampler
 from liftplace_jax.training.objective import BASIC_METHODS, METHODS
 
@@ -143,6 +143,8 @@ def test_folders_of_one_and_of_many_students(tmp_path):
     ("distill.layer_map", '["a"]', "config.distill.layer_map must be like"),
     ("distill.layer_map", '{"a": 1}', "config.distill.layer_map must be like"),
     ("evaluation.features", "inception9", "config.evaluation.features must be one of"),
+    ("data.name", "folder", "config.data.path must be the folder of images of config.data.name="),
+    ("data.path", "pictures", "config.data.path is for config.data.name=folder only.* 'digits'"),
     ("evaluation.sampler", "euler", r"config.evaluation.sampler must be one of \['ancestral'"),
     ("evaluation.sample_steps", 7, "config.evaluation: steps 7 must divide num_timesteps 20"),
     ("evaluation.sample_steps", 21, r"config.evaluation: steps must be in 1\.\.20"),
@@ -186,6 +188,9 @@ def test_fields_that_do_not_go_together_are_named(tmp_path, changes, message):
     dict(method="feature_kd", distill__layer_map='{"mid.block_1": "mid.block_2"}'),
     dict(evaluation__sampler="ancestral", evaluation__skip_type="quad", evaluation__sample_steps=7),
     dict(compress__normalisation="adapted", compress__ratio=0.6, mesh__fsdp=2),
+    dict(evaluation__features=None, model__image_size=16, model__in_channels=3,
+         model__out_channels=3),
+    dict(data__name="folder", data__path="pictures", data__crop=(0, 0, 8, 8)),
 ])  # fmt: skip
 def test_good_choices_are_taken(tmp_path, changes):
     Experiment(tiny(**changes), tmp_path / "run")
@@ -273,16 +278,34 @@ def test_summaries_are_means_and_spreads_over_seeds():
 
 def test_the_table_has_a_line_for_each_method(tmp_path):
     experiment = Experiment(tiny("method=all,seeds=0+1+2"), tmp_path / "run")
-    experiment.teacher_folder.mkdir()
-    (experiment.teacher_folder / "evaluation.json").write_text('{"label": "some distance"}')
     text = markdown(experiment, summarise(rows()))
     table = [re.split(r"\s*\|\s*", line)[1:-1] for line in text.splitlines() if line[:2] == "| "]
     assert [line[0] for line in table] == ["method", "teacher", "no_kd (3 seeds)", "lift (3 seeds)"]
-    cells = ["teacher", "100", "2.50M", "1.0x", "5.0", "0.500", "0.250", "-", "-", "8", "-"]
-    assert table[1] == cells
+    # Nothing was sampled with clipping or timed: no columns for them.
+    assert table[0] == ["method", "params", "MACs", "compression", "Frechet", "precision", "recall",
+                        "output error", "steps", "time"]  # fmt: skip
+    assert table[1] == ["teacher", "100", "2.50M", "1.0x", "5.0", "0.500", "0.250", "-", "8", "-"]
     values = [row["precision"] for row in rows() if row["method"] == "lift"]
     assert table[3][5] == f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}"
-    assert "some distance" in text and "standard deviation over seeds" in text
+    assert "digit-feature Frechet distance, 24 samples against all of digits train" in text
+    assert "standard deviation over seeds" in text
+
+
+def test_a_report_without_features_says_so(tmp_path):
+    config = tiny(evaluation__features=None, evaluation__clip=None)
+    experiment = Experiment(config, tmp_path / "run")
+    measured = [
+        {k: v for k, v in row.items() if k not in ("frechet", "precision", "recall")}
+        | {"images_per_second": 20.0 + row["seed"]}
+        for row in rows()
+    ]
+    text = markdown(experiment, summarise(measured))
+    header, teacher, *_ = (line for line in text.splitlines() if line.startswith("| "))
+    columns = "method params MACs compression output_error images/s steps time".split()
+    assert header.strip("| ").replace("output error", "output_error").split(" | ") == columns
+    assert teacher == "| teacher | 100 | 2.50M | 1.0x | - | 20 | 8 | - |"
+    assert "No feature extractor was named (config.evaluation.features): 24 samples" in text
+    assert "recall: k" not in text and "Clipped" not in text
 
 
 def test_grids_hold_every_image():
@@ -291,3 +314,29 @@ def test_grids_hold_every_image():
     assert picture.shape == (9, 12, 1) and picture.dtype == np.uint8
     assert [picture[3, 3 * i, 0] for i in range(4)] == [5, 6, 7, 8]
     assert picture[6, 6, 0] == 128  # empty
+
+
+@pytest.mark.parametrize("size, channels", [(8, 1), (64, 3)])
+def test_pictures_of_every_size_and_fewer_images_than_rows(tmp_path, size, channels):
+    config = tiny(evaluation__features=None, evaluation__clip=None)
+    config.model.update(image_size=size, in_channels=channels, out_channels=channels)
+    experiment = Experiment(config, tmp_path / "run")
+    records = [{"image": np.full((size, size, channels), 40 * i, np.uint8)} for i in range(3)]
+    source = data.Source("three", records, image_shape=(size, size, channels))
+    experiment.sources = {"train": source, "test": source}
+    for folder in (experiment.teacher_folder, experiment.runs[0].folder):
+        params = models.create(experiment.model_config, 0)[1]
+        weights.save_model(folder, models.config_to_dict(experiment.model_config), params)
+        np.savez(folder / "samples.npz", images=np.zeros((64, size, size, channels), np.uint8))
+    figure = groups_figure(experiment)
+    assert len(figure.axes) == 3 * 6
+    maps = [np.asarray(axis.images[0].get_array()) for axis in figure.axes]
+    assert all(picture.shape[:2] == (size, size) for picture in maps)
+    assert len(np.unique(maps[5])) == -(-size * size // 16)
+    titles = [axis.get_title() for axis in figure.axes[:6]]
+    assert ("squared error (red)" in titles) == (channels == 3)
+    rows = [{"method": name, "folder": name} for name in ("teacher", "student")]
+    figure = samples_figure(experiment, rows)
+    shown = np.asarray(figure.axes[0].images[0].get_array()).shape[0] // (size + 1)
+    assert shown == (8 if size <= 32 else 4)
+    assert [axis.get_title() for axis in figure.axes] == ["teacher", "student"]

@@ -1,5 +1,6 @@
-"""Data sets by TFDS name, and batches whose order is a function of (seed, step) alone."""
+"""Data sets by name, and batches whose order is a function of (seed, step) alone."""
 
-from liftplace_jax.data.pipeline import Source, eval_batches, load_source, train_batches
+from liftplace_jax.data.named import load_source
+from liftplace_jax.data.pipeline import Source, eval_batches, train_batches
 
 __all__ = ["Source", "eval_batches", "load_source", "train_batches"]

@@ -1,4 +1,4 @@
-"""From a TFDS name to batches, without state: the order of examples is f(seed, step).
+"""From images to batches, without state: the order of examples is f(seed, step).
 
 Example j of global step k has position k * batch_size + j; position // N is its epoch, and each
 epoch has its own permutation. Nothing needs to be stored or replayed to resume at any step, and
@@ -6,19 +6,13 @@ any number of processes sees the same global batch, cut into contiguous slices.
 """
 
 import functools
-import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
 from PIL import Image
 
-# Published crop of CelebA, centre (89, 121) +- 64: left, upper, right, lower
-# (Diff_Pruning datasets/__init__.py, after DDIM).
-_CROPS = {"celeb_a": (25, 57, 153, 185)}
-_FORMAT = "array_record"  # TFDS's format with random access
 _CACHE_BYTES = 256 * 2**20
 
 
@@ -45,6 +39,8 @@ class Source:
         image_size=None,
     ):
         """Wraps a random-access sequence of {"image": (H, W, C) array, "label": int, ...}.
+
+        A record's optional "file" is named in error messages.
 
         Args:
           name: name used in error messages.
@@ -119,8 +115,11 @@ class Source:
         record = self._records[index]
         image = np.asarray(record["image"])
         where = f"data set {self.name}, example {index}"
+        where += f" ({record['file']})" if "file" in record else ""
         if image.dtype != self._dtype:
             raise ValueError(f"{where}: image is {image.dtype}, want {self._dtype}")
+        if self._crop and (image.shape[1] < self._crop[2] or image.shape[0] < self._crop[3]):
+            raise ValueError(f"{where}: the crop {self._crop} is not within {image.shape}")
         if self._crop or self._image_size:
             image = _crop_and_resize(image, self._crop, self._image_size)
         if image.shape != self.image_shape:
@@ -143,94 +142,6 @@ def _crop_and_resize(image, crop, size):
         left, top = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
         picture = picture.crop((left, top, left + size, top + size))
     return np.asarray(picture).reshape(picture.height, picture.width, image.shape[-1])
-
-
-def load_source(name, split, *, data_dir=None, image_size=None):
-    """Opens a split of a TFDS data set, prepared on first use.
-
-    Args:
-      name: "digits" (embedded, needs no network) or any TFDS image data set, such as "cifar10",
-        "celeb_a" (published crop to 128x128 first) or "lsun/bedroom".
-      split: TFDS split, such as "train", "test" or "train[:90%]".
-      data_dir: directory of prepared data; default $TFDS_DATA_DIR or ~/tensorflow_datasets.
-      image_size: optional side to resize and centre-crop to.
-
-    Returns:
-      A `Source`.
-
-    Raises:
-      ValueError: unknown name or split, no image feature, images of mixed or oblong size.
-      RuntimeError: the data cannot be prepared; the message says how to do it by hand.
-    """
-    import tensorflow_datasets as tfds
-
-    data_dir = str(
-        Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-    )
-    builder = _prepared_builder(name, data_dir)
-    features = builder.info.features
-    if not isinstance(features, dict | tfds.features.FeaturesDict) or "image" not in features:
-        raise ValueError(f"data set {name} has no feature 'image', only {sorted(features)}")
-    label = features["label"] if "label" in features else None
-    try:
-        records = builder.as_data_source(split)
-    except NotImplementedError as error:
-        raise RuntimeError(
-            f"data set {name} in {data_dir} was prepared in a format without random access; "
-            f"prepare it in another directory: {_command(name, '<directory>')}"
-        ) from error
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"data set {name} has no split {split!r}, only {sorted(builder.info.splits)}"
-        ) from error
-    return Source(
-        f"{name} ({split})",
-        records,
-        image_shape=features["image"].shape,
-        dtype=features["image"].np_dtype,
-        num_classes=label.num_classes if isinstance(label, tfds.features.ClassLabel) else None,
-        crop=_CROPS.get(name),
-        image_size=image_size,
-    )
-
-
-def _prepared_builder(name, data_dir):
-    import tensorflow_datasets as tfds
-
-    def make():
-        if name == "digits":
-            from liftplace_jax.data.digits import Digits
-
-            return Digits(data_dir=data_dir)
-        return tfds.builder(name, data_dir=data_dir)
-
-    try:
-        builder = make()
-    except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(
-            f"TFDS knows no data set {name!r}; tensorflow_datasets.list_builders() lists them, "
-            "and 'digits' is embedded"
-        ) from error
-    try:
-        builder.download_and_prepare(file_format=_FORMAT)
-    except Exception as error:
-        # TFDS writes beside the target and renames, so a process that loses the race against
-        # another finds the data in place.
-        if not builder.data_path.exists():
-            raise RuntimeError(
-                f"cannot prepare data set {name} in {data_dir}: {type(error).__name__}: {error}; "
-                f"with the missing package installed, or on a machine with network access, run: "
-                f"{_command(name, data_dir)}"
-            ) from error
-    return make()  # reads the splits, also when another process has prepared them
-
-
-def _command(name, data_dir):
-    return (
-        'python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder('{name}', data_dir='{data_dir}')"
-        f".download_and_prepare(file_format='{_FORMAT}')\""
-    )
 
 
 @functools.lru_cache(maxsize=8)

@@ -27,7 +27,7 @@ class Samples:
       moments: `Moments` of the features.
       features: (N, D) float32 NumPy array.
       images: the first images, (M, H, W, C) uint8 NumPy array.
-      extractor: the `Extractor` that made the features.
+      extractor: the `Extractor` that made the features; None: there are none, D = 0.
     """
 
     moments: Moments
@@ -52,9 +52,14 @@ def _on_host(array, sharding):
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+def _no_features(params, images):
+    """What an extractor's `apply` is where there is none: (B, 0)."""
+    return jnp.zeros((len(images), 0))
+
+
 @functools.lru_cache(maxsize=8)
 def _add_batch(apply, sharding):
-    """Jitted (params, moments, images, mask) -> (moments, features, mask), uint8 images.
+    """Jitted (params, moments, images, mask) -> (moments, features, finite, mask), uint8 images.
 
     Images go through uint8, as a saved image would. All but the images are replicated, so that
     every process can read them.
@@ -64,8 +69,8 @@ def _add_batch(apply, sharding):
         finite = jnp.isfinite(images).all(axis=(1, 2, 3))
         pixels = to_uint8(images)
         features = apply(params, pixels.astype(jnp.float32) / 127.5 - 1)
-        features = jnp.where(finite[:, None], features, jnp.nan)  # uint8 would hide a NaN
-        return (moments_update(moments, features, mask), features, mask), pixels
+        finite &= jnp.isfinite(features).all(axis=1)
+        return (moments_update(moments, features, mask), features, finite, mask), pixels
 
     return jax.jit(add, out_shardings=sharding and (_replicated(sharding), sharding))
 
@@ -97,29 +102,32 @@ def _check_batch(batch_size, sharding):
 
 def _gather(batches, extractor, sharding, keep_images, progress):
     """Features, moments and the first images of an iterable of (images, mask)."""
-    add = _add_batch(extractor.apply, sharding)
-    params = jax.device_put(extractor.params, _replicated(sharding))
-    moments = jax.device_put(moments_zero(extractor.dim), _replicated(sharding))
+    add = _add_batch(extractor.apply if extractor else _no_features, sharding)
+    params = jax.device_put(extractor.params if extractor else (), _replicated(sharding))
+    moments = jax.device_put(
+        moments_zero(extractor.dim if extractor else 0), _replicated(sharding)
+    )
     features, kept, done = [], [], 0
     for images, mask in batches:
-        if images.shape[1:] != extractor.image_shape:
+        if extractor and images.shape[1:] != extractor.image_shape:
             raise ValueError(
                 f"images are {images.shape[1:]}, but the extractor {extractor.name!r} takes "
                 f"{extractor.image_shape}"
             )
-        (moments, rows, mask), pixels = add(params, moments, images, mask)
-        rows, mask = np.asarray(rows), np.asarray(mask)
-        rows = rows[mask]
-        if not np.isfinite(rows).all():
-            first = done + int(np.argmin(np.isfinite(rows).all(1)))
-            raise ValueError(f"image {first} or its features have non-finite values")
+        (moments, rows, finite, mask), pixels = add(params, moments, images, mask)
+        rows, finite, mask = np.asarray(rows), np.asarray(finite), np.asarray(mask)
+        rows, finite = rows[mask], finite[mask]
+        if not finite.all():
+            raise ValueError(
+                f"image {done + int(np.argmin(finite))} or its features have non-finite values"
+            )
         features.append(rows)
         if done < keep_images:
             kept.append(_on_host(pixels, sharding)[mask][: keep_images - done])
         done += len(rows)
         if progress:
             progress(done)
-    empty = np.zeros((0, *extractor.image_shape), np.uint8)
+    empty = np.zeros((0, *images.shape[1:]), np.uint8)
     return Samples(
         jax.device_get(moments), np.concatenate(features), np.concatenate([empty, *kept]), extractor
     )
@@ -149,7 +157,7 @@ def collect(
       params: pytree handed to `sample_fn`.
       num_samples: number of samples N.
       batch_size: global number drawn at a time.
-      extractor: an `Extractor`.
+      extractor: an `Extractor`, or None to draw the samples alone.
       seed: int.
       sharding: optional `NamedSharding` of the batch axis, such as P("data").
       keep_images: number of images to return.
@@ -225,8 +233,10 @@ def score(real, generated, *, k=5, allow_few=False):
       "k", "num_samples", "num_reference"}.
 
     Raises:
-      ValueError: features of different extractors, or too few samples.
+      ValueError: no features, features of different extractors, or too few samples.
     """
+    if real.extractor is None or generated.extractor is None:
+        raise ValueError("samples without features cannot be compared: name an extractor")
     if real.extractor is not generated.extractor:
         raise ValueError(
             f"features come from different extractors: {real.extractor.name!r} and "

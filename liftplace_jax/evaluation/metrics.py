@@ -1,4 +1,5 @@
-"""Precision, recall, density and coverage of generated features (k nearest neighbours)."""
+"""Scores of features beside the Frechet distance: precision and recall, kernel distance, Inception
+Score."""
 
 import functools
 
@@ -46,8 +47,9 @@ def precision_recall(real, fake, k=5):
 
     A ball around each feature reaches to its k-th nearest neighbour in its own set. Precision:
     share of fake features inside a ball of the real ones; recall: the other way round
-    (Kynkaanniemi et al. 2019). Density: mean number of real balls around a fake feature, over k;
-    coverage: share of real balls with a fake feature inside (Naeem et al. 2020, package `prdc`).
+    (Kynkaanniemi et al. 2019; the ADM evaluator takes k = 3). Density: mean number of real balls
+    around a fake feature, over k; coverage: share of real balls with a fake feature inside (Naeem
+    et al. 2020, package `prdc`).
 
     Args:
       real: (N, D) features of real images.
@@ -77,4 +79,80 @@ def precision_recall(real, fake, k=5):
         "recall": float(np.mean(recalled)),
         "density": float(np.mean(hits) / k),
         "coverage": float(np.mean(covered)),
+    }
+
+
+def kernel_distance(real, fake, *, subset_size=1000, subsets=100, seed=0):
+    """Kernel inception distance: unbiased squared MMD with the kernel (x.y / D + 1)^3.
+
+    Args:
+      real: (N, D) features of real images.
+      fake: (M, D) features of generated images.
+      subset_size: rows of each side in a subset, drawn without replacement; at least 2. If it is
+        N and M, all rows are taken, in order.
+      subsets: number of subsets.
+      seed: of the subsets.
+
+    Returns:
+      {"kid", "kid_std"}: mean and standard deviation over subsets (Binkowski et al. 2018; defaults
+      of torch-fidelity but for the seed).
+
+    Raises:
+      ValueError: shapes that do not fit, or fewer features than subset_size.
+    """
+    real, fake = (np.asarray(array, np.float64) for array in (real, fake))
+    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
+        raise ValueError(f"features must be (N, D) and (M, D), got {real.shape} and {fake.shape}")
+    if subset_size < 2 or subsets < 1 or min(len(real), len(fake)) < subset_size:
+        raise ValueError(
+            f"{subsets} subsets of {subset_size} need at least so many features on each side and a "
+            f"size of at least 2, got {len(real)} real and {len(fake)} generated"
+        )
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(subsets):
+        rows = [
+            features if len(features) == subset_size else features[
+                rng.choice(len(features), subset_size, replace=False)]
+            for features in (real, fake)
+        ]  # fmt: skip
+        values.append(_squared_mmd(*rows))
+    return {"kid": float(np.mean(values)), "kid_std": float(np.std(values))}
+
+
+def _squared_mmd(x, y):
+    n, dim = x.shape
+    kxx, kyy, kxy = ((a @ b.T / dim + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    within = sum(k.sum() - np.trace(k) for k in (kxx, kyy)) / (n * (n - 1))
+    return within - 2 * kxy.mean()
+
+
+def inception_score(logits, *, split_size=5000):
+    """Inception Score: exp of the mean KL divergence of p(class | image) from p(class).
+
+    Args:
+      logits: (N, classes) of generated images, in the order they were drawn.
+      split_size: rows of a split; the last one may be shorter. The ADM evaluator takes 5,000;
+        torch-fidelity takes N / 10.
+
+    Returns:
+      {"inception_score", "inception_score_std"}: mean and standard deviation over splits
+      (Salimans et al. 2016).
+
+    Raises:
+      ValueError: logits of another rank, or a split size below 1.
+    """
+    logits = np.asarray(logits, np.float64)
+    if logits.ndim != 2 or not len(logits) or split_size < 1:
+        raise ValueError(f"want (N, classes) and split_size >= 1, got {logits.shape}, {split_size}")
+    logits = logits - logits.max(axis=1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    scores = []
+    for start in range(0, len(log_p), split_size):
+        part = log_p[start : start + split_size]
+        p = np.exp(part)
+        divergence = np.sum(p * (part - np.log(p.mean(axis=0))), axis=1)
+        scores.append(np.exp(divergence.mean()))
+    return {
+        "inception_score": float(np.mean(scores)), "inception_score_std": float(np.std(scores))
     }

@@ -1,41 +1,56 @@
-"""Multiply-accumulates of a model, counted as in the published pixel-space tables."""
+"""Parameters and multiply-accumulates of a model, from its config alone.
+
+Counted as in the published pixel-space tables (Diff_Pruning_EXP/torch_pruning/utils/op_counter.py):
+convolutions and linears with their biases, two for each normalised element; neither attention's
+products nor activations, sums and resampling without weights. So every parameter is used once for
+each pixel of its layer's output.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from liftplace_jax.models.unet_config import UNetConfig
 
 
 def count_macs(config: UNetConfig) -> int:
-    """MACs of one forward pass of a `UNet` on one image.
+    """MACs of one forward pass of a `UNet` on one image."""
+    return sum(pixels * parameters for pixels, parameters in _layers(config))
 
-    Counted as the published tables are (Diff_Pruning_EXP/torch_pruning/utils/op_counter.py):
-    convolutions and linears with their biases, two for each normalised element; neither attention's
-    products nor activations, sums and resampling without weights.
-    """
+
+def config_parameters(config: UNetConfig) -> int:
+    """Parameters of a `UNet`, without building it."""
+    return sum(parameters for _, parameters in _layers(config))
+
+
+def _layers(config: UNetConfig) -> Iterator[tuple[int, int]]:
+    """(output pixels, parameters) of every layer with weights."""
     widths = dict(config.widths)
     temb = widths["temb.dense.1"]
-    total = linear(config.ch, widths["temb.dense.0"]) + linear(widths["temb.dense.0"], temb)
+    yield 1, _dense(config.ch, widths["temb.dense.0"])
+    yield 1, _dense(widths["temb.dense.0"], temb)
     for node in config.block_plan():
         pixels = node.resolution**2
         into, hidden, out = node.in_width, node.hidden_width, node.out_width
         if node.kind == "block":
-            total += 2 * pixels * (into + hidden) + linear(temb, hidden)
-            total += conv(pixels, 3, into, hidden) + conv(pixels, 3, hidden, out)
-            total += conv(pixels, 1, into, out) if node.shortcut else 0
+            yield 1, _dense(temb, hidden)
+            yield pixels, _norm(into) + _conv(3, into, hidden)
+            yield pixels, _norm(hidden) + _conv(3, hidden, out)
+            yield pixels, _conv(1, into, out) if node.shortcut else 0
         elif node.kind == "attention":
-            total += 2 * pixels * into + 3 * conv(pixels, 1, into, hidden)
-            total += conv(pixels, 1, hidden, out)
+            yield pixels, _norm(into) + 3 * _conv(1, into, hidden) + _conv(1, hidden, out)
         elif node.kind == "conv_in" or config.resamp_with_conv:
-            total += conv(pixels, 3, into, out)
-    pixels = config.image_size**2
-    return total + 2 * pixels * out + conv(pixels, 3, out, config.out_channels)
+            yield pixels, _conv(3, into, out)
+    yield config.image_size**2, _norm(out) + _conv(3, out, config.out_channels)
 
 
-def conv(pixels: int, kernel: int, inputs: int, outputs: int) -> int:
-    """A convolution with bias over so many output pixels."""
-    return pixels * outputs * (kernel * kernel * inputs + 1)
+def _conv(kernel: int, inputs: int, outputs: int) -> int:
+    return outputs * (kernel * kernel * inputs + 1)
 
 
-def linear(inputs: int, outputs: int) -> int:
-    """A linear layer with bias on one vector."""
+def _dense(inputs: int, outputs: int) -> int:
     return outputs * (inputs + 1)
+
+
+def _norm(channels: int) -> int:
+    return 2 * channels

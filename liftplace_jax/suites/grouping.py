@@ -18,16 +18,18 @@ import tqdm
 from liftplace_jax.losses import grouping as lib
 from liftplace_jax.losses.host_sort import error_order_on_host
 from liftplace_jax.suites.losses import SHAPES, draw
+from liftplace_jax.suites.options import Options, Result
 from liftplace_jax.suites.timing import milliseconds, time_side_by_side
 
 GROUP_SIZE = 16
 HOST = "host sort, gather"
 
 
-def run(quick: bool, repeats: int) -> dict[str, Any]:
-    """Measures each way on each shape; see `losses.run`."""
+def run(options: Options) -> Result:
+    """Measures each way on each shape; quick: one small shape."""
     rows = []
-    for shape in tqdm.tqdm(((4, 16, 16, 3),) if quick else SHAPES, desc="grouping", unit="shape"):
+    shapes = ((4, 16, 16, 3),) if options.quick else SHAPES
+    for shape in tqdm.tqdm(shapes, desc="grouping", unit="shape"):
         student, teacher = map(jnp.asarray, draw(shape))
         calls = {}
         for name, way in WAYS.items():
@@ -37,7 +39,7 @@ def run(quick: bool, repeats: int) -> dict[str, Any]:
                 continue  # elements x groups would be gigabytes
             compiled = jax.jit(way)
             calls[name] = _call(compiled, student, teacher)
-        times = time_side_by_side(calls, repeats)
+        times = time_side_by_side(calls, options.repeats, rounds=3)
         base = times["packed sort, gather"].median
         rows += [
             {"shape": "x".join(map(str, shape)), "way": name, "ms": milliseconds(timing),

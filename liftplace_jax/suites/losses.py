@@ -16,6 +16,7 @@ import tqdm
 from liftplace_jax.losses import lift_loss, output_kd_loss, place_loss
 from liftplace_jax.losses.grouping import error_order
 from liftplace_jax.suites import torch_losses
+from liftplace_jax.suites.options import Options, Result
 from liftplace_jax.suites.timing import Timing, milliseconds, time_side_by_side
 
 SHAPES = ((96, 64, 64, 3), (32, 64, 64, 4), (8, 256, 256, 3), (256, 32, 32, 4))
@@ -23,19 +24,11 @@ GROUP_SIZES = (4, 16, 64, None)  # None: the whole channel
 DTYPES = ("float32", "bfloat16")
 
 
-def run(quick: bool, repeats: int) -> dict[str, Any]:
-    """Measures all cases.
-
-    Args:
-      quick: one small shape in float32, as a test of the suite itself.
-      repeats: timed calls of each.
-
-    Returns:
-      {"title", "columns", "rows", "notes"}: rows are dicts by column.
-    """
+def run(options: Options) -> Result:
+    """Measures all cases; quick: one small shape in float32."""
     peer = importlib.util.find_spec("torch") is not None
-    cases = list(_cases(quick))
-    rows = [_measure(*case, repeats, peer) for case in tqdm.tqdm(cases, desc="losses", unit="case")]
+    cases = tqdm.tqdm(list(_cases(options.quick)), desc="losses", unit="case")
+    rows = [_measure(*case, options.repeats, peer) for case in cases]
     columns = ["shape", "dtype", "loss", "group", "ours_ms", "torch_ms", "ratio", "sort_share",
                "temporaries"]  # fmt: skip
     return {"title": "Losses: value and gradient", "columns": columns, "rows": rows, "notes": [

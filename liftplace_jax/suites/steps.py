@@ -13,8 +13,10 @@ import tqdm
 from liftplace_jax import models
 from liftplace_jax.compress import pruned_config
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
+from liftplace_jax.models.published import PUBLISHED_UNETS
 from liftplace_jax.models.unet_config import UNetConfig
 from liftplace_jax.networks import make_apply
+from liftplace_jax.suites.options import Options, Result
 from liftplace_jax.suites.timing import milliseconds, time_side_by_side
 from liftplace_jax.training.objective import METHODS, make_objective
 from liftplace_jax.training.state import create_state
@@ -24,17 +26,16 @@ DIGITS = UNetConfig(
     image_size=8, in_channels=1, out_channels=1, ch=32, ch_mult=(1, 2), num_res_blocks=1,
     attn_resolutions=(4,), num_groups=8,
 )  # fmt: skip
-CELEBA = UNetConfig(image_size=64, ch=128, ch_mult=(1, 2, 2, 2, 4), attn_resolutions=(16,))
 COMPARED = ("output_kd", "lift", "lift_place")
 
 
-def run(quick: bool, repeats: int) -> dict[str, Any]:
-    """Measures a step of each method, side by side; see `losses.run`."""
+def run(options: Options) -> Result:
+    """Measures a step of each method, side by side; quick: on digits alone."""
     # A CelebA batch of 96 is for accelerators.
     large = 96 if jax.default_backend() != "cpu" else 2
-    cases = [("digits 8x8", DIGITS, 64, repeats * 4)]
-    if not quick:
-        cases.append(("CelebA 64x64", CELEBA, large, repeats))
+    cases = [("digits 8x8", DIGITS, 64, options.repeats * 4)]
+    if not options.quick:
+        cases.append(("CelebA 64x64", PUBLISHED_UNETS["celeba"], large, options.repeats))
     rows = []
     for name, config, batch, times in tqdm.tqdm(cases, desc="steps", unit="case"):
         rows += _measure(name, config, batch, times)

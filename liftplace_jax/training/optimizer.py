@@ -45,7 +45,7 @@ def make_optimizer(
 
     Args:
       config: name ("adam" or "adamw"), b1, b2, eps, weight_decay (adamw), grad_clip (global norm;
-        None for none), and the schedule's fields.
+        0 or None for none), and the schedule's fields.
       total_steps: see `make_schedule`.
 
     Raises:

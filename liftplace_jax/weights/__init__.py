@@ -2,20 +2,24 @@
 
 from liftplace_jax.weights.convert import (
     WeightMismatchError,
+    find_misfits,
     from_torch,
     load_model_tensors,
     save_model,
     to_torch,
 )
 from liftplace_jax.weights.torch_files import (
+    EntryError,
     WeightFileError,
     read_tensors,
     write_safetensors,
 )
 
 __all__ = [
+    "EntryError",
     "WeightFileError",
     "WeightMismatchError",
+    "find_misfits",
     "from_torch",
     "load_model_tensors",
     "read_tensors",

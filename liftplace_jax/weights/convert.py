@@ -8,7 +8,7 @@ and bare parameters keep their name and layout.
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,21 @@ _WEIGHTS = ("kernel", "scale", "embedding")
 
 
 class WeightMismatchError(ValueError):
-    """Tensors do not fit a model; the message lists every misfit by its published name."""
+    """Tensors do not fit a model; the message lists every misfit by its published name.
+
+    Args:
+      misfits: (name, problem) of each, as of `find_misfits`; kept as an attribute.
+      origin: where the tensors come from.
+    """
+
+    def __init__(self, misfits: Sequence[tuple[str, str]], origin: Any = None):
+        self.misfits = list(misfits)
+        lines = "\n".join(f"  {name}: {problem}" for name, problem in misfits)
+        super().__init__(
+            ("" if origin is None else f"{origin}: ")
+            + f"{len(misfits)} tensors do not fit the model; check its config against the file:\n"
+            + lines
+        )
 
 
 def _published_name(path: tuple[Any, ...]) -> tuple[str, bool]:
@@ -43,6 +57,38 @@ def _torch_axes(ndim: int) -> tuple[int, ...]:
     return (ndim - 1, ndim - 2, *range(ndim - 2))
 
 
+def _published_shape(leaf: Any, is_kernel: bool) -> tuple[int, ...]:
+    shape = tuple(leaf.shape)
+    return tuple(shape[axis] for axis in _torch_axes(len(shape))) if is_kernel else shape
+
+
+def find_misfits(
+    params: Any, tensors: Mapping[str, np.ndarray], *, ignore: Iterable[str] = ()
+) -> list[tuple[str, str]]:
+    """What keeps published tensors from being a model's parameters; arguments as of `from_torch`.
+
+    Returns:
+      (published name, problem) of every missing, unexpected, mis-shaped or non-finite tensor, in
+      order; empty if all fit.
+    """
+    used, misfits = set(), []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        name, is_kernel = _published_name(path)
+        used.add(name)
+        expected = _published_shape(leaf, is_kernel)
+        if name not in tensors:
+            misfits.append((name, f"missing, the model needs {expected}"))
+        elif tuple(tensors[name].shape) != expected:
+            found = tuple(tensors[name].shape)
+            misfits.append((name, f"has shape {found}, the model needs {expected}"))
+        elif not np.isfinite(tensors[name]).all():
+            misfits.append((name, "has values that are not finite"))
+    for name in tensors.keys() - used:
+        if not any(re.fullmatch(pattern, name) for pattern in ignore):
+            misfits.append((name, f"unexpected, of shape {tuple(tensors[name].shape)}"))
+    return sorted(misfits)
+
+
 def from_torch(params: Any, tensors: Mapping[str, np.ndarray], *, ignore: Iterable[str] = ()):
     """Published tensors as parameters.
 
@@ -56,32 +102,19 @@ def from_torch(params: Any, tensors: Mapping[str, np.ndarray], *, ignore: Iterab
       The same tree with NumPy arrays of the parameters' dtypes (put on devices by the caller).
 
     Raises:
-      WeightMismatchError: names or shapes differ; lists all missing, unexpected and mis-shaped.
+      WeightMismatchError: names or shapes differ, or values are not finite; lists all.
     """
+    misfits = find_misfits(params, tensors, ignore=ignore)
+    if misfits:
+        raise WeightMismatchError(misfits)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    values, used, misfits = [], set(), []
+    values = []
     for path, leaf in leaves:
         name, is_kernel = _published_name(path)
-        used.add(name)
-        axes = _torch_axes(len(leaf.shape)) if is_kernel else tuple(range(len(leaf.shape)))
-        expected = tuple(leaf.shape[axis] for axis in axes)
-        if name not in tensors:
-            misfits.append((name, f"missing, the model needs {expected}"))
-        elif tuple(tensors[name].shape) != expected:
-            found = tuple(tensors[name].shape)
-            misfits.append((name, f"has shape {found}, the model needs {expected}"))
-        else:
-            value = np.transpose(tensors[name], np.argsort(axes)).astype(leaf.dtype, order="C")
-            values.append(value)
-    for name in tensors.keys() - used:
-        if not any(re.fullmatch(pattern, name) for pattern in ignore):
-            misfits.append((name, f"unexpected, of shape {tuple(tensors[name].shape)}"))
-    if misfits:
-        lines = "\n".join(f"  {name}: {problem}" for name, problem in sorted(misfits))
-        raise WeightMismatchError(
-            f"{len(misfits)} tensors do not fit the model; check its config against the file:\n"
-            + lines
-        )
+        value = tensors[name]
+        if is_kernel:
+            value = np.transpose(value, np.argsort(_torch_axes(value.ndim)))
+        values.append(value.astype(leaf.dtype, order="C"))
     return jax.tree_util.tree_unflatten(treedef, values)
 
 
@@ -124,4 +157,6 @@ def load_model_tensors(
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise WeightFileError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise WeightFileError(f"{path}: cannot be read: it is no JSON object")
     return config, read_tensors(Path(folder) / "model.safetensors")

@@ -5,6 +5,7 @@ Files are data: nothing in a file is run, whatever it asks for.
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,31 +16,34 @@ from safetensors.numpy import load_file, save_file
 
 from liftplace_jax.files import replacing
 
-# Entries under which training scripts keep a state dict beside other things.
-_ENTRIES = ("state_dict", "model", "ema")
-
 
 class WeightFileError(ValueError):
     """A weight file cannot be used; the message names the file and the reason."""
 
 
+class EntryError(WeightFileError):
+    """A file holds no state dict, or several and the chosen entry is none; names the entries."""
+
+
 def read_tensors(path: str | os.PathLike, entry: str | int | None = None) -> dict[str, np.ndarray]:
     """Reads a state dict.
 
-    A dictionary with a state dict under "state_dict", "model" or "ema" is unwrapped, as is a list
-    that starts with one (the DDPM checkpoints); a prefix "module." of every name is dropped.
+    A state dict in a dictionary (such as under "state_dict" or "ema") or in a list (the DDPM
+    checkpoints: model, optimizer, epoch, step, EMA) is unwrapped; a prefix "module." of every
+    name is dropped.
 
     Args:
       path: a .safetensors, .pt, .pth, .ckpt, .bin (PyTorch, weights only) or .npz file. In an
         .npz with keys "param/<name>" only those count, without the prefix.
-      entry: which entry of a dictionary, or item of a list, to take (for example "ema" or -1).
+      entry: which entry of a dictionary, or item of a list, to take ("ema", "-1" or -1), if
+        there are several state dicts.
 
     Returns:
       Arrays by name, bfloat16 as float32, everything else as stored.
 
     Raises:
-      WeightFileError: the file is missing, damaged, of an unknown kind, would run code, or holds
-        no state dict, or several and entry is None.
+      WeightFileError: the file is missing, damaged, of an unknown kind, or would run code.
+      EntryError: it holds no state dict, none at `entry`, or several and entry is None.
     """
     path = Path(path)
     reader = _READERS.get(path.suffix)
@@ -54,6 +58,13 @@ def read_tensors(path: str | os.PathLike, entry: str | int | None = None) -> dic
     except WeightFileError:
         raise
     except Exception as error:  # a damaged file can fail anywhere inside a reader
+        found = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        if found:
+            raise WeightFileError(
+                f"{path}: cannot be read as weights only: it holds a Python object, {found[1]}, "
+                "and reading it would run code. If this is a whole pickled model, save its tensors "
+                "where it was made, torch.save(model.state_dict(), file), and name that file"
+            ) from error
         reason = (str(error).splitlines() or [""])[0]
         raise WeightFileError(
             f"{path}: cannot be read as weights only: {type(error).__name__}: {reason}"
@@ -105,22 +116,34 @@ def _is_state_dict(content: Any) -> bool:
 
 
 def _unwrap(path: Path, content: Any, entry: str | int | None) -> Mapping[str, Any]:
+    if _is_state_dict(content):
+        if entry is None:
+            return content
+        raise EntryError(f"{path}: is itself a state dict, it has no entry {entry!r}")
+    hint, nested = "", dict(content) if isinstance(content, Mapping) else {}
     if isinstance(content, list | tuple):
-        nested = dict(enumerate(content)) | {i - len(content): v for i, v in enumerate(content)}
-        default = [0]
-    elif isinstance(content, Mapping) and not _is_state_dict(content):
-        nested = content
-        default = [name for name in _ENTRIES if _is_state_dict(content.get(name))]
-    else:
-        nested, default = {None: content}, [None]
-    if entry is None and len(default) > 1:
-        raise WeightFileError(f"{path}: holds several state dicts, {default}; choose one as entry")
-    chosen = entry if entry is not None else default[0] if default else None
-    if chosen not in nested or not _is_state_dict(nested[chosen]):
-        where = "" if entry is None else f" at entry {entry!r}"
-        held = f", its entries are {list(nested)}" if isinstance(content, Mapping | list) else ""
-        raise WeightFileError(f"{path}: no state dict (named tensors){where}{held[:500]}")
-    return nested[chosen]
+        hint = " (in the published DDPM checkpoints, 0 is the model and -1 its EMA)"
+        nested = dict(enumerate(content))
+        if re.fullmatch(r"-?\d+", str(entry)):
+            entry = int(entry) + (len(content) if int(entry) < 0 else 0)
+    found = [name for name, value in nested.items() if _is_state_dict(value)]
+    if entry is None and len(found) == 1:
+        return nested[found[0]]
+    if entry in found:
+        return nested[entry]
+    if entry is None and found:
+        raise EntryError(f"{path}: holds several state dicts, {found}; choose one as entry{hint}")
+    where = "" if entry is None else f" at entry {entry!r}"
+    held = f"there are some at {found}{hint}" if found else f"it holds {_summary(content)}"
+    raise EntryError(f"{path}: no state dict (named tensors){where}; {held}")
+
+
+def _summary(content: Any) -> str:
+    if isinstance(content, Mapping):
+        return f"a dictionary of {sorted(map(str, content))}"[:500]
+    if isinstance(content, list | tuple):
+        return f"a list of {[type(item).__name__ for item in content]}"[:500]
+    return f"a {type(content).__name__}"
 
 
 def _to_numpy(value: Any) -> np.ndarray:

@@ -1,0 +1,55 @@
+r"""LSUN-Bedroom 256x256: the paper's table, its LIFT + PLACE rows.
+
+Teacher: DDPM U-Net, 113,673,219 parameters, 248.69G MACs, 2,400k steps; published FID 6.9.
+Students, pruned from it:
+
+    ratio   steps   parameters     MACs   published FID / precision / recall
+    0.3      200k   63,205,897  138.87G   16.57 / .544 / .562   (no KD 22.98)
+    0.5      500k   28,463,619   62.42G   30.49 / .366 / .541   (output + feature KD 69.21)
+    0.7      700k   12,556,214   52.43G   37.96 / .326 / .470
+
+    git clone https://huggingface.co/google/ddpm-ema-bedroom-256
+    python -m liftplace_jax.main --config=configs/lsun_bedroom256_unet.py --workdir=runs/bedroom \
+        --config.teacher.checkpoint=ddpm-ema-bedroom-256
+
+Settings: batch 8, Adam 2e-5 (0.9, 0.999, eps 1e-8), no clipping (the published file sets none;
+`--config.distill.optimizer.grad_clip=1.0` does), EMA 0.999, no dropout, flips, antithetic
+timesteps, groups of 16, lambda 1; DDIM, 100 uniform steps, eta 0, 50,000 samples. Pruning: Taylor
+importance over timesteps up to a loss of 0.01 of the largest, batch 4.
+Source: "Diff_Pruning configs/bedroom.yml, scripts/old/prune_bedroom_ddpm.sh" and the paper.
+
+Hardware: any accelerator that holds the batch (`--config.distill.accumulation=2` takes it in
+halves), or up to eight: it is split over all devices. By MACs, the student of ratio 0.3 takes
+2.1e18 floating-point operations, 50,000 samples of the teacher 2.5e18, a teacher of one's own
+(2,400k steps) 2.9e19; not timed here.
+
+Arguments after a colon, for example `:method=output_kd,ratio=0.5`: ratio (0.3; one between two
+rows takes the steps of the larger, one beyond 0.7 those of 0.7), method, seed,
+seeds, normalisation, runlocal (teacher to report on two CPU cores in under a minute; its numbers
+mean nothing). configs/celeba64_unet.py explains them.
+
+Without TFDS: `--config.data.name=folder --config.data.path=FOLDER`, images in FOLDER/train and
+FOLDER/validation, or any images: then both splits are the same.
+"""
+
+from liftplace_jax.configuration import pixel_unet_config, runlocal
+
+
+def get_config(arg=None):
+    """The config; see the module's text for `arg`."""
+    config, args = pixel_unet_config(
+        arg, "lsun_bedroom256", "bedroom", ratio=0.3,
+        steps={0.3: 200_000, 0.5: 500_000, 0.7: 700_000},
+    )  # fmt: skip
+    config.data.name = "lsun/bedroom"
+    config.data.test_split = "validation"
+    config.teacher.steps = 2_400_000
+    for run in (config.teacher, config.distill):
+        run.batch_size = 8
+        run.ema_decay = 0.999
+        run.optimizer.learning_rate = 2e-5
+        run.optimizer.grad_clip = 0.0
+    config.compress.taylor_batch_size = 4
+    config.compress.taylor_threshold = 0.01
+    config.evaluation.batch_size = 64
+    return runlocal(config) if args.runlocal else config

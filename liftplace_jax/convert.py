@@ -1,0 +1,85 @@
+"""Carries a network's weights between this repository's folders, DDPM's names and diffusers.
+
+    python -m liftplace_jax.convert --model=runs/digits/teacher --to=diffusers --out=unet
+    python -m liftplace_jax.convert --model=ema.ckpt --config=configs/digits.py --to=published \\
+        --out=teacher
+
+--to=published writes model.safetensors (names of the published DDPM checkpoints) and config.json;
+--to=diffusers a folder for `UNet2DModel.from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from liftplace_jax.command_line import parse_flags, refuse
+
+FORMATS = ("published", "diffusers")
+
+_MODEL = flags.DEFINE_string(
+    "model", None, "a folder of this repository or of diffusers, or a file of weights"
+)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "for a file of weights: a config whose `model` it is, FILE.py[:key=value,...]"
+)
+_ENTRY = flags.DEFINE_string("entry", None, "where in a file: a key, or the number of an item")
+_TO = flags.DEFINE_enum("to", None, FORMATS, "what to write")
+_OUT = flags.DEFINE_string("out", None, "a new folder")
+_DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a refused input")
+
+
+def main(argv: list[str]) -> None:
+    """Entry point under absl."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.ERROR)
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        print(convert())
+    except (ValueError, OSError) as error:
+        if _DEBUG.value:
+            raise
+        refuse(str(error))
+
+
+def convert() -> str:
+    """Does what the flags say; returns what was done, as a sentence."""
+    path, out = Path(_MODEL.value).expanduser(), Path(_OUT.value).expanduser()
+    if path.is_file() and _CONFIG.value is None:
+        raise ValueError(f"{path}: a file of weights does not say its model, so give --config")
+    # Late, so that --help and a misspelt flag answer at once.
+    from liftplace_jax import models, weights
+    from liftplace_jax.diffusers_folder import write_diffusers
+    from liftplace_jax.files import replacing_folder
+    from liftplace_jax.networks import load_checkpoint
+
+    config = None
+    if _CONFIG.value is not None:
+        config = models.config_from_dict({"widths": None} | _CONFIG.value.model.to_dict())
+    try:
+        network = load_checkpoint(path, config, _ENTRY.value)
+    except weights.EntryError as error:
+        raise ValueError(f"{error} (--entry)") from error
+    if _TO.value == "diffusers":
+        write_diffusers(out, network.config, network.params)
+    else:
+        with replacing_folder(out) as folder:
+            fields = models.config_to_dict(network.config)
+            weights.save_model(folder, fields, network.params)
+    count = models.count_parameters(network.params)
+    return f"{out}: {count:,} parameters of {path}, for {_TO.value}"
+
+
+def entry_point() -> None:
+    """For `python -m`."""
+    flags.mark_flags_as_required(["model", "to", "out"])
+    app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -1,0 +1,83 @@
+"""Images in a folder, with random access."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SPLITS = ("train", "validation", "val", "test")  # what a subfolder for a split may be called
+_MODES = {1: "L", 3: "RGB"}
+
+
+class ImageFolder:
+    """A sequence of {"image": (H, W, C) uint8, "file": path}, for `Source`.
+
+    Attributes:
+      image_shape: (H, W, C) of the first image.
+    """
+
+    def __init__(self, path, split, channels=3):
+        """Finds the images, recursively, in the order of their paths.
+
+        Args:
+          path: the folder. If it has a subfolder named like the split, only that one is read.
+          split: name of a split, such as "train"; a folder without subfolders for splits is the
+            same images in each.
+          channels: 3 (RGB) or 1 (grey); images are converted.
+
+        Raises:
+          ValueError: no such folder or split, no images, or the first cannot be read.
+        """
+        root = Path(path).expanduser()
+        if not root.is_dir():
+            raise ValueError(f"config.data.path: there is no folder {root}")
+        if channels not in _MODES:
+            raise ValueError(f"a folder of images has 1 or 3 channels, not {channels}")
+        self._mode, self._root = _MODES[channels], _split_folder(root, split)
+        self._files = _find(self._root)
+        if not self._files:
+            raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {self._root}")
+        self.image_shape = self[0]["image"].shape
+
+    def __len__(self):
+        return len(self._files)
+
+    def __getitem__(self, index):
+        file = self._root / self._files[index]
+        try:
+            with Image.open(file) as image:
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError(f"pixels of mode {image.mode}, want 8 bits a channel")
+                pixels = np.asarray(image.convert(self._mode))
+        except Exception as error:  # what a broken file raises depends on its format
+            raise ValueError(f"cannot read image {file}: {error}") from error
+        return {"image": pixels.reshape(*pixels.shape[:2], -1), "file": str(file)}
+
+
+def _split_folder(root, split):
+    if not split.isidentifier():
+        raise ValueError(
+            f"split {split!r} of a folder of images: slices are not supported; name a subfolder "
+            f"of {root}"
+        )
+    if (root / split).is_dir():
+        return root / split
+    others = [name for name in SPLITS if (root / name).is_dir()]
+    if others:
+        raise ValueError(
+            f"{root} has no subfolder {split!r}, only {others}: set config.data.train_split and "
+            "config.data.test_split"
+        )
+    return root
+
+
+def _find(root):
+    """Paths relative to `root`, as sorted strings: millions of them must fit."""
+    found = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names = [n for n in files if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
+        found += [os.path.relpath(os.path.join(folder, name), root) for name in names]
+    return sorted(found)

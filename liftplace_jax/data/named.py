@@ -1,0 +1,134 @@
+"""Data sets by name: TFDS's, the embedded digits, and folders of images."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from liftplace_jax.data.folder import ImageFolder
+from liftplace_jax.data.pipeline import Source
+
+# Published crop of CelebA, centre (89, 121) +- 64: left, upper, right, lower
+# (Diff_Pruning datasets/__init__.py, after DDIM).
+_CROPS = {"celeb_a": (25, 57, 153, 185)}
+_FORMAT = "array_record"  # TFDS's format with random access
+# What often fails, and the way around it.
+_BY_HAND = {
+    "celeb_a": "Google Drive often refuses TFDS: then download by hand img_align_celeba.zip, "
+    "identity_CelebA.txt, list_attr_celeba.txt, list_eval_partition.txt and "
+    "list_landmarks_align_celeba.txt into {data_dir}/downloads/manual and run it again.\n",
+    "lsun": "Where tensorflow-io cannot be installed, export the images of LSUN's lmdb files.\n",
+}
+
+
+def load_source(
+    name, split, *, data_dir=None, image_size=None, path=None, channels=3, crop=None
+):
+    """Opens a split of a TFDS data set, prepared on first use, or of a folder of images.
+
+    Args:
+      name: "folder", "digits" (embedded, needs no network) or any TFDS image data set, such as
+        "cifar10", "celeb_a" (published crop to 128x128 first) or "lsun/bedroom".
+      split: TFDS split, such as "train", "test" or "train[:90%]"; for a folder see `ImageFolder`.
+      data_dir: directory of prepared data; default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      image_size: optional side to resize and centre-crop to.
+      path: the folder, if that is the name.
+      channels: of the images of a folder, 1 or 3.
+      crop: optional (left, upper, right, lower) in pixels, cut out first; default: the data set's
+        published crop, if it has one.
+
+    Returns:
+      A `Source`.
+
+    Raises:
+      ValueError: unknown name or split, no image feature, images of mixed or oblong size; a folder
+        that is missing or has no images; a bad crop.
+      RuntimeError: the data cannot be prepared; the message says how to do it by hand.
+    """
+    crop = crop or _CROPS.get(name)
+    if crop and not (len(crop) == 4 and 0 <= crop[0] < crop[2] and 0 <= crop[1] < crop[3]):
+        raise ValueError(f"crop must be (left, upper, right, lower) in pixels, got {crop}")
+    if name == "folder":
+        records = ImageFolder(path, split, channels)
+        return Source(
+            f"{path} ({split})", records, image_shape=records.image_shape, crop=crop,
+            image_size=image_size,
+        )  # fmt: skip
+    import tensorflow_datasets as tfds
+
+    data_dir = str(
+        Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    )
+    builder = _prepared_builder(name, data_dir)
+    features = builder.info.features
+    if not isinstance(features, dict | tfds.features.FeaturesDict) or "image" not in features:
+        raise ValueError(f"data set {name} has no feature 'image', only {sorted(features)}")
+    label = features["label"] if "label" in features else None
+    try:
+        records = builder.as_data_source(split)
+    except NotImplementedError as error:
+        raise RuntimeError(
+            f"data set {name} in {data_dir} was prepared in a format without random access; "
+            f"prepare it in another directory: {_command(name, '<directory>')}"
+        ) from error
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"data set {name} has no split {split!r}, only {sorted(builder.info.splits)}"
+        ) from error
+    return Source(
+        f"{name} ({split})",
+        records,
+        image_shape=features["image"].shape,
+        dtype=features["image"].np_dtype,
+        num_classes=label.num_classes if isinstance(label, tfds.features.ClassLabel) else None,
+        crop=crop,
+        image_size=image_size,
+    )
+
+
+def _prepared_builder(name, data_dir):
+    import tensorflow_datasets as tfds
+
+    def make():
+        if name == "digits":
+            from liftplace_jax.data.digits import Digits
+
+            return Digits(data_dir=data_dir)
+        return tfds.builder(name, data_dir=data_dir)
+
+    try:
+        builder = make()
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(
+            f"TFDS knows no data set {name!r}; tensorflow_datasets.list_builders() lists them, "
+            "'digits' is embedded, and 'folder' is a folder of images"
+        ) from error
+    try:
+        if name.startswith("lsun") and not builder.data_path.exists():
+            _need_tensorflow_io()  # before gigabytes are downloaded
+        builder.download_and_prepare(file_format=_FORMAT)
+    except Exception as error:
+        # TFDS writes beside the target and renames, so a process that loses the race against
+        # another finds the data in place.
+        if not builder.data_path.exists():
+            by_hand = _BY_HAND.get(name.partition("/")[0], "").format(data_dir=data_dir)
+            raise RuntimeError(
+                f"cannot prepare data set {name} in {data_dir}: {type(error).__name__}: {error}\n"
+                "With the missing package installed, or on a machine with network access, run: "
+                f"{_command(name, data_dir)}\n{by_hand}"
+                "Or take the images from a folder: --config.data.name=folder "
+                "--config.data.path=<folder>"
+            ) from error
+    return make()  # reads the splits, also when another process has prepared them
+
+
+def _need_tensorflow_io():
+    if importlib.util.find_spec("tensorflow_io") is None:
+        raise ModuleNotFoundError("TFDS reads LSUN's files with the package tensorflow-io")
+
+
+def _command(name, data_dir):
+    return (
+        'python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', data_dir='{data_dir}')"
+        f".download_and_prepare(file_format='{_FORMAT}')\""
+    )

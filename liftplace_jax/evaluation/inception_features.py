@@ -1,0 +1,79 @@
+"""Inception features as FID, sFID, KID and the Inception Score take them.
+
+No weights ship with this package, and none are downloaded. Both published files fit:
+`pt_inception-2015-12-05-6726825d.pth` (pytorch-fid) and `weights-inception-2015-12-05-6726825d.pth`
+(torch-fidelity), made from the original TensorFlow graph by their projects, which say where to get
+them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from liftplace_jax import weights
+from liftplace_jax.evaluation.extractor import Extractor
+from liftplace_jax.evaluation.resize import resize_bilinear
+from liftplace_jax.models.inception import DIMS, IMAGE_SIZE, Inception
+
+# Protocol -> resizing, and the pixel (0..255) that becomes 0 and the one that is 1 further.
+PROTOCOLS = {
+    "inception": ("tensorflow1", 128.0, 128.0),  # the original graph, ADM, torch-fidelity
+    "inception_pytorch_fid": ("half_pixel", 127.5, 127.5),
+}
+
+
+def inception_extractor(name: str, path: str | os.PathLike | None) -> Extractor:
+    """The extractor of a protocol.
+
+    Args:
+      name: one of PROTOCOLS.
+      path: file of the network's weights.
+
+    Raises:
+      ValueError: no path, or a file that does not fit; says what to do.
+    """
+    if path is None:
+        raise ValueError(
+            f"features {name!r} need the weights of the FID Inception network: name the file "
+            "(--weights, or config.evaluation.weights). It is pt_inception-2015-12-05-6726825d.pth "
+            "of the pytorch-fid project, or weights-inception-2015-12-05-6726825d.pth of "
+            "torch-fidelity; both have the same weights"
+        )
+    graphdef, params = load_inception(str(Path(path).expanduser()))
+    style, zero, scale = PROTOCOLS[name]
+
+    def apply(params, images):
+        with jax.default_matmul_precision("highest"):
+            pixels = (images + 1) * 127.5
+            if images.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
+                pixels = resize_bilinear(pixels, (IMAGE_SIZE, IMAGE_SIZE), style)
+            found = nnx.merge(graphdef, params)((pixels - zero) / scale)
+        return {"features": found["pool"], "spatial": found["spatial"], "logits": found["logits"]}
+
+    return Extractor(
+        name=name, label="FID", dim=DIMS["pool"], spatial_dim=DIMS["spatial"], has_logits=True,
+        image_shape=(None, None, 3), apply=apply, params=params,
+        info={"weights": Path(path).name, "resize": f"bilinear, {style}, to {IMAGE_SIZE}"},
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1)
+def load_inception(path: str) -> tuple[nnx.GraphDef, nnx.State]:
+    """The network with the weights of a file, float32.
+
+    Raises:
+      ValueError: the file cannot be read or does not fit; lists every misfit.
+    """
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Inception(nnx.Rngs(0))))
+    tensors = weights.read_tensors(path)
+    try:
+        params = weights.from_torch(abstract, tensors, ignore=(r".*\.num_batches_tracked",))
+    except weights.WeightMismatchError as error:
+        raise weights.WeightMismatchError(f"{path}: {error}") from error
+    return graphdef, jax.tree.map(jnp.asarray, params)

@@ -1,0 +1,215 @@
+"""Suite "compression": how small a teacher can get, what that saves, and what it costs in quality.
+
+Time and memory are measured on networks with random weights on the device at hand; quality is read
+from work directories in which students were trained.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from liftplace_jax.checks import NORMALISATIONS
+from liftplace_jax.compress import pruned_config
+from liftplace_jax.experiment import Experiment
+from liftplace_jax.models.cost import config_parameters, count_macs
+from liftplace_jax.report import MEASURES
+from liftplace_jax.suites.compression_plots import cost_figure, pareto_figure
+from liftplace_jax.suites.measuring import (
+    QUICK_STEPS,
+    Measured,
+    measure_network,
+    measure_training,
+    random_network,
+    timed_steps,
+)
+from liftplace_jax.suites.options import Options, Result
+from liftplace_jax.suites.quality import quality_measure, read_quality
+from liftplace_jax.training.metrics_io import progress
+from liftplace_jax.training.objective import BASIC_METHODS
+
+RATIOS, QUICK_RATIOS = (0.0, 0.3, 0.5, 0.7, 0.9), (0.0, 0.5, 0.9)
+QUICK_METHODS = ("no_kd", "output_kd", "lift_place")
+NETWORK_FORMATS = {
+    "parameters": ",", "macs": ",", "compression": ".1f", "checkpoint_mb": ".3f",
+    "images_per_s": ".4g", "evaluation_ms": ".2f", "image_ms": ".1f", "sampler_compile_s": ".1f",
+    "tflops": ".3g", "of_peak": ".1%",
+}  # fmt: skip
+TRAINING_FORMATS = {
+    "step_ms": ".2f", "examples_per_s": ".4g", "memory_mb": ".1f", "device_peak_mb": ".1f",
+    "step_compile_s": ".1f", "tflops": ".3g", "of_peak": ".1%",
+}  # fmt: skip
+
+
+def run(options: Options) -> Result:
+    """Measures teacher and students; quick: fewer ratios, methods and sampling steps.
+
+    Raises:
+      ValueError: the config, or a work directory of --workdirs, cannot be used.
+    """
+    config = options.config.copy_and_resolve_references()
+    config.evaluation.features = None  # nothing is compared here
+    if options.batch_size:
+        for room in (config.teacher, config.distill, config.evaluation):
+            room.batch_size = options.batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        experiment = Experiment(config, Path(folder) / "run")
+        teacher = _teacher(experiment)
+        quality = []
+        if options.workdirs:
+            quality = read_quality(options.workdirs, teacher, config.compress.normalisation)
+        ratios = options.ratios or (QUICK_RATIOS if options.quick else RATIOS)
+        # The smallest first: what it takes on the device is then seen before larger ones hide it.
+        ratios = sorted({0.0, *ratios, *(row["ratio"] for row in quality)}, reverse=True)
+        networks, training = _measure(experiment, teacher, ratios, options)
+    return _result(experiment, networks, training, quality, options)
+
+
+def _teacher(experiment: Experiment) -> Any:
+    """The teacher's architecture: the checkpoint's, or that of config.model."""
+    if experiment.config.teacher.checkpoint:
+        experiment.train_teacher()
+        return experiment.teacher().config
+    return experiment.model_config
+
+
+def _measure(experiment, teacher, ratios, options) -> tuple[list[Measured], list[Measured]]:
+    """Rows of the networks and of the training steps, by ratio."""
+    methods = QUICK_METHODS if options.quick else BASIC_METHODS
+    # Of the teacher, its own training.
+    jobs = [(ratio, methods if ratio else ("no_kd",)) for ratio in ratios]
+    teacher_network = random_network(teacher, experiment.config.distill.dtype)
+    total = sum(1 + len(names) for _, names in jobs)
+    bar = progress("compression", total, unit="measurement")
+    networks, training = [], []
+    for ratio, names in jobs:
+        bar.set_description(f"ratio {ratio:g}: network")
+        config, row = _network_row(experiment, teacher, ratio, options)
+        networks.append(row)
+        bar.update()
+        for name in names if config else ():
+            bar.set_description(f"ratio {ratio:g}: {name}")
+            work = functools.partial(
+                _training_row, experiment, name, config, teacher_network, options.repeats
+            )
+            measured, status = _attempt(work)
+            training.append({"ratio": ratio, "method": name} | (measured or {}))
+            training[-1]["status"] = status
+            bar.update()
+        if not config:
+            bar.update(len(names))
+    bar.close()
+    return tuple(sorted(rows, key=lambda row: row["ratio"]) for rows in (networks, training))
+
+
+def _network_row(experiment, teacher, ratio, options) -> tuple[Any, Measured]:
+    """A ratio's architecture, None if there is none, and its row."""
+    normalisation = NORMALISATIONS[experiment.config.compress.normalisation]
+    row = {"ratio": ratio}
+    config, status = teacher, "ok"
+    if ratio:
+        config, status = _attempt(lambda: pruned_config(teacher, ratio, normalisation))
+    if config:
+        row |= {"parameters": config_parameters(config), "macs": count_macs(config)}
+        row["compression"] = config_parameters(teacher) / row["parameters"]
+        measured, status = _attempt(
+            lambda: measure_network(experiment, config, options.quick, options.repeats)
+        )
+        row |= measured or {}
+    return config, row | {"status": status}
+
+
+def _training_row(experiment, name, config, teacher, repeats) -> Measured:
+    student = random_network(config, experiment.config.distill.dtype)
+    return measure_training(experiment, name, student, teacher, repeats)
+
+
+def _attempt(work: Callable[[], Any]) -> tuple[Any, str]:
+    """(result, "ok"), or (None, why it failed)."""
+    try:
+        return work(), "ok"
+    except (ValueError, RuntimeError, MemoryError) as error:
+        # XLA's errors are RuntimeErrors, and long.
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        out = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+        return None, f"out of memory: {reason}" if out else f"failed: {reason}"
+
+
+def _result(experiment, networks, training, quality, options) -> Result:
+    config = experiment.config
+    name = f"compression_{config.name}"
+    tables = {
+        "training": {
+            "title": "Training steps", "columns": ["ratio", "method", *TRAINING_FORMATS, "status"],
+            "rows": training, "formats": TRAINING_FORMATS,
+        }
+    }  # fmt: skip
+    figures = {"cost": cost_figure(networks, training)}
+    if quality:
+        measure = quality_measure(quality)
+        rows = _joined(quality, networks)
+        measures = [m for m in MEASURES if any(m in row for row in rows)]
+        columns = ["ratio", "method", "seeds", "parameters", "macs", "evaluation_ms", "image_ms"]
+        columns += [c for m in measures for c in (m, f"{m}_spread")]
+        tables["quality"] = {
+            "title": "Quality of trained students", "columns": columns, "rows": rows,
+            "formats": NETWORK_FORMATS | {c: ".4g" for c in columns[7:]},
+        }  # fmt: skip
+        figures["pareto"] = pareto_figure(rows, measure)
+    return {
+        "name": name,
+        "title": f"Compression of {config.name}: what students save, and what it costs",
+        "columns": ["ratio", *NETWORK_FORMATS, "status"],
+        "formats": NETWORK_FORMATS,
+        "rows": networks,
+        "tables": tables,
+        "figures": {
+            f"{name}_{kind}.{form}": figure
+            for kind, figure in figures.items() for form in ("png", "svg")
+        },
+        "notes": _notes(experiment, options, bool(quality)),
+    }  # fmt: skip
+
+
+def _joined(quality: list[Measured], networks: list[Measured]) -> list[Measured]:
+    costs = {row["ratio"]: row for row in networks}
+    return [
+        row | {k: costs[row["ratio"]].get(k) for k in ("evaluation_ms", "image_ms", "images_per_s")}
+        for row in quality
+    ]
+
+
+def _notes(experiment: Experiment, options: Options, quality: bool) -> list[str]:
+    config, fields = experiment.config, experiment.config.evaluation
+    steps = timed_steps(experiment, options.quick)
+    sampler = f"{fields.sampler} with {fields.sample_steps} steps, float32"
+    if steps < fields.sample_steps:
+        sampler += f", of which {steps} were run and the time scaled up"
+    devices = experiment.mesh.size
+    return [
+        "ratio: share of channels removed; 0 is the teacher, for which training is its own, "
+        "without distillation. Weights are random. Times are medians, with quartiles in the JSON. "
+        "MB: 10^6 bytes.",
+        f"images_per_s: {sampler}, in batches of {fields.batch_size} on {devices} device(s). "
+        "evaluation_ms, image_ms: one network evaluation, and one sampled image, at batch 1 on one "
+        "device.",
+        f"Training: {config.distill.batch_size} images a step on {devices} device(s), "
+        f"{config.distill.dtype}. memory_mb: what the compiled step needs on each device, by the "
+        "compiler's plan (arguments, results, temporaries). device_peak_mb: the most that a device "
+        "has had in use, as the backend tells (\"-\": it does not, or the step did not exceed what "
+        "was measured before).",
+        "tflops: 2 x MACs of all network evaluations per second; a training step counts three "
+        "evaluations of the student and one of a teacher, where it has one. of_peak: share of the "
+        f"devices' dense bfloat16 peak (\"-\": not known for {jax.devices()[0].device_kind}).",
+        "Compilation may have been shortened by the persistent cache."
+        if jax.config.jax_compilation_cache_dir else "",
+        "Quality: read from " + ", ".join(map(str, options.workdirs)) + "; spread: standard "
+        "deviation over seeds." if quality else "",
+        f"Quick: {len(QUICK_METHODS)} of {len(BASIC_METHODS)} methods and at most {QUICK_STEPS} "
+        "sampling steps; the numbers are rough." if options.quick else "",
+    ]  # fmt: skip

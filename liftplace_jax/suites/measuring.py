@@ -1,0 +1,179 @@
+"""What one network costs: to sample from, and to train by each method."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from liftplace_jax import models, weights
+from liftplace_jax.distillation import student_objective
+from liftplace_jax.experiment import Experiment
+from liftplace_jax.models.cost import count_macs
+from liftplace_jax.networks import Network, make_apply
+from liftplace_jax.sampling import make_sampler
+from liftplace_jax.suites.peaks import peak_fraction
+from liftplace_jax.suites.timing import Timing, time_side_by_side
+from liftplace_jax.training.objective import METHODS
+from liftplace_jax.training.prepare import prepare
+
+Measured = dict[str, Any]
+QUICK_STEPS = 5
+MEGA = 1e6
+
+
+@functools.lru_cache(maxsize=1)
+def random_network(config: Any, dtype: str = "float32") -> Network:
+    """A network with random weights: they cost what trained ones do."""
+    return Network(config, *models.create(config, 0, jnp.dtype(dtype)))
+
+
+def timed_steps(experiment: Experiment, quick: bool) -> int:
+    """Sampling steps that are run: the config's; if quick, a few, which divide T."""
+    steps, timesteps = experiment.config.evaluation.sample_steps, experiment.process.num_timesteps
+    if not quick:
+        return steps
+    return next(n for n in range(min(steps, QUICK_STEPS), 0, -1) if timesteps % n == 0)
+
+
+def measure_network(experiment: Experiment, config: Any, quick: bool, repeats: int) -> Measured:
+    """Size on disk, latency, sampling throughput.
+
+    Args:
+      experiment: whose process, sampler and mesh are used; a checkpoint is written in its folder.
+      config: of the network.
+      quick: run few sampling steps and extrapolate.
+      repeats: timed calls of each.
+    """
+    fields = experiment.config.evaluation
+    steps = timed_steps(experiment, quick)
+    network = random_network(config)
+    params, apply = network.params, make_apply(network.graphdef)
+    shape = (config.image_size, config.image_size, config.in_channels)
+    sampler = make_sampler(
+        ConfigDict(fields.to_dict() | {"sample_steps": steps}), experiment.process, shape, apply
+    )
+    keys = jax.random.split(jax.random.key(0), fields.batch_size)
+    everywhere = NamedSharding(experiment.mesh, PartitionSpec())
+    evaluation, _ = _compiled(
+        lambda params, x, t: apply(params, x, t, False, None)[0],
+        params, jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32),
+    )  # fmt: skip
+    image, _ = _compiled(sampler, params, keys[:1])
+    batch, compile_seconds = _compiled(
+        sampler,
+        jax.device_put(params, everywhere), jax.device_put(keys, experiment.batch_sharding),
+    )  # fmt: skip
+    times = time_side_by_side({"evaluation": evaluation, "image": image}, repeats)
+    times |= time_side_by_side({"batch": batch}, max(3, repeats // 3))
+    for name in ("image", "batch"):
+        times[name] = Timing(*(s * fields.sample_steps / steps for s in times[name]))
+    rate = fields.batch_size / times["batch"].median
+    macs = count_macs(config)
+    return {
+        "checkpoint_mb": _checkpoint_bytes(experiment, network) / MEGA,
+        "images_per_s": rate,
+        "evaluation_ms": times["evaluation"].median * 1e3,
+        "image_ms": times["image"].median * 1e3,
+        "sampler_compile_s": compile_seconds,
+        **_speed(2 * macs * fields.sample_steps * rate, experiment.mesh.size),
+        "seconds": {name: timing._asdict() for name, timing in times.items()},
+    }
+
+
+def measure_training(
+    experiment: Experiment, method: str, student: Network, teacher: Network, repeats: int
+) -> Measured:
+    """Time and memory of a training step, on one random batch.
+
+    Args:
+      experiment: whose distillation and mesh are used.
+      method: of METHODS.
+      student: the network that is trained.
+      teacher: its teacher.
+      repeats: timed steps.
+    """
+    fields, needs_teacher = experiment.config.distill, METHODS[method].needs_teacher
+    before = device_peak(experiment)
+    objective, params = student_objective(
+        experiment.config, experiment.process, method, 0, student, teacher
+    )
+    training = prepare(
+        fields, objective, params, teacher.params if needs_teacher else None, experiment.mesh,
+        experiment.config.sharding_rules,
+    )  # fmt: skip
+    config = student.config
+    shape = (fields.batch_size, config.image_size, config.image_size, config.in_channels)
+    images = jax.random.normal(jax.random.key(0), shape)
+    batch = {"image": jax.device_put(images, experiment.batch_sharding)}
+    started = time.perf_counter()
+    step = training.step.lower(training.state, training.teacher_params, batch).compile()
+    compile_seconds = time.perf_counter() - started
+    state = training.state
+
+    def call():
+        nonlocal state
+        state, metrics = step(state, training.teacher_params, batch)
+        jax.block_until_ready((state, metrics))
+
+    timing = time_side_by_side({method: call}, repeats)[method]
+    after = device_peak(experiment)
+    macs = 3 * count_macs(config) + (count_macs(teacher.config) if needs_teacher else 0)
+    return {
+        "step_ms": timing.median * 1e3,
+        "examples_per_s": fields.batch_size / timing.median,
+        "memory_mb": planned_bytes(step) / MEGA,
+        "device_peak_mb": after / MEGA if after is not None and after > before else None,
+        "step_compile_s": compile_seconds,
+        **_speed(2 * macs * fields.batch_size / timing.median, experiment.mesh.size),
+        "seconds": timing._asdict(),
+    }
+
+
+def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """Memory that a compiled program needs on each device; None if the backend does not say."""
+    plan = compiled.memory_analysis()
+    if plan is None:
+        return None
+    return (
+        plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+        + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes
+    )  # fmt: skip
+
+
+def device_peak(experiment: Experiment) -> int | None:
+    """Most memory of a device that was ever in use in this process; None if it does not say."""
+    stats = [device.memory_stats() for device in experiment.mesh.local_devices]
+    peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+    return max(peaks, default=None)
+
+
+def _compiled(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[[], Any], float]:
+    """A call of the compiled function that waits for its result, and seconds of compilation."""
+    # Arrays alone as arguments: taking a tree of parameters apart in Python would cost more than
+    # a small network does.
+    leaves, tree = jax.tree.flatten(arguments)
+    started = time.perf_counter()
+    compiled = jax.jit(lambda *x: function(*tree.unflatten(x))).lower(*leaves).compile()
+    seconds = time.perf_counter() - started
+    return lambda: jax.block_until_ready(compiled(*leaves)), seconds
+
+
+def _checkpoint_bytes(experiment: Experiment, network: Network) -> int:
+    folder = experiment.workdir / "checkpoint"
+    weights.save_model(folder, models.config_to_dict(network.config), network.params)
+    return (folder / "model.safetensors").stat().st_size
+
+
+def _speed(flops_per_second: float, devices: int) -> Measured:
+    kind = jax.devices()[0].device_kind
+    return {
+        "tflops": flops_per_second / 1e12,
+        "of_peak": peak_fraction(flops_per_second, kind, devices),
+    }

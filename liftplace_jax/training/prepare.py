@@ -1,0 +1,62 @@
+"""A training run about to start, from its config: step and arrays, placed on the mesh."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from liftplace_jax.training import sharding
+from liftplace_jax.training.optimizer import make_optimizer
+from liftplace_jax.training.state import TrainState, create_state
+from liftplace_jax.training.step import LossFn, Metrics, make_train_step
+
+
+class Training(NamedTuple):
+    """See `prepare`.
+
+    Attributes:
+      step: (state, teacher_params, batch) -> (state, metrics), jitted; it donates the state.
+      state: before the first step.
+      teacher_params: on the mesh.
+      shardings: of the state.
+      schedule: step -> learning rate.
+    """
+
+    step: Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
+    state: TrainState
+    teacher_params: Any
+    shardings: TrainState
+    schedule: optax.Schedule
+
+
+def prepare(
+    fields: ConfigDict, objective: LossFn, params: dict[str, Any], teacher_params: Any,
+    mesh: jax.sharding.Mesh, rules: sharding.Rules,
+) -> Training:  # fmt: skip
+    """Places a run on a mesh.
+
+    Args:
+      fields: config.teacher or config.distill.
+      objective: as of `make_objective`.
+      params: what is trained, as of `TrainState.params`.
+      teacher_params: None without a teacher.
+      mesh: of `sharding.make_mesh`.
+      rules: config.sharding_rules.
+    """
+    optimizer, schedule = make_optimizer(fields.optimizer, fields.steps)
+    abstract = jax.eval_shape(functools.partial(create_state, optimizer=optimizer), params)
+    shardings = sharding.tree_shardings(abstract, rules, mesh)
+    state = jax.device_put(create_state(params, optimizer), shardings)
+    teacher_params = jax.device_put(
+        teacher_params, sharding.tree_shardings(teacher_params, rules, mesh)
+    )
+    step = make_train_step(
+        objective, optimizer, ema_decay=fields.ema_decay, accumulation=fields.accumulation,
+        shardings=shardings,
+    )  # fmt: skip
+    return Training(step, state, teacher_params, shardings, schedule)
