@@ -85,11 +85,23 @@ def _check_training(config, room):
 
 
 def _check_evaluation(config):
-    names = ("num_samples", "batch_size", "sample_steps", "neighbours")
+    names = ("num_samples", "batch_size", "sample_steps", "neighbours", "curve_samples")
     check_positive(config, *(f"evaluation.{name}" for name in names))
     if config.evaluation.features:
         check_choice("evaluation.features", config.evaluation.features, evaluation.FEATURES)
     check_choice("evaluation.sampler", config.evaluation.sampler, SAMPLERS)
+    every = config.evaluation.curve_every
+    if every < 0 or (every and config.evaluation.features is None):
+        raise ValueError(
+            f"config.evaluation.curve_every must be >= 0, and needs config.evaluation.features, "
+            f"got {every}"
+        )
+    for room in ("teacher", "distill") if every else ():
+        if every % config[room].log_every:
+            raise ValueError(
+                f"config.evaluation.curve_every {every} is no multiple of config.{room}.log_every "
+                f"{config[room].log_every}"
+            )
     if config.evaluation.clip is not None:
         check_positive(config, "evaluation.clip")
     if config.evaluation.neighbours >= config.evaluation.num_samples:

@@ -106,10 +106,18 @@ def default_config() -> ConfigDict:
     config.distill.weight = ConfigDict(dict(name="adaptive", value=0.3, direction="increase"))
 
     # features: a name of evaluation.FEATURES, or None: samples are drawn, not scored.
+    # curve_every: steps of training between Frechet distances of curve_samples samples, for a curve
+    # (a multiple of log_every); 0: none.
     config.evaluation = ConfigDict(
         dict(features="digits", num_samples=1024, batch_size=256, sampler="ddim", sample_steps=50,
-             skip_type="uniform", eta=0.0, seed=12345, neighbours=5, clip=None)
+             skip_type="uniform", eta=0.0, seed=12345, neighbours=5, clip=None, curve_every=0,
+             curve_samples=256)
     )  # fmt: skip
+    # File of the extractor's weights, where it does not ship with them (the Inception ones).
+    config.evaluation.weights = config_dict.placeholder(str)
+    # Reference statistics, of liftplace_jax.evaluate ref, pytorch-fid or ADM; default: the training
+    # data are read.
+    config.evaluation.reference = config_dict.placeholder(str)
     # Score a second time with predicted data limited to +-clip at each step; default: do not.
     config.evaluation.clip = config_dict.placeholder(float)
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))
@@ -244,6 +252,16 @@ def _read(text: str, default: Any) -> Any:
 def to_json(config: ConfigDict) -> dict[str, Any]:
     """The config as plain JSON types."""
     return json.loads(config.to_json_best_effort())
+
+
+def filled(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict `old` with what only `new` has: fields that did not exist yet."""
+    return {
+        key: filled(old[key], new[key])
+        if isinstance(old.get(key), Mapping) and isinstance(new.get(key), Mapping)
+        else old.get(key, new.get(key))
+        for key in old.keys() | new.keys()
+    }
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

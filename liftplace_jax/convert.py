@@ -10,13 +10,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-from liftplace_jax.command_line import parse_flags, refuse
+from liftplace_jax.command_line import parse_flags, quieten_libraries, refuse
 
 FORMATS = ("published", "diffusers")
 
@@ -36,9 +35,7 @@ def main(argv: list[str]) -> None:
     """Entry point under absl."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.ERROR)
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    quieten_libraries()
     try:
         print(convert())
     except (ValueError, OSError) as error:

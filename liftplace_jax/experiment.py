@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,14 @@ class Experiment:
     Args:
       config: as of `configuration.default_config`.
       workdir: the work directory; made if missing.
+      claim: whether it becomes (or must be) this config's; otherwise it is only read.
 
     Raises:
       ValueError: a field of the config is out of its range, or the work directory belongs to
         another config; nothing is written then.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path):
+    def __init__(self, config: ConfigDict, workdir: Path, claim: bool = True):
         self.config, self.workdir = config, Path(workdir)
         check_config(config)
         self.mesh = sharding.make_mesh(config.mesh)
@@ -97,7 +98,8 @@ class Experiment:
         with under("model: "):
             self.model_config = models.config_from_dict({"widths": None} | config.model.to_dict())
         self._check_later_stages()
-        self._claim_workdir()
+        if claim:
+            self._claim_workdir()
 
     def _check_later_stages(self):
         """Finds now, from shapes alone, what would fail after hours of training."""
@@ -110,11 +112,12 @@ class Experiment:
         shape = (model.image_size, model.image_size, model.in_channels)
         image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
         with under("evaluation: "):
-            if self.extractor and shape != self.extractor.image_shape:
-                raise ValueError(
-                    f"features {config.evaluation.features!r} take images "
-                    f"{self.extractor.image_shape}, those of config.model are {shape}"
-                )
+            if self.extractor:
+                self.extractor.check_shape(shape)
+            if config.evaluation.reference:
+                if not self.extractor:
+                    raise ValueError("reference is set, but features are not: set both or neither")
+                evaluation.check_reference(self.real, self.extractor)
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
             sampler = make_sampler(
                 config.evaluation, self.process, shape, lambda params, x, *_: (x, {})
@@ -150,8 +153,11 @@ class Experiment:
                 old = dict(json.loads(path.read_text()))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path} is no config of a work directory: {error}") from error
+            # Fields that newer versions have added count as their defaults.
+            defaults = configuration.to_json(configuration.default_config())
+            full = configuration.filled(old, defaults)
             # The mesh may change: a run goes on on other hardware.
-            lines = configuration.differences(old | {"mesh": None}, new | {"mesh": None})
+            lines = configuration.differences(full | {"mesh": None}, new | {"mesh": None})
             # Alone, it is from a run that was refused before it made anything.
             alone = found == [path.name] and old.keys() == new.keys()
             if lines and not alone:
@@ -183,8 +189,27 @@ class Experiment:
     @functools.cached_property
     def extractor(self) -> evaluation.Extractor | None:
         """What samples are compared by; None if config.evaluation.features names nothing."""
-        name = self.config.evaluation.features
-        return evaluation.feature_extractor(name) if name else None
+        fields = self.config.evaluation
+        if not fields.features:
+            return None
+        return evaluation.feature_extractor(fields.features, fields.weights)
+
+    @functools.cached_property
+    def real(self) -> evaluation.Samples | evaluation.Reference | None:
+        """What samples are compared with: config.evaluation.reference, or the training data."""
+        if self.extractor is None:
+            return None
+        fields = self.config.evaluation
+        if fields.reference:
+            return evaluation.load_reference(Path(fields.reference).expanduser())
+        bar = progress("reference", len(self.sources["train"]), unit="image")
+        try:
+            return evaluation.reference(
+                self.sources["train"], self.extractor, batch_size=fields.batch_size,
+                sharding=self.batch_sharding, progress=lambda done: bar.update(done - bar.n),
+            )  # fmt: skip
+        finally:
+            bar.close()
 
     @functools.cached_property
     def sources(self) -> dict[str, data.Source]:
@@ -235,9 +260,9 @@ class Experiment:
         )
         state = self._train(
             fields, objective, {"student": params}, None, self.config.seed, self.teacher_folder,
-            "teacher",
+            "teacher", graphdef,
         )  # fmt: skip
-        self._save(self.teacher_folder, self.model_config, state.ema)
+        self._save_trained(self.teacher_folder, self.model_config, state)
 
     def teacher(self, dtype: str = "float32") -> Network:
         """The finished teacher.
@@ -331,17 +356,28 @@ class Experiment:
         teacher_params = teacher.params if METHODS[run.method].needs_teacher else None
         title = f"{run.method} seed {run.seed}"
         state = self._train(
-            fields, objective, params, teacher_params, run.seed, run.folder, title
+            fields, objective, params, teacher_params, run.seed, run.folder, title, start.graphdef
         )
-        self._save(run.folder, start.config, state.ema)
+        self._save_trained(run.folder, start.config, state)
 
     # Both ---------------------------------------------------------------------------------------
 
-    def _train(self, fields, objective, params, teacher_params, seed, folder, title) -> TrainState:
+    def _train(
+        self, fields, objective, params, teacher_params, seed, folder, title, graphdef
+    ) -> TrainState:
         source = self.sources["train"]
         run = prepare(
             fields, objective, params, teacher_params, self.mesh, self.config.sharding_rules
         )
+
+        every = self.config.evaluation.curve_every
+        curve = self._curve(graphdef) if every else None
+
+        def on_log(step: int, state: TrainState) -> dict[str, float]:
+            values = {"learning_rate": float(run.schedule(step - 1))}
+            if curve and step % every == 0:
+                values["frechet_float32"] = curve(state.ema)
+            return values
 
         def make_batches(first: int) -> Iterator[Any]:
             batches = data.train_batches(
@@ -354,8 +390,30 @@ class Experiment:
             run.step, run.state, run.teacher_params, make_batches, total_steps=fields.steps,
             folder=folder, title=title, shardings=run.shardings, log_every=fields.log_every,
             checkpoint_every=fields.checkpoint_every, tensorboard=self.config.tensorboard,
-            on_log=lambda step: {"learning_rate": float(run.schedule(step - 1))},
+            on_log=on_log,
         )  # fmt: skip
+
+    def _curve(self, graphdef) -> Callable[[Any], float]:
+        """Parameters -> Frechet distance of few samples, in float32 and in-graph."""
+        fields, size = self.config.evaluation, self.model_config.image_size
+        shape = (size, size, self.model_config.in_channels)
+        sample = make_sampler(fields, self.process, shape, make_apply(graphdef))
+        real = evaluation.moments_of(self.real)
+        distance = jax.jit(evaluation.frechet_distance_in_graph)
+
+        def curve(params) -> float:
+            samples = evaluation.collect(
+                sample, params, fields.curve_samples, batch_size=fields.batch_size,
+                extractor=self.extractor, seed=fields.seed, sharding=self.batch_sharding,
+            )  # fmt: skip
+            return float(distance(real, samples.moments))
+
+        return curve
+
+    def _save_trained(self, folder: Path, config: Any, state: TrainState) -> None:
+        if jax.process_index() == 0:
+            weights.save_raw(folder, state.params["student"])
+        self._save(folder, config, state.ema)
 
     def _save(self, folder: Path, config: Any, params: Any) -> None:
         if jax.process_index() == 0:

@@ -17,6 +17,8 @@ from liftplace_jax.configuration import differences
 from liftplace_jax.diffusers_folder import find_folder, read_diffusers
 from liftplace_jax.losses import init_adapters
 
+PARAMS = {"ema": "model.safetensors", "raw": "raw.safetensors"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Network:
@@ -51,15 +53,23 @@ def is_saved(folder: Path) -> bool:
     return (folder / "model.safetensors").exists() and (folder / "config.json").exists()
 
 
-def load_network(folder: Path, dtype: str = "float32", hint: str = "check the path") -> Network:
+def load_network(
+    folder: Path, dtype: str = "float32", hint: str = "check the path", params: str = "ema"
+) -> Network:
     """A model from its folder.
+
+    Args:
+      folder: of `weights.save_model`.
+      dtype: of the computation.
+      hint: what to do if there is none, for the error message.
+      params: "ema", the averaged ones, or "raw", those that training ended with.
 
     Raises:
       ValueError: nothing there, or files that do not fit; names the path.
     """
     if not is_saved(folder):
         raise ValueError(f"no model.safetensors and config.json in {folder}: {hint}")
-    fields, tensors = weights.load_model_tensors(folder)
+    fields, tensors = weights.load_model_tensors(folder, PARAMS[params])
     try:
         config = models.config_from_dict(fields)
     except (ValueError, TypeError) as error:

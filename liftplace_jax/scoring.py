@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from flax import nnx
 
 from liftplace_jax import evaluation, models
@@ -27,6 +28,11 @@ from liftplace_jax.sampling import make_sampler
 from liftplace_jax.training.metrics_io import progress
 
 KEPT_IMAGES = 64
+PARAMS_NAMES = {"ema": "EMA", "raw": "raw"}
+SCORES = (
+    "frechet", "sfid", "inception_score", "inception_score_std", "kid", "kid_std", "precision",
+    "recall", "density", "coverage",
+)  # fmt: skip
 
 
 def evaluate(experiment: Experiment) -> None:
@@ -35,60 +41,96 @@ def evaluate(experiment: Experiment) -> None:
     Raises:
       ValueError: a model is missing, or samples are not finite.
     """
-    folders = {"teacher": experiment.teacher_folder}
-    folders |= {f"{run.method} seed {run.seed}": run.folder for run in experiment.runs}
+    folders = model_folders(experiment)
     missing = {k: f for k, f in folders.items() if not (f / "evaluation.json").exists()}
     if not missing:
         return
-    fields = experiment.config.evaluation
-    real = experiment.extractor and evaluation.reference(
-        experiment.sources["train"], experiment.extractor, batch_size=fields.batch_size,
-        sharding=experiment.batch_sharding,
-    )  # fmt: skip
     teacher = experiment.teacher()
     for title, folder in missing.items():
         started = time.monotonic()
         network = load_network(folder, hint="run --mode=distill first")
-        result, images = _sample_scores(experiment, title, network, real)
+        result, images = _sample_scores(experiment, title, network)
         if title != "teacher":
             result |= _output_error(experiment, teacher, network)
         result["parameters"] = models.count_parameters(network.params)
-        reference = f"{experiment.config.data.name} {experiment.config.data.train_split}"
-        result["protocol"] = fields.to_dict() | {"weights": "EMA", "reference": reference}
+        result["protocol"] = protocol(experiment)
         result["seconds"] = time.monotonic() - started
         if jax.process_index() == 0:
             _save_images(folder / "samples.npz", images)
             write_json(folder / "evaluation.json", result)
 
 
-def _sample_scores(experiment, title, network, real) -> tuple[dict[str, Any], dict[str, Any]]:
+def model_folders(experiment: Experiment) -> dict[str, Path]:
+    """Title -> folder of the teacher and of every student."""
+    folders = {"teacher": experiment.teacher_folder}
+    return folders | {f"{run.method} seed {run.seed}": run.folder for run in experiment.runs}
+
+
+def protocol(experiment: Experiment, params: str = "ema") -> dict[str, Any]:
+    """All that numbers of samples depend on, beside the model."""
+    fields = experiment.config.evaluation
+    found = fields.to_dict() | {"params": PARAMS_NAMES[params], "precision": "float32"}
+    found["weights"] = fields.weights and Path(fields.weights).name
+    found["reference"] = f"{experiment.config.data.name} {experiment.config.data.train_split}"
+    if isinstance(experiment.real, evaluation.Reference):
+        found["reference"] = {"file": Path(fields.reference).name, "sha256": experiment.real.digest}
+        found["reference"] |= experiment.real.info
+    if experiment.extractor:
+        found["extractor"] = dict(experiment.extractor.info)
+    return found
+
+
+def _sample_scores(experiment, title, network) -> tuple[dict[str, Any], dict[str, Any]]:
     fields = experiment.config.evaluation
     variants = {"": None} | ({"_clipped": fields.clip} if fields.clip else {})
     bar = progress(f"samples, {title}", fields.num_samples * len(variants), unit="image")
     result, images = {}, {}
     for suffix, clip in variants.items():
-        ends, before = [], bar.n
-
-        def update(done, ends=ends, before=before):
-            ends.append(time.monotonic())
-            bar.update(before + done - bar.n)
-
-        samples = evaluation.collect(
-            _sampler(experiment, network.graphdef, clip), network.params, fields.num_samples,
-            batch_size=fields.batch_size, extractor=experiment.extractor, seed=fields.seed,
-            sharding=experiment.batch_sharding, keep_images=KEPT_IMAGES, progress=update,
-        )  # fmt: skip
+        samples, rate = draw(experiment, network, bar, clip=clip, keep_images=KEPT_IMAGES)
         if not suffix:
-            result["images_per_second"] = _rate(fields, ends)
-        if real:
+            result["images_per_second"] = rate
+        if experiment.real:
             # Few samples are for smoke runs, whose numbers mean nothing; the report says so.
-            few = fields.num_samples <= real.extractor.dim
-            scores = evaluation.score(real, samples, k=fields.neighbours, allow_few=few)
-            names = ("frechet", "precision", "recall", "density", "coverage")
-            result |= {name + suffix: scores[name] for name in names} if suffix else scores
+            few = fields.num_samples <= experiment.extractor.dim
+            scores = evaluation.score(
+                experiment.real, samples, k=fields.neighbours, allow_few=few
+            )
+            values = {name + suffix: scores[name] for name in SCORES if name in scores}
+            result |= values if suffix else scores
         images[f"images{suffix}"] = samples.images
     bar.close()
     return result, images
+
+
+def draw(
+    experiment: Experiment,
+    network: Network,
+    bar: tqdm.tqdm,
+    *,
+    clip: float | None = None,
+    keep_images: int = 0,
+) -> tuple[evaluation.Samples, float | None]:
+    """Samples of a network by config.evaluation, and how many a second.
+
+    Args:
+      experiment: whose process, extractor and mesh are used.
+      network: the model.
+      bar: moved on by the number of samples.
+      clip: see `make_sampler`.
+      keep_images: how many images to keep.
+    """
+    fields, ends, before = experiment.config.evaluation, [], bar.n
+
+    def update(done):
+        ends.append(time.monotonic())
+        bar.update(before + done - bar.n)
+
+    samples = evaluation.collect(
+        _sampler(experiment, network.graphdef, clip), network.params, fields.num_samples,
+        batch_size=fields.batch_size, extractor=experiment.extractor, seed=fields.seed,
+        sharding=experiment.batch_sharding, keep_images=keep_images, progress=update,
+    )  # fmt: skip
+    return samples, _rate(fields, ends)
 
 
 def _rate(fields, ends: list[float]) -> float | None:

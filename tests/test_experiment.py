@@ -121,7 +121,7 @@ def test_folders_of_one_and_of_many_students(tmp_path):
     ("model.out_channels", 2, "config.model.out_channels 2 differs from in_channels 1"),
     ("model.model", "dit2", "config.model: unknown model 'dit2'"),
     ("model.in_channels", 3, "config.model.out_channels 1 differs"),
-    ("model.image_size", 16, r"features 'digits' take images \(8, 8, 1\), .* are \(16, 16, 1\)"),
+    ("model.image_size", 16, r"images are \(16, 16, 1\), .* 'digits' takes \(8, 8, 1\)"),
     ("process.schedule", "line", "config.process: unknown beta schedule 'line'"),
     ("process.prediction", "eps", "config.process: unknown prediction 'eps'"),
     ("compress.ratio", 1.0, r"config.compress.ratio must be in \[0, 1\), got 1.0"),

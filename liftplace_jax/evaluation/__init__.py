@@ -1,14 +1,7 @@
 """How good samples are: Frechet distance, precision and recall, error to the teacher."""
 
-from liftplace_jax.evaluation.evaluate import (
-    Samples,
-    collect,
-    output_error,
-    reference,
-    score,
-    to_uint8,
-)
-from liftplace_jax.evaluation.features import FEATURES, Extractor, feature_extractor
+from liftplace_jax.evaluation.extractor import Extractor
+from liftplace_jax.evaluation.features import FEATURES, feature_extractor
 from liftplace_jax.evaluation.frechet import (
     Moments,
     covariance,
@@ -19,25 +12,37 @@ from liftplace_jax.evaluation.frechet import (
     moments_update,
     moments_zero,
 )
-from liftplace_jax.evaluation.metrics import precision_recall
+from liftplace_jax.evaluation.metrics import inception_score, kernel_distance, precision_recall
+from liftplace_jax.evaluation.references import Reference, load_reference, save_reference
+from liftplace_jax.evaluation.samples import Samples, collect, reference, to_uint8
+from liftplace_jax.evaluation.scores import check_reference, moments_of, score, statistics_of
+from liftplace_jax.evaluation.teacher_error import output_error
 
 __all__ = [
     "FEATURES",
     "Extractor",
     "Moments",
+    "Reference",
     "Samples",
+    "check_reference",
     "collect",
     "covariance",
     "feature_extractor",
     "frechet_distance",
     "frechet_distance_in_graph",
     "frechet_from_moments",
+    "inception_score",
+    "kernel_distance",
+    "load_reference",
     "moments_merge",
+    "moments_of",
     "moments_update",
     "moments_zero",
     "output_error",
     "precision_recall",
     "reference",
+    "save_reference",
     "score",
+    "statistics_of",
     "to_uint8",
 ]

@@ -1,44 +1,17 @@
-"""Feature extractors, by name: what turns images into the vectors that are compared."""
+"""The feature extractors, by name, and the digit classifier among them."""
 
-import dataclasses
 import functools
 import importlib.resources
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from safetensors import safe_open
 
+from liftplace_jax.evaluation.extractor import Extractor
+from liftplace_jax.evaluation.inception_features import PROTOCOLS, inception_extractor
+
 DIGIT_WEIGHTS = "digit_features.safetensors"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Extractor:
-    """A feature extractor.
-
-    Attributes:
-      name: registry name.
-      label: what a Frechet distance on these features is called; never Inception FID unless it is.
-      dim: number of features D.
-      image_shape: (H, W, C) of the images it takes.
-      apply: jit-able function (params, images (B, H, W, C) in [-1, 1]) -> (B, D) float32.
-      params: pytree of its weights.
-      info: where it comes from, as strings (such as its test accuracy).
-    """
-
-    name: str
-    label: str
-    dim: int
-    image_shape: tuple[int, int, int]
-    apply: Callable[[Any, jax.Array], jax.Array]
-    params: Any
-    info: Mapping[str, str]
-
-    def __call__(self, images):
-        """Features (B, dim) of images (B, H, W, C) in [-1, 1]."""
-        return self.apply(self.params, images)
 
 
 def digit_features(params, images):
@@ -81,21 +54,35 @@ def _digits():
     )
 
 
-FEATURES = {"digits": _digits}
+def _without_weights(make):
+    """An entry of FEATURES for an extractor that ships with this package."""
+
+    def extractor(name, weights):
+        if weights is not None:
+            raise ValueError(f"features {name!r} come with their weights, leave {weights} out")
+        return make()
+
+    return extractor
 
 
-def feature_extractor(name):
+# Name -> function (name, file of weights or None) -> Extractor.
+FEATURES = {"digits": _without_weights(_digits)} | dict.fromkeys(PROTOCOLS, inception_extractor)
+
+
+def feature_extractor(name, weights=None):
     """Loads the extractor `name`.
 
     Args:
-      name: a key of `FEATURES`, which maps names to functions without arguments.
+      name: a key of `FEATURES`.
+      weights: file of its weights, where it does not ship with them.
 
     Returns:
-      An `Extractor`.
+      An `Extractor`; the same one for the same arguments.
 
     Raises:
-      ValueError: an unknown name; the message lists those known.
+      ValueError: an unknown name (the message lists those known), or weights that are lacking, do
+        not fit or are not wanted.
     """
     if name not in FEATURES:
         raise ValueError(f"unknown feature extractor {name!r}, known: {sorted(FEATURES)}")
-    return FEATURES[name]()
+    return FEATURES[name](name, weights)

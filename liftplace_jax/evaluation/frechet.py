@@ -22,18 +22,21 @@ class Moments(NamedTuple):
       shift: (D,) the first feature.
       mean: (D,) mean of feature - shift.
       m2: (D, D) sum of the outer products of the centred features.
+      m2_low: (D, D) what rounding has taken from m2 so far (compensated summation).
     """
 
     count: jax.Array
     shift: jax.Array
     mean: jax.Array
     m2: jax.Array
+    m2_low: jax.Array
 
 
 def moments_zero(dim):
     """Moments of no features of `dim` numbers."""
-    zeros = jnp.zeros(dim, jnp.float32)
-    return Moments(jnp.zeros((), jnp.int32), zeros, zeros, jnp.zeros((dim, dim), jnp.float32))
+    shapes = ((dim,), (dim,), (dim, dim), (dim, dim))
+    # Each an array of its own, so that all of them can be donated.
+    return Moments(jnp.zeros((), jnp.int32), *(jnp.zeros(s, jnp.float32) for s in shapes))
 
 
 def moments_update(moments, features, mask):
@@ -62,7 +65,7 @@ def moments_update(moments, features, mask):
     mean = rows.sum(0) / jnp.maximum(count, 1)
     rows = jnp.where(mask[:, None], rows - mean, 0)
     m2 = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
-    return moments_merge(moments, Moments(count, shift, mean, m2))
+    return moments_merge(moments, Moments(count, shift, mean, m2, jnp.zeros_like(m2)))
 
 
 def moments_merge(a, b):
@@ -73,8 +76,16 @@ def moments_merge(a, b):
     # Two nearby shifts subtract without error, two large means would not.
     mean_a, mean_b = (jnp.where(m.count > 0, m.shift - shift + m.mean, 0) for m in (a, b))
     delta = mean_b - mean_a
-    m2 = a.m2 + b.m2 + (a.count * weight) * jnp.outer(delta, delta)
-    return Moments(count, shift, mean_a + weight * delta, m2)
+    m2, low = _exact_sum(a.m2, b.m2)
+    m2, lower = _exact_sum(m2, (a.count * weight) * jnp.outer(delta, delta))
+    return Moments(count, shift, mean_a + weight * delta, m2, a.m2_low + b.m2_low + low + lower)
+
+
+def _exact_sum(a, b):
+    """The rounded sum and what rounding took from it (Knuth's two-sum)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
 
 
 def covariance(moments):
@@ -99,21 +110,29 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
     arrays = [np.asarray(array, np.float64) for array in (mu1, sigma1, mu2, sigma2)]
     mu1, sigma1, mu2, sigma2 = arrays
-    dim = mu1.shape[0] if mu1.ndim == 1 else -1
-    if [array.shape for array in arrays] != 2 * [(dim,), (dim, dim)]:
-        raise ValueError(
-            f"means and covariances must be (D,) and (D, D) with one D, got "
-            f"{[array.shape for array in arrays]}"
-        )
-    for name, array in zip(("mu1", "sigma1", "mu2", "sigma2"), arrays, strict=True):
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} has non-finite values; were the features finite?")
+    check_statistics(mu1, sigma1, "1")
+    check_statistics(mu2, sigma2, "2")
+    if mu1.shape != mu2.shape:
+        raise ValueError(f"feature dimensions differ: {mu1.shape[0]} and {mu2.shape[0]}")
     values, vectors = np.linalg.eigh(sigma1)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     product = root @ sigma2 @ root
     values = np.linalg.eigvalsh((product + product.T) / 2)
     trace = np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(np.maximum(values, 0)).sum()
     return float(np.sum((mu1 - mu2) ** 2) + trace)
+
+
+def check_statistics(mean, covariance, suffix=""):
+    """Raises a ValueError if they are not a finite (D,) and (D, D); suffix: of their names."""
+    dim = mean.shape[0] if mean.ndim == 1 else -1
+    if (mean.shape, covariance.shape) != ((dim,), (dim, dim)):
+        raise ValueError(
+            f"mu{suffix} and sigma{suffix} must be (D,) and (D, D) with one D, got {mean.shape} "
+            f"and {covariance.shape}"
+        )
+    for name, array in ((f"mu{suffix}", mean), (f"sigma{suffix}", covariance)):
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} has non-finite values; were the features finite?")
 
 
 def frechet_from_moments(a, b, *, allow_few=False):
@@ -133,17 +152,27 @@ def frechet_from_moments(a, b, *, allow_few=False):
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"feature dimensions differ: {a.mean.shape[0]} and {b.mean.shape[0]}")
-    means, covariances = [], []
-    for moments in (a, b):
-        count, shift, mean, m2 = (np.asarray(leaf, np.float64) for leaf in moments)
-        if count < 2 or (count < len(mean) and not allow_few):
-            raise ValueError(
-                f"{int(count)} samples for {len(mean)} feature dimensions: take at least as many "
-                "samples as dimensions, or allow_few=True (two at the very least)"
-            )
-        means.append(shift + mean)
-        covariances.append(m2 / (count - 1))
-    return frechet_distance(means[0], covariances[0], means[1], covariances[1])
+    both = [statistics(moments, allow_few=allow_few) for moments in (a, b)]
+    return frechet_distance(*both[0], *both[1])
+
+
+def statistics(moments, *, allow_few=False):
+    """Mean (D,) and covariance (D, D) in float64 NumPy.
+
+    Args:
+      moments: `Moments`.
+      allow_few: as of `frechet_from_moments`.
+
+    Raises:
+      ValueError: too few samples.
+    """
+    count, shift, mean, m2, low = (np.asarray(leaf, np.float64) for leaf in moments)
+    if count < 2 or (count < len(mean) and not allow_few):
+        raise ValueError(
+            f"{int(count)} samples for {len(mean)} feature dimensions: take at least as many "
+            "samples as dimensions, or allow_few=True (two at the very least)"
+        )
+    return shift + mean, (m2 + low) / (count - 1)
 
 
 def frechet_distance_in_graph(a, b):

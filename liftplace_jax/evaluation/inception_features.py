@@ -28,6 +28,7 @@ PROTOCOLS = {
 }
 
 
+@functools.lru_cache(maxsize=2)
 def inception_extractor(name: str, path: str | os.PathLike | None) -> Extractor:
     """The extractor of a protocol.
 
@@ -57,7 +58,7 @@ def inception_extractor(name: str, path: str | os.PathLike | None) -> Extractor:
         return {"features": found["pool"], "spatial": found["spatial"], "logits": found["logits"]}
 
     return Extractor(
-        name=name, label="FID", dim=DIMS["pool"], spatial_dim=DIMS["spatial"], has_logits=True,
+        name=name, label="FID", dim=DIMS["pool"],
         image_shape=(None, None, 3), apply=apply, params=params,
         info={"weights": Path(path).name, "resize": f"bilinear, {style}, to {IMAGE_SIZE}"},
     )  # fmt: skip

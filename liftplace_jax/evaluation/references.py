@@ -119,7 +119,8 @@ def read_npz(path: str | os.PathLike, keys: tuple[str, ...] | None = None) -> di
             return {key: file[key] for key in file.files if keys is None or key in keys}
     except Exception as error:  # a damaged archive can fail anywhere inside
         reason = (str(error).splitlines() or [""])[0]
-        raise ReferenceError(f"{path}: no readable .npz: {type(error).__name__}: {reason}") from error
+        kind = type(error).__name__
+        raise ReferenceError(f"{path}: no readable .npz: {kind}: {reason}") from error
 
 
 def digest(path: str | os.PathLike) -> str:

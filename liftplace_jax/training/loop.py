@@ -37,7 +37,7 @@ def train(
     log_every: int = 50,
     checkpoint_every: int = 500,
     tensorboard: bool = False,
-    on_log: Callable[[int], Mapping[str, float]] | None = None,
+    on_log: Callable[[int, TrainState], Mapping[str, float]] | None = None,
 ) -> TrainState:
     """Trains to `total_steps`, from the newest checkpoint in `folder` if there is one.
 
@@ -53,7 +53,7 @@ def train(
       log_every: steps between lines of metrics.
       checkpoint_every: steps between checkpoints; the last step is always saved.
       tensorboard: see `MetricsLog`.
-      on_log: step -> more metrics, called when metrics are written.
+      on_log: (step, state) -> more metrics, called when metrics are written.
 
     Returns:
       The state after `total_steps`.
@@ -85,7 +85,7 @@ def train(
                 if step % log_every == 0 or step in (1, total_steps):
                     values = _checked(step, metrics)
                     bar.set_postfix_str(f"loss {values['loss']:.4g}", refresh=False)
-                    log.write(step, values | dict(on_log(step) if on_log else {}))
+                    log.write(step, values | dict(on_log(step, state) if on_log else {}))
                 stop = signals.received  # once: one that comes later waits for the next step
                 if step % checkpoint_every == 0 or step == total_steps or stop:
                     _checked(step, metrics)

@@ -6,6 +6,7 @@ from liftplace_jax.weights.convert import (
     from_torch,
     load_model_tensors,
     save_model,
+    save_raw,
     to_torch,
 )
 from liftplace_jax.weights.torch_files import (
@@ -24,6 +25,7 @@ __all__ = [
     "load_model_tensors",
     "read_tensors",
     "save_model",
+    "save_raw",
     "to_torch",
     "write_safetensors",
 ]

@@ -144,10 +144,25 @@ def save_model(folder: str | os.PathLike, config: Mapping[str, Any], params: Any
     write_json(folder / "config.json", config)
 
 
+def save_raw(folder: str | os.PathLike, params: Any) -> None:
+    """Writes parameters as they were trained, without averaging, beside `save_model`'s files.
+
+    Args:
+      folder: made if missing; gets raw.safetensors, whole or not at all.
+      params: the parameters.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_safetensors(Path(folder) / "raw.safetensors", to_torch(params))
+
+
 def load_model_tensors(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike, file: str = "model.safetensors"
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Reads a folder of `save_model`: the config as JSON types, and the published tensors.
+
+    Args:
+      folder: the folder.
+      file: the weights in it; "raw.safetensors" are those of `save_raw`.
 
     Raises:
       WeightFileError: a file is missing or damaged; names it and the reason.
@@ -159,4 +174,4 @@ def load_model_tensors(
         raise WeightFileError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise WeightFileError(f"{path}: cannot be read: it is no JSON object")
-    return config, read_tensors(Path(folder) / "model.safetensors")
+    return config, read_tensors(Path(folder) / file)

@@ -1,0 +1,272 @@
+"""Scores that can be compared: reference statistics, samples of a work directory, images.
+
+    python -m liftplace_jax.evaluate ref  --data=celeb_a --image_size=64 --weights=W --out=ref.npz
+    python -m liftplace_jax.evaluate gen  --workdir=runs/x --ref=ref.npz --weights=W
+    python -m liftplace_jax.evaluate calc --images=FOLDER --ref=ref.npz --weights=W
+
+W is the file of the FID network's weights (see the README). `ref` reads a TFDS data set or a
+folder of images; `gen` samples the models of a work directory; `calc` compares images: a folder,
+or an .npz with uint8 images as `arr_0`. References of pytorch-fid and the ADM evaluator are read
+too. Results are JSON files that name everything the numbers depend on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from liftplace_jax.command_line import parse_flags, quieten_libraries, refuse
+
+# Verb -> flags that it needs, and others that it knows beside COMMON.
+VERBS = {
+    "ref": (("data", "out"), ("split", "image_size", "num_images", "data_dir")),
+    "gen": (("workdir", "ref"), ("model", "num_samples", "params", "seed", "save_npz", "out",
+                                 "allow_few")),
+    "calc": (("images", "ref"), ("image_size", "out", "allow_few")),
+}  # fmt: skip
+COMMON = ("features", "weights", "batch_size")
+REFERENCE_ROWS = 10_000  # features kept in a reference, for precision, recall and KID
+
+_FLAGS = flags.FLAGS
+flags.DEFINE_string("data", None, "ref: a TFDS data set, or a folder of images")
+flags.DEFINE_string("data_dir", None, "ref: where TFDS keeps its data")
+flags.DEFINE_string("split", "train", "ref: of the data")
+flags.DEFINE_integer("image_size", None, "ref, calc: resize and crop to squares of this side",
+                     lower_bound=1)  # fmt: skip
+flags.DEFINE_integer("num_images", None, "ref: the first so many (default: all)", lower_bound=2)
+flags.DEFINE_string("workdir", None, "gen: a finished work directory")
+flags.DEFINE_string("model", None, "gen: teacher, or a method and seed such as 'lift seed 0'")
+flags.DEFINE_integer("num_samples", 50_000, "gen: how many", lower_bound=2)
+flags.DEFINE_enum("params", "ema", ("ema", "raw"), "gen: averaged parameters, or the last ones")
+flags.DEFINE_integer("seed", None, "gen: of the samples (default: the config's)", lower_bound=0)
+flags.DEFINE_bool("save_npz", False, "gen: also write the images, for the ADM evaluator")
+flags.DEFINE_string("images", None, "calc: a folder of images, or an .npz")
+flags.DEFINE_string("ref", None, "gen, calc: a reference file; calc: or a folder of images")
+flags.DEFINE_bool("allow_few", False, "gen, calc: accept fewer images than features")
+flags.DEFINE_string("out", None, "ref: the .npz; gen: folder of results; calc: file of the result")
+flags.DEFINE_string("features", "inception", "feature extractor")
+flags.DEFINE_string("weights", None, "file of the extractor's weights")
+flags.DEFINE_integer("batch_size", 64, "global batch", lower_bound=1)
+flags.DEFINE_bool("debug", False, "show the traceback of a refused input")
+
+
+def main(argv: list[str]) -> None:
+    """Entry point under absl."""
+    if len(argv) != 2 or argv[1] not in VERBS:
+        refuse(f"want one of the verbs {', '.join(VERBS)}, got {argv[1:]}")
+    quieten_libraries()
+    try:
+        check_flags(argv[1])
+        print({"ref": make_reference, "gen": generate, "calc": calculate}[argv[1]]())
+    except (ValueError, RuntimeError, OSError) as error:
+        if _FLAGS.debug:
+            raise
+        refuse(str(error))
+
+
+def check_flags(verb: str) -> None:
+    """Raises a ValueError for a flag that the verb lacks or does not know."""
+    needed, known = VERBS[verb]
+    for name in needed:
+        if not _FLAGS[name].present:
+            raise ValueError(f"{verb} needs --{name}")
+    every = {name for names in VERBS.values() for part in names for name in part}
+    for name in sorted(every - {*needed, *known}):
+        if _FLAGS[name].present:
+            raise ValueError(f"--{name} is not for {verb}")
+
+
+def make_reference() -> str:
+    """The verb ref."""
+    from liftplace_jax import data, evaluation
+
+    out = Path(_FLAGS.out).expanduser()
+    if out.suffix != ".npz" or not out.parent.is_dir():
+        raise ValueError(f"--out must be an .npz file in a folder that exists, got {out}")
+    path = Path(_FLAGS.data).expanduser()
+    if path.is_dir():
+        source = data.load_source(
+            "folder", _FLAGS.split, path=path, image_size=_FLAGS.image_size
+        )
+    else:
+        source = data.load_source(
+            _FLAGS.data, _FLAGS.split, data_dir=_FLAGS.data_dir, image_size=_FLAGS.image_size
+        )
+    samples = features_of(source, _FLAGS.num_images)
+    info = {
+        "extractor": samples.extractor.name, **samples.extractor.info, "label":
+        samples.extractor.label, "data": path.name, "split": _FLAGS.split, "image_shape":
+        list(source.image_shape), "count": len(samples.features), "versions": versions(),
+    }  # fmt: skip
+    evaluation.save_reference(
+        out, evaluation.statistics_of(samples), samples.features[:REFERENCE_ROWS], info
+    )
+    return f"{out}: {info['count']:,} images of {source.name}, {info['extractor']} features"
+
+
+def generate() -> str:
+    """The verb gen: one JSON file for each model."""
+    from liftplace_jax import evaluation
+    from liftplace_jax.experiment import Experiment
+    from liftplace_jax.files import write_json
+    from liftplace_jax.networks import load_network
+    from liftplace_jax.scoring import draw, model_folders, protocol
+    from liftplace_jax.training.metrics_io import progress
+
+    workdir = Path(_FLAGS.workdir).expanduser()
+    experiment = Experiment(read_config(workdir), workdir, claim=False)
+    folders = model_folders(experiment)
+    if _FLAGS.model is not None:
+        if _FLAGS.model not in folders:
+            raise ValueError(f"--model={_FLAGS.model}: {workdir} has {list(folders)}")
+        folders = {_FLAGS.model: folders[_FLAGS.model]}
+    networks = {
+        title: load_network(folder, hint="finish the run first", params=_FLAGS.params)
+        for title, folder in folders.items()
+    }
+    out = Path(_FLAGS.out).expanduser() if _FLAGS.out else workdir / "evaluations"
+    out.mkdir(parents=True, exist_ok=True)
+    fields, lines = experiment.config.evaluation, []
+    for title, network in networks.items():
+        bar = progress(title, fields.num_samples, unit="image")
+        keep = fields.num_samples if _FLAGS.save_npz else 0
+        samples, rate = draw(experiment, network, bar, clip=fields.clip, keep_images=keep)
+        bar.close()
+        scores = evaluation.score(
+            experiment.real, samples, k=fields.neighbours, allow_few=_FLAGS.allow_few
+        )
+        stem = f"{title.replace(' ', '_')}-{_FLAGS.params}-{fields.num_samples}"
+        result = scores | {
+            "model": title, "images_per_second": rate, "versions": versions(),
+            "protocol": protocol(experiment, _FLAGS.params),
+        }  # fmt: skip
+        if _FLAGS.save_npz:
+            save_images(out / f"{stem}.npz", samples.images)
+        write_json(out / f"{stem}.json", result)
+        lines.append(f"{title} ({_FLAGS.params}): {summary(scores)} -> {out / stem}.json")
+    return "\n".join(lines)
+
+
+def read_config(workdir: Path):
+    """A work directory's config, with the flags in place of its evaluation's fields."""
+    from ml_collections import ConfigDict
+
+    from liftplace_jax.configuration import default_config, filled, to_json
+
+    path = workdir / "config.json"
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{workdir} is no work directory: {path}: {error}") from error
+    found = filled(found, to_json(default_config()))
+    changes = {
+        "features": _FLAGS.features, "weights": _FLAGS.weights, "reference": _FLAGS.ref,
+        "num_samples": _FLAGS.num_samples, "batch_size": _FLAGS.batch_size, "curve_every": 0,
+        "clip": None,
+    }  # fmt: skip
+    if _FLAGS.seed is not None:
+        changes["seed"] = _FLAGS.seed
+    found["evaluation"] |= changes
+    return ConfigDict(found)
+
+
+def calculate() -> str:
+    """The verb calc."""
+    from liftplace_jax import evaluation
+    from liftplace_jax.files import write_json
+
+    generated = features_of(open_images(_FLAGS.images))
+    reference = Path(_FLAGS.ref).expanduser()
+    if reference.is_dir():
+        real = features_of(open_images(_FLAGS.ref))
+        name = {"folder": reference.name, "count": len(real.features)}
+    else:
+        real = evaluation.load_reference(reference)
+        name = {"file": reference.name, "sha256": real.digest} | dict(real.info)
+    scores = evaluation.score(real, generated, allow_few=_FLAGS.allow_few)
+    protocol = {"extractor": generated.extractor.name, **generated.extractor.info}
+    result = scores | {
+        "images": Path(_FLAGS.images).name, "image_size": _FLAGS.image_size,
+        "protocol": protocol | {"reference": name, "precision": "float32"}, "versions": versions(),
+    }  # fmt: skip
+    if _FLAGS.out:
+        write_json(Path(_FLAGS.out).expanduser(), result)
+    return summary(scores)
+
+
+def open_images(path: str | os.PathLike):
+    """A `Source` of a folder of images, or of the uint8 `arr_0` of an .npz."""
+    from liftplace_jax import data
+    from liftplace_jax.evaluation.references import read_npz
+
+    path = Path(path).expanduser()
+    if path.suffix != ".npz":
+        return data.load_source("folder", "all", path=path, image_size=_FLAGS.image_size)
+    images = read_npz(path, ("arr_0",)).get("arr_0")
+    if images is None or images.ndim != 4 or images.dtype != "uint8":
+        found = "no arr_0" if images is None else f"arr_0 of {images.shape}, {images.dtype}"
+        raise ValueError(f"{path}: want uint8 images (N, H, W, C) as arr_0, found {found}")
+    records = [{"image": image} for image in images]
+    return data.Source(
+        path.name, records, image_shape=images.shape[1:], image_size=_FLAGS.image_size
+    )
+
+
+def features_of(source, limit: int | None = None):
+    """`Samples` of the images of a `Source`, over all devices, with progress."""
+    from liftplace_jax import evaluation
+    from liftplace_jax.training import sharding
+    from liftplace_jax.training.metrics_io import progress
+
+    extractor = evaluation.feature_extractor(_FLAGS.features, _FLAGS.weights)
+    extractor.check_shape(source.image_shape)
+    limit = min(limit or len(source), len(source))
+    bar = progress(source.name, limit, unit="image")
+    try:
+        return evaluation.reference(
+            source, extractor, batch_size=_FLAGS.batch_size, limit=limit,
+            sharding=sharding.batch_sharding(sharding.make_mesh({"data": -1})),
+            progress=lambda done: bar.update(done - bar.n),
+        )  # fmt: skip
+    finally:
+        bar.close()
+
+
+def save_images(path: Path, images) -> None:
+    """Writes images as the ADM evaluator reads them, whole or not at all."""
+    import numpy as np
+
+    from liftplace_jax.files import replacing
+
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, arr_0=images)
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    from liftplace_jax import report
+
+    return report.versions()
+
+
+def summary(scores: dict[str, Any]) -> str:
+    """A line of the scores."""
+    from liftplace_jax.scoring import SCORES
+
+    named = {"frechet": scores["label"], "sfid": "sFID", "kid": "KID"}
+    shown = [name for name in SCORES if name in scores and not name.endswith("_std")]
+    values = ", ".join(f"{named.get(name, name)} {scores[name]:.4g}" for name in shown)
+    return f"{values} ({scores['num_samples']:,} images)"
+
+
+def entry_point() -> None:
+    """For `python -m`."""
+    app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    entry_point()
