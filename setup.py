@@ -35,10 +35,12 @@ setup(
         "pillow>=10",
         "safetensors>=0.5",
         "scikit-learn>=1.4",
+        "scipy>=1.13",
         # clu's writers and the preparation of TFDS data need both, and neither declares them.
         "tensorboard>=2.17",
         "tensorflow>=2.18",
         "tensorflow-datasets>=4.9.8",
+        "threadpoolctl>=3.1",
         "tqdm>=4.66",
     ],
     extras_require={
@@ -49,9 +51,13 @@ setup(
             "nbclient>=0.10",
             "nbformat>=5.10",
             "pytest>=8",
+            "pytorch-fid>=0.3,<0.4",
             "ruff>=0.12",
-            "scipy>=1.13",
+            # pytorch-fid calls sqrtm(disp=), which 1.18 has no more.
+            "scipy>=1.13,<1.18",
             "torch==2.13.0",
+            "torch-fidelity>=0.4,<0.5",
+            "torchvision>=0.28,<0.29",  # the one for torch 2.13
         ],
         "torch": ["torch>=2.6"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],

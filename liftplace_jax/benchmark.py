@@ -30,6 +30,7 @@ SUITES = {
     "losses": (),
     "steps": (),
     "grouping": (),
+    "evaluation": (),
     "sizes": (),
     "compression": ("config", "ratios", "batch_size", "workdirs"),
     "capacity_gap": ("config", "workdir"),

@@ -38,11 +38,15 @@ def check_config(config: ConfigDict) -> None:
       ValueError: names the first field that cannot be, and what it may be.
     """
     for method in config.method.split("+") if config.method != "all" else ():
-        check_choice("method", method, [*METHODS, "all"])
-    if not config.seeds or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
+        if method not in METHODS:
+            check_choice("method", config.method, [*METHODS, "all"])
+    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
         raise ValueError(f"config.seeds must be different numbers >= 0, got {config.seeds}")
-    if config.seed < 0:
-        raise ValueError(f"config.seed must be >= 0, got {config.seed}")
+    seeds_of = {"seed": [config.seed], "seeds": config.seeds,
+                "evaluation.seed": [config.evaluation.seed]}  # fmt: skip
+    for field, seeds in seeds_of.items():
+        if not all(0 <= seed < 2**31 for seed in seeds):
+            raise ValueError(f"config.{field} must be in 0..2^31 - 1, got {seeds}")
     for room in ("teacher", "distill"):
         _check_training(config, room)
     check_choice("compress.importance", config.compress.importance, IMPORTANCES)
@@ -91,7 +95,7 @@ def _check_evaluation(config):
         check_choice("evaluation.features", config.evaluation.features, evaluation.FEATURES)
     check_choice("evaluation.sampler", config.evaluation.sampler, SAMPLERS)
     every = config.evaluation.curve_every
-    if every < 0 or (every and config.evaluation.features is None):
+    if every < 0 or (every and not config.evaluation.features):
         raise ValueError(
             f"config.evaluation.curve_every must be >= 0, and needs config.evaluation.features, "
             f"got {every}"

@@ -47,8 +47,6 @@ def main(argv: list[str]) -> None:
 def convert() -> str:
     """Does what the flags say; returns what was done, as a sentence."""
     path, out = Path(_MODEL.value).expanduser(), Path(_OUT.value).expanduser()
-    if path.is_file() and _CONFIG.value is None:
-        raise ValueError(f"{path}: a file of weights does not say its model, so give --config")
     # Late, so that --help and a misspelt flag answer at once.
     from liftplace_jax import models, weights
     from liftplace_jax.diffusers_folder import write_diffusers

@@ -29,7 +29,6 @@ VERBS = {
     "calc": (("images", "ref"), ("image_size", "out", "allow_few")),
 }  # fmt: skip
 COMMON = ("features", "weights", "batch_size")
-REFERENCE_ROWS = 10_000  # features kept in a reference, for precision, recall and KID
 
 _FLAGS = flags.FLAGS
 flags.DEFINE_string("data", None, "ref: a TFDS data set, or a folder of images")
@@ -42,7 +41,8 @@ flags.DEFINE_string("workdir", None, "gen: a finished work directory")
 flags.DEFINE_string("model", None, "gen: teacher, or a method and seed such as 'lift seed 0'")
 flags.DEFINE_integer("num_samples", 50_000, "gen: how many", lower_bound=2)
 flags.DEFINE_enum("params", "ema", ("ema", "raw"), "gen: averaged parameters, or the last ones")
-flags.DEFINE_integer("seed", None, "gen: of the samples (default: the config's)", lower_bound=0)
+flags.DEFINE_integer("seed", None, "gen: of the samples (default: the config's)", lower_bound=0,
+                     upper_bound=2**31 - 1)  # fmt: skip
 flags.DEFINE_bool("save_npz", False, "gen: also write the images, for the ADM evaluator")
 flags.DEFINE_string("images", None, "calc: a folder of images, or an .npz")
 flags.DEFINE_string("ref", None, "gen, calc: a reference file; calc: or a folder of images")
@@ -93,6 +93,8 @@ def make_reference() -> str:
             "folder", _FLAGS.split, path=path, image_size=_FLAGS.image_size
         )
     else:
+        if _FLAGS.data.startswith(("/", ".", "~")):
+            raise ValueError(f"there is no folder {path}")
         source = data.load_source(
             _FLAGS.data, _FLAGS.split, data_dir=_FLAGS.data_dir, image_size=_FLAGS.image_size
         )
@@ -100,10 +102,10 @@ def make_reference() -> str:
     info = {
         "extractor": samples.extractor.name, **samples.extractor.info, "label":
         samples.extractor.label, "data": path.name, "split": _FLAGS.split, "image_shape":
-        list(source.image_shape), "count": len(samples.features), "versions": versions(),
+        list(source.image_shape), "count": int(samples.moments.count), "versions": versions(),
     }  # fmt: skip
     evaluation.save_reference(
-        out, evaluation.statistics_of(samples), samples.features[:REFERENCE_ROWS], info
+        out, evaluation.statistics_of(samples), samples.features, info
     )
     return f"{out}: {info['count']:,} images of {source.name}, {info['extractor']} features"
 
@@ -112,7 +114,7 @@ def generate() -> str:
     """The verb gen: one JSON file for each model."""
     from liftplace_jax import evaluation
     from liftplace_jax.experiment import Experiment
-    from liftplace_jax.files import write_json
+    from liftplace_jax.files import write_json, write_npz
     from liftplace_jax.networks import load_network
     from liftplace_jax.scoring import draw, model_folders, protocol
     from liftplace_jax.training.metrics_io import progress
@@ -131,6 +133,10 @@ def generate() -> str:
     out = Path(_FLAGS.out).expanduser() if _FLAGS.out else workdir / "evaluations"
     out.mkdir(parents=True, exist_ok=True)
     fields, lines = experiment.config.evaluation, []
+    stems = {t: f"{t.replace(' ', '_')}-{_FLAGS.params}-{fields.num_samples}" for t in networks}
+    wanted = json.loads(json.dumps(protocol(experiment, _FLAGS.params)))
+    for stem in stems.values():
+        refuse_other(out / f"{stem}.json", wanted)
     for title, network in networks.items():
         bar = progress(title, fields.num_samples, unit="image")
         keep = fields.num_samples if _FLAGS.save_npz else 0
@@ -139,13 +145,12 @@ def generate() -> str:
         scores = evaluation.score(
             experiment.real, samples, k=fields.neighbours, allow_few=_FLAGS.allow_few
         )
-        stem = f"{title.replace(' ', '_')}-{_FLAGS.params}-{fields.num_samples}"
         result = scores | {
-            "model": title, "images_per_second": rate, "versions": versions(),
-            "protocol": protocol(experiment, _FLAGS.params),
+            "model": title, "images_per_second": rate, "versions": versions(), "protocol": wanted,
         }  # fmt: skip
+        stem = stems[title]
         if _FLAGS.save_npz:
-            save_images(out / f"{stem}.npz", samples.images)
+            write_npz(out / f"{stem}.npz", {"arr_0": samples.images})
         write_json(out / f"{stem}.json", result)
         lines.append(f"{title} ({_FLAGS.params}): {summary(scores)} -> {out / stem}.json")
     return "\n".join(lines)
@@ -171,6 +176,10 @@ def read_config(workdir: Path):
     if _FLAGS.seed is not None:
         changes["seed"] = _FLAGS.seed
     found["evaluation"] |= changes
+    # Nothing is trained: any devices will do.
+    found["mesh"] = {"data": -1, "fsdp": 1}
+    for room in ("teacher", "distill"):
+        found[room] |= {"batch_size": _FLAGS.batch_size, "accumulation": 1}
     return ConfigDict(found)
 
 
@@ -183,10 +192,10 @@ def calculate() -> str:
     reference = Path(_FLAGS.ref).expanduser()
     if reference.is_dir():
         real = features_of(open_images(_FLAGS.ref))
-        name = {"folder": reference.name, "count": len(real.features)}
+        name = {"folder": reference.name, "count": int(real.moments.count)}
     else:
         real = evaluation.load_reference(reference)
-        name = {"file": reference.name, "sha256": real.digest} | dict(real.info)
+        name = dict(real.info) | {"file": reference.name, "sha256": real.digest}
     scores = evaluation.score(real, generated, allow_few=_FLAGS.allow_few)
     protocol = {"extractor": generated.extractor.name, **generated.extractor.info}
     result = scores | {
@@ -236,14 +245,17 @@ def features_of(source, limit: int | None = None):
         bar.close()
 
 
-def save_images(path: Path, images) -> None:
-    """Writes images as the ADM evaluator reads them, whole or not at all."""
-    import numpy as np
+def refuse_other(path: Path, protocol: dict[str, Any]) -> None:
+    """Raises a ValueError if a result is there that was made in another way."""
+    from liftplace_jax.configuration import differences
 
-    from liftplace_jax.files import replacing
-
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, arr_0=images)
+    if path.exists():
+        lines = differences(json.loads(path.read_text())["protocol"], protocol)
+        if lines:
+            raise ValueError(
+                f"{path} holds a result of another protocol ({'; '.join(lines)}): choose another "
+                "--out, or delete it"
+            )
 
 
 def versions() -> dict[str, str]:

@@ -131,7 +131,8 @@ class Experiment:
                 with under("distill.loss."):
                     jax.eval_shape(loss, image, image)
         if config.compress.checkpoint:
-            self._given_student()
+            if not is_saved(self.workdir / "pruned"):
+                self._given_student()
         elif not config.teacher.checkpoint:
             with under("compress."):
                 student = pruned_config(
@@ -229,6 +230,15 @@ class Experiment:
             raise ValueError(
                 f"data set {fields.name} has images {sources['train'].image_shape}, the model "
                 f"takes {expected}: set config.data.image_size or config.model"
+            )
+        fields, count = self.config.evaluation, len(sources["train"])
+        few = self.extractor and count < self.extractor.dim
+        if few and not fields.reference and fields.num_samples > self.extractor.dim:
+            raise ValueError(
+                f"{sources['train'].name} has {count} images, too few for the "
+                f"{self.extractor.dim} features of {self.extractor.name!r}: set "
+                "config.evaluation.reference to a reference file, or leave "
+                "config.evaluation.features out"
             )
         return sources
 

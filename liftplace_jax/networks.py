@@ -69,6 +69,11 @@ def load_network(
     """
     if not is_saved(folder):
         raise ValueError(f"no model.safetensors and config.json in {folder}: {hint}")
+    if not (folder / PARAMS[params]).exists():
+        raise ValueError(
+            f"{folder} has no {PARAMS[params]}: its model was not trained there (or by a version "
+            "that did not write it); take its EMA weights"
+        )
     fields, tensors = weights.load_model_tensors(folder, PARAMS[params])
     try:
         config = models.config_from_dict(fields)
@@ -106,6 +111,8 @@ def load_checkpoint(
         else:
             network = load_network(path, dtype)
         return network if config is None else _as_config(network, config, path, dtype)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
     if config is None:
         raise ValueError(f"{path}: a file of weights does not say its model, so give its config")
     tensors = weights.read_tensors(path, entry)

@@ -103,11 +103,15 @@ def markdown(experiment: Experiment, summary: list[dict[str, Any]]) -> str:
     config, evaluation = experiment.config, experiment.config.evaluation
     lines = [f"# {config.name}", "", *_table(summary), ""]
     if experiment.extractor:
+        real = f"all of {config.data.name} {config.data.train_split}"
+        if evaluation.reference:
+            real = f"the reference {Path(evaluation.reference).name}"
         lines.append(
-            f"Frechet: {experiment.extractor.label}, {evaluation.num_samples} samples against all "
-            f"of {config.data.name} {config.data.train_split}; lower is better. "
-            f"Precision, recall: k = {evaluation.neighbours}."
+            f"Frechet: {experiment.extractor.label}, {evaluation.num_samples} samples against "
+            f"{real}; lower is better."
         )
+        if any(row["precision"] is not None for row in summary):
+            lines[-1] += f" Precision, recall: k = {evaluation.neighbours}."
     else:
         lines.append(
             "No feature extractor was named (config.evaluation.features): "

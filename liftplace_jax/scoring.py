@@ -16,13 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tqdm
 from flax import nnx
 
 from liftplace_jax import evaluation, models
 from liftplace_jax.experiment import Experiment
-from liftplace_jax.files import replacing, write_json
+from liftplace_jax.files import write_json, write_npz
 from liftplace_jax.networks import Network, load_network, make_apply
 from liftplace_jax.sampling import make_sampler
 from liftplace_jax.training.metrics_io import progress
@@ -56,7 +55,7 @@ def evaluate(experiment: Experiment) -> None:
         result["protocol"] = protocol(experiment)
         result["seconds"] = time.monotonic() - started
         if jax.process_index() == 0:
-            _save_images(folder / "samples.npz", images)
+            write_npz(folder / "samples.npz", images)
             write_json(folder / "evaluation.json", result)
 
 
@@ -73,8 +72,8 @@ def protocol(experiment: Experiment, params: str = "ema") -> dict[str, Any]:
     found["weights"] = fields.weights and Path(fields.weights).name
     found["reference"] = f"{experiment.config.data.name} {experiment.config.data.train_split}"
     if isinstance(experiment.real, evaluation.Reference):
-        found["reference"] = {"file": Path(fields.reference).name, "sha256": experiment.real.digest}
-        found["reference"] |= experiment.real.info
+        file = {"file": Path(fields.reference).name, "sha256": experiment.real.digest}
+        found["reference"] = dict(experiment.real.info) | file
     if experiment.extractor:
         found["extractor"] = dict(experiment.extractor.info)
     return found
@@ -91,7 +90,7 @@ def _sample_scores(experiment, title, network) -> tuple[dict[str, Any], dict[str
             result["images_per_second"] = rate
         if experiment.real:
             # Few samples are for smoke runs, whose numbers mean nothing; the report says so.
-            few = fields.num_samples <= experiment.extractor.dim
+            few = fields.num_samples <= experiment.extractor.dim  # the real side: see Experiment
             scores = evaluation.score(
                 experiment.real, samples, k=fields.neighbours, allow_few=few
             )
@@ -168,8 +167,3 @@ def _output_error(experiment: Experiment, teacher: Network, student: Network) ->
         *predict, noising, experiment.sources["test"], batch_size=fields.batch_size,
         seed=fields.seed, sharding=experiment.batch_sharding,
     )  # fmt: skip
-
-
-def _save_images(path: Path, images: dict[str, np.ndarray]) -> None:
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **images)

@@ -16,6 +16,9 @@ import jax
 import numpy as np
 import pytest
 
+from liftplace_jax.suites.torch_inception import import_torchvision
+
+import_torchvision()  # before diffusers does, which could not where only this function can
 jax.config.update("jax_default_matmul_precision", "highest")
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -452,7 +452,7 @@ def test_unreadable_images_are_named_when_they_are_read(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"path": "missing"}, "config.data.path: there is no folder .*missing"),
+        ({"path": "missing"}, "there is no folder .*missing"),
         ({"path": "empty"}, r"no images \(.png, .jpg, .*\) in .*empty"),
         ({"path": "broken"}, "cannot read image .*broken/x.png: "),
         ({"path": "wide"}, "images of 4x8, not square: set image_size"),

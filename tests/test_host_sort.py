@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,26 @@ def test_a_failure_on_the_host_is_an_error_of_the_program(monkeypatch):
     monkeypatch.setattr(host_sort, "_sort_block", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="MemoryError: no room for keys"):
         jax.block_until_ready(jax.jit(host_sort.error_order_on_host)(errors((2, 2, 8))))
+
+
+def test_an_interruption_on_the_host_is_an_error_of_the_program(monkeypatch):
+    """Ctrl-C while threads sort: they end before the memory is given back."""
+    slow = host_sort._sort_block
+    waited = []
+
+    def interrupted(tasks):
+        if not waited:
+            waited.append(tasks)
+            raise KeyboardInterrupt
+        return real_wait(tasks)
+
+    real_wait = host_sort.wait
+    monkeypatch.setattr(host_sort, "wait", interrupted)
+    monkeypatch.setattr(host_sort, "_sort_block", lambda e, o: (time.sleep(0.05), slow(e, o)))
+    error = errors((8, 1, 30000))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="KeyboardInterrupt"):
+        jax.block_until_ready(jax.jit(lambda x: host_sort.error_order_on_host(x) + 1)(error))
+    assert waited and all(task.done() for task in waited[0])
 
 
 ONE_CORE = """

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from liftplace_jax import weights
+from liftplace_jax.evaluation import feature_extractor
 from liftplace_jax.evaluation.resize import resize_bilinear
 from liftplace_jax.models.inception import Inception
 
@@ -94,6 +95,17 @@ def test_resizing_is_that_of_the_published_tools(golden, style, name):
     expected = arrays[f"out/resize/{name}_299x299_first_image_channel0"]
     np.testing.assert_allclose(large[0, ..., 0], expected, atol=1e-5 * 255)
     np.testing.assert_array_equal(resize_bilinear(image, (16, 16), style), image)
+
+
+def test_a_file_that_does_not_fit_is_refused_with_every_misfit(tmp_path):
+    weights.write_safetensors(tmp_path / "other.safetensors", {"fc.bias": np.zeros(3, np.float32)})
+    with pytest.raises(weights.WeightMismatchError) as error:
+        feature_extractor("inception", tmp_path / "other.safetensors")
+    text = str(error.value)
+    assert "other.safetensors" in text and "fc.bias: has shape (3,)" in text
+    assert "Mixed_7c.branch1x1.conv.weight: missing" in text
+    with pytest.raises(ValueError, match="'digits' come with their weights"):
+        feature_extractor("digits", "some.pth")
 
 
 def test_bad_input(network):

@@ -24,7 +24,7 @@ class ImageFolder:
         Args:
           path: the folder. If it has a subfolder named like the split, only that one is read.
           split: name of a split, such as "train"; a folder without subfolders for splits is the
-            same images in each.
+            same images in each. "all": the folder as it is.
           channels: 3 (RGB) or 1 (grey); images are converted.
 
         Raises:
@@ -32,7 +32,7 @@ class ImageFolder:
         """
         root = Path(path).expanduser()
         if not root.is_dir():
-            raise ValueError(f"config.data.path: there is no folder {root}")
+            raise ValueError(f"there is no folder {root}")
         if channels not in _MODES:
             raise ValueError(f"a folder of images has 1 or 3 channels, not {channels}")
         self._mode, self._root = _MODES[channels], _split_folder(root, split)
@@ -62,22 +62,31 @@ def _split_folder(root, split):
             f"split {split!r} of a folder of images: slices are not supported; name a subfolder "
             f"of {root}"
         )
+    if split == "all":
+        return root
     if (root / split).is_dir():
         return root / split
     others = [name for name in SPLITS if (root / name).is_dir()]
     if others:
         raise ValueError(
-            f"{root} has no subfolder {split!r}, only {others}: set config.data.train_split and "
-            "config.data.test_split"
+            f"{root} has no subfolder {split!r}, only {others}: choose another split "
+            "(config.data.train_split, config.data.test_split)"
         )
     return root
 
 
 def _find(root):
     """Paths relative to `root`, as sorted strings: millions of them must fit."""
-    found = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    def unreadable(error):
+        raise ValueError(f"cannot read folder {error.filename}: {error.strerror}")
+
+    found, visited = [], set()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
+        if os.path.realpath(folder) in visited:  # a link back
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = [n for n in files if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
         found += [os.path.relpath(os.path.join(folder, name), root) for name in names]
     return sorted(found)

@@ -21,10 +21,11 @@ from liftplace_jax.evaluation.extractor import Extractor
 from liftplace_jax.evaluation.resize import resize_bilinear
 from liftplace_jax.models.inception import DIMS, IMAGE_SIZE, Inception
 
-# Protocol -> resizing, and the pixel (0..255) that becomes 0 and the one that is 1 further.
+# Protocol -> name of the distance, resizing, the pixel (0..255) that becomes 0, how many make 1.
 PROTOCOLS = {
-    "inception": ("tensorflow1", 128.0, 128.0),  # the original graph, ADM, torch-fidelity
-    "inception_pytorch_fid": ("half_pixel", 127.5, 127.5),
+    # The original graph, the ADM evaluator, torch-fidelity.
+    "inception": ("FID", "tensorflow1", 128.0, 128.0),
+    "inception_pytorch_fid": ("FID (resized as pytorch-fid)", "half_pixel", 127.5, 127.5),
 }
 
 
@@ -47,7 +48,7 @@ def inception_extractor(name: str, path: str | os.PathLike | None) -> Extractor:
             "torch-fidelity; both have the same weights"
         )
     graphdef, params = load_inception(str(Path(path).expanduser()))
-    style, zero, scale = PROTOCOLS[name]
+    label, style, zero, scale = PROTOCOLS[name]
 
     def apply(params, images):
         with jax.default_matmul_precision("highest"):
@@ -58,7 +59,7 @@ def inception_extractor(name: str, path: str | os.PathLike | None) -> Extractor:
         return {"features": found["pool"], "spatial": found["spatial"], "logits": found["logits"]}
 
     return Extractor(
-        name=name, label="FID", dim=DIMS["pool"],
+        name=name, label=label, dim=DIMS["pool"],
         image_shape=(None, None, 3), apply=apply, params=params,
         info={"weights": Path(path).name, "resize": f"bilinear, {style}, to {IMAGE_SIZE}"},
     )  # fmt: skip
@@ -76,5 +77,5 @@ def load_inception(path: str) -> tuple[nnx.GraphDef, nnx.State]:
     try:
         params = weights.from_torch(abstract, tensors, ignore=(r".*\.num_batches_tracked",))
     except weights.WeightMismatchError as error:
-        raise weights.WeightMismatchError(f"{path}: {error}") from error
+        raise weights.WeightMismatchError(error.misfits, path) from error
     return graphdef, jax.tree.map(jnp.asarray, params)

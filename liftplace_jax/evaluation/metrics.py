@@ -100,7 +100,7 @@ def kernel_distance(real, fake, *, subset_size=1000, subsets=100, seed=0):
     Raises:
       ValueError: shapes that do not fit, or fewer features than subset_size.
     """
-    real, fake = (np.asarray(array, np.float64) for array in (real, fake))
+    real, fake = np.asarray(real), np.asarray(fake)
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
         raise ValueError(f"features must be (N, D) and (M, D), got {real.shape} and {fake.shape}")
     if subset_size < 2 or subsets < 1 or min(len(real), len(fake)) < subset_size:
@@ -116,7 +116,7 @@ def kernel_distance(real, fake, *, subset_size=1000, subsets=100, seed=0):
                 rng.choice(len(features), subset_size, replace=False)]
             for features in (real, fake)
         ]  # fmt: skip
-        values.append(_squared_mmd(*rows))
+        values.append(_squared_mmd(*(features.astype(np.float64) for features in rows)))
     return {"kid": float(np.mean(values)), "kid_std": float(np.std(values))}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from liftplace_jax.evaluation.frechet import check_statistics
-from liftplace_jax.files import replacing
+from liftplace_jax.files import write_npz
 
 # Kind of features -> the names of its mean and covariance.
 KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -35,14 +35,12 @@ class Reference:
     Attributes:
       statistics: "features" and, if known, "spatial" -> (mean (D,), covariance (D, D)), float64.
       features: (M, D) float32 rows, or None: then neither precision and recall nor KID.
-      images: (M, H, W, 3) uint8 (ADM's files), or None.
       info: what made it; "extractor" and "count" if known.
       digest: SHA-256 of its file, to name it in results.
     """
 
     statistics: Mapping[str, tuple[np.ndarray, np.ndarray]]
     features: np.ndarray | None
-    images: np.ndarray | None
     info: Mapping[str, Any]
     digest: str
 
@@ -66,8 +64,7 @@ def save_reference(
         arrays |= dict(zip(KEYS[kind], (mean, covariance), strict=True))
     if features is not None:
         arrays["features"] = features
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
+    write_npz(path, arrays)
 
 
 def load_reference(path: str | os.PathLike) -> Reference:
@@ -82,26 +79,36 @@ def load_reference(path: str | os.PathLike) -> Reference:
         raise ReferenceError(
             f"{path}: no such file; make one with python -m liftplace_jax.evaluate ref"
         )
-    arrays = read_npz(path, ("meta", "features", "arr_0", *sum(KEYS.values(), ())))
+    arrays = read_npz(path, ("meta", "features", *sum(KEYS.values(), ())))
+    if not {"mu", "sigma"} <= arrays.keys():
+        raise ReferenceError(
+            f"{path}: has no mu and sigma; images (an .npz with arr_0) can be compared by "
+            "python -m liftplace_jax.evaluate calc"
+        )
+    try:
+        return Reference(*_contents(arrays), digest(path))
+    except (ValueError, TypeError) as error:
+        raise ReferenceError(f"{path}: {error}") from error
+
+
+def _contents(arrays):
+    """Checked (statistics, features, info) of a file's arrays."""
     statistics = {
         kind: tuple(np.asarray(arrays[key], np.float64) for key in keys)
         for kind, keys in KEYS.items()
         if all(key in arrays for key in keys)
     }
-    images = arrays.get("arr_0")
-    if "features" not in statistics:
-        hint = "; its images can be compared with --images" if images is not None else ""
-        raise ReferenceError(f"{path}: has no mu and sigma, only {sorted(arrays)}{hint}")
     for mean, covariance in statistics.values():
-        try:
-            check_statistics(mean, covariance)
-        except ValueError as error:
-            raise ReferenceError(f"{path}: {error}") from error
+        check_statistics(mean, covariance)
     info = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
+    if not isinstance(info, dict):
+        raise ValueError(f"meta is {info!r}, want a JSON object")
     features = arrays.get("features")
-    if features is not None and features.shape[1:] != statistics["features"][0].shape:
-        raise ReferenceError(f"{path}: features {features.shape} do not fit mu")
-    return Reference(statistics, features, images, info, digest(path))
+    if features is not None:
+        features = np.asarray(features, np.float32)
+        if features.shape[1:] != statistics["features"][0].shape:
+            raise ValueError(f"features {features.shape} do not fit mu")
+    return statistics, features, info
 
 
 def read_npz(path: str | os.PathLike, keys: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:

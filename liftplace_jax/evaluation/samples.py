@@ -15,6 +15,7 @@ from liftplace_jax.evaluation.frechet import Moments, moments_update, moments_ze
 
 MOMENTS = ("features", "spatial")  # kinds of outputs whose moments are kept
 ROWS = ("features", "logits")  # kinds that are kept as they are
+REFERENCE_ROWS = 10_000  # of real features, for precision, recall and KID
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,7 +24,7 @@ class Samples:
 
     Attributes:
       moments: `Moments` of the features.
-      features: (N, D) float32 NumPy array.
+      features: (N, D) float32 NumPy array; of real images the first 10,000 rows.
       images: the first images, (M, H, W, C) uint8 NumPy array.
       extractor: the `Extractor` that made the features; None: there are none, D = 0.
       spatial: `Moments` of the spatial features, or None if the extractor has none.
@@ -92,7 +93,8 @@ def collect(
                        batch_size=batch_size)  # fmt: skip
 
     starts = range(0, num_samples, batch_size)
-    return _gather(batch, starts, shape, extractor, sharding, keep_images, progress)
+    limits = dict.fromkeys(ROWS, num_samples)
+    return _gather(batch, starts, shape, extractor, sharding, keep_images, limits, progress)
 
 
 def reference(
@@ -124,7 +126,8 @@ def reference(
 
     shape = (batch_size, *source.image_shape)
     batches = global_batches(source, batch_size, limit, sharding)
-    return _gather(add, batches, shape, extractor, sharding, keep_images, progress)
+    limits = {"features": REFERENCE_ROWS}
+    return _gather(add, batches, shape, extractor, sharding, keep_images, limits, progress)
 
 
 def _apply(extractor, sharding):
@@ -189,8 +192,11 @@ def _jit(program, sharding, **options):
     return jax.jit(program, donate_argnames="moments", **options)
 
 
-def _gather(batch, items, shape, extractor, sharding, keep_images, progress):
-    """`Samples` of batch(moments, item, keep) over all items; `shape` is a batch's."""
+def _gather(batch, items, shape, extractor, sharding, keep_images, limits, progress):
+    """`Samples` of batch(moments, item, keep) over all items; `shape` is a batch's.
+
+    `limits` says how many rows of each kind are kept.
+    """
     moments = _no_moments(extractor, shape)
     moments = jax.device_put(moments, replicated(sharding))
     rows, kept, done = {}, [], 0
@@ -202,8 +208,10 @@ def _gather(batch, items, shape, extractor, sharding, keep_images, progress):
                 f"image {done + int(np.argmin(finite[mask]))} or its features have non-finite "
                 "values"
             )
-        for kind, values in new.items():
-            rows.setdefault(kind, []).append(np.asarray(values)[mask])
+        for kind in new.keys() & limits.keys():
+            if done < limits[kind]:
+                values = np.asarray(new[kind])[mask][: limits[kind] - done]
+                rows.setdefault(kind, []).append(values)
         if pixels is not None:
             kept.append(_on_host(pixels, sharding)[mask][: keep_images - done])
         done += int(mask.sum())

@@ -36,10 +36,11 @@ def score(real, generated, *, k=5, allow_few=False):
       allow_few: accept fewer samples than feature dimensions.
 
     Returns:
-      {"label": what "frechet" is called, "frechet", "num_samples"}; with spatial features on both
+      {"label": what "frechet" is called, "frechet", "num_samples", "num_reference" (None if a file
+      does not say)}; with spatial features on both
       sides "sfid"; with logits "inception_score" and its "_std"; with the real features
-      "precision", "recall", "density", "coverage", "k", "num_reference", "kid", "kid_std" and
-      "kid_subset" (at most 1,000).
+      "precision", "recall", "density", "coverage", "k", "kid", "kid_std" and "kid_subset" (at most
+      1,000).
 
     Raises:
       ValueError: no features, features of different extractors, or too few samples.
@@ -58,12 +59,14 @@ def score(real, generated, *, k=5, allow_few=False):
     result = {
         "label": extractor.label,
         "frechet": frechet_distance(*theirs["features"], *ours["features"]),
-        "num_samples": len(generated.features),
+        "num_samples": int(generated.moments.count),
     }
     if "spatial" in theirs and "spatial" in ours:
         result["sfid"] = frechet_distance(*theirs["spatial"], *ours["spatial"])
     if generated.logits is not None:
         result |= inception_score(generated.logits)
+    count = real.info.get("count") if isinstance(real, Reference) else int(real.moments.count)
+    result["num_reference"] = count
     if real.features is not None:
         result |= _with_rows(real.features, generated.features, k)
     return result
@@ -73,7 +76,7 @@ def _with_rows(real, generated, k):
     rows = [features[:NEIGHBOUR_ROWS] for features in (real, generated)]
     subset = min(KID_SUBSET, *map(len, rows))
     return {
-        **precision_recall(*rows, k), "k": k, "num_reference": len(real),
+        **precision_recall(*rows, k), "k": k,
         **kernel_distance(real, generated, subset_size=subset), "kid_subset": subset,
     }  # fmt: skip
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,12 @@ def error_order_on_host(error: jax.Array) -> jax.Array:
       int32, the same shape.
     """
     result = jax.ShapeDtypeStruct(error.shape, jnp.int32)
-    return jax.ffi.ffi_call(TARGET, result, vmap_method="broadcast_all")(error)
+    # The result takes the place of the positions: whatever stops the sort, indices stay in bounds.
+    positions = jax.lax.broadcasted_iota(jnp.int32, error.shape, error.ndim - 1)
+    call = jax.ffi.ffi_call(
+        TARGET, result, vmap_method="broadcast_all", input_output_aliases={1: 0}
+    )
+    return call(error, positions)
 
 
 def sort_rows(error: np.ndarray, order: np.ndarray) -> None:
@@ -106,8 +111,27 @@ def sort_rows(error: np.ndarray, order: np.ndarray) -> None:
     blocks = [slice(i, i + step) for i in range(0, len(error), step)]
     if len(blocks) <= 1:
         _sort_block(error, order)
-    else:  # NumPy lets go of the interpreter's lock, so that threads share the work
-        list(_threads().map(lambda block: _sort_block(error[block], order[block]), blocks))
+        return
+    tasks = []  # NumPy lets go of the interpreter's lock, so that threads share the work
+    try:
+        for block in blocks:
+            tasks.append(_threads().submit(_sort_block, error[block], order[block]))
+    finally:
+        _wait(tasks)
+    for task in tasks:
+        task.result()
+
+
+def _wait(tasks):
+    """Until no thread uses the memory any more, also if Ctrl-C comes meanwhile."""
+    interruption = None
+    while not all(task.done() for task in tasks):
+        try:
+            wait(tasks)
+        except BaseException as exception:
+            interruption = exception
+    if interruption:
+        raise interruption
 
 
 def _sort_block(error, order):
@@ -127,21 +151,24 @@ def _threads() -> ThreadPoolExecutor:
 @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Frame))
 def _handler(frame):
     """What XLA calls: with a question about versions when it compiles, then once per execution."""
-    frame = frame.contents
     try:
-        if frame.extension and frame.extension.contents.type == METADATA:
-            metadata = frame.extension.contents.metadata.contents
-            metadata.version.major, metadata.version.minor = API
-            metadata.traits = 0
-        elif frame.stage == EXECUTE:
-            error = _view(frame.arguments.buffers[0], np.float32)
-            sort_rows(error, _view(frame.results.buffers[0], np.int32))
-    except Exception as exception:  # it must not pass through C: XLA raises it again for us
+        _answer(frame.contents)
+    except BaseException as exception:  # it must not pass through C: XLA raises it again for us
         message = f"{TARGET}: {type(exception).__name__}: {exception}".encode()
         size = ctypes.sizeof(_ErrorArguments)
         details = _ErrorArguments(size, None, message, INTERNAL)
-        return frame.api.contents.create_error(ctypes.byref(details))
+        return frame.contents.api.contents.create_error(ctypes.byref(details))
     return None
+
+
+def _answer(frame):
+    if frame.extension and frame.extension.contents.type == METADATA:
+        metadata = frame.extension.contents.metadata.contents
+        metadata.version.major, metadata.version.minor = API
+        metadata.traits = 0
+    elif frame.stage == EXECUTE:
+        error = _view(frame.arguments.buffers[0], np.float32)
+        sort_rows(error, _view(frame.results.buffers[0], np.int32))
 
 
 def _view(buffer, dtype) -> np.ndarray:

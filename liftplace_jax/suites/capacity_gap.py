@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import matplotlib
 import tqdm
 from ml_collections import ConfigDict
 
-from liftplace_jax import stages
+from liftplace_jax import models, stages
+from liftplace_jax.checks import under
 from liftplace_jax.suites.options import Options, Result
 
 matplotlib.use("agg")
@@ -39,10 +41,16 @@ def run(options: Options) -> Result:
     Raises:
       ValueError: a work directory of another config, or a config without Frechet distance.
     """
-    if options.config.evaluation.features is None:
+    if not options.config.evaluation.features:
         raise ValueError("capacity_gap compares Frechet distances: set config.evaluation.features")
+    if options.config.teacher.checkpoint:
+        raise ValueError("capacity_gap trains its teachers: leave config.teacher.checkpoint out")
     widths = WIDTHS[:2] if options.quick else WIDTHS
     folders = [options.workdir / f"ch{round(options.config.model.ch * w)}" for w in widths]
+    for width in widths:  # before hours of training
+        with under(f"model, teacher of width {width} x {options.config.model.ch}: "):
+            fields = _config(options.config, width, None).model.to_dict()
+            models.config_from_dict({"widths": None} | fields)
     for width, folder in tqdm.tqdm(
         list(zip(widths, folders, strict=True)), desc="capacity_gap", unit="teacher"
     ):
@@ -75,7 +83,7 @@ def _config(base: ConfigDict, width: float, student: Path | None) -> ConfigDict:
     config.name = f"{base.name}, teacher of width {config.model.ch}"
     config.method = "+".join(METHODS)
     if student is not None:
-        config.compress.checkpoint = str(student)
+        config.compress.checkpoint = os.path.relpath(student)
     return config
 
 

@@ -53,7 +53,8 @@ def run(options: Options) -> Result:
       ValueError: the config, or a work directory of --workdirs, cannot be used.
     """
     config = options.config.copy_and_resolve_references()
-    config.evaluation.features = None  # nothing is compared here
+    # Nothing is compared here.
+    config.evaluation.update(features=None, weights=None, reference=None, curve_every=0)
     if options.batch_size:
         for room in (config.teacher, config.distill, config.evaluation):
             room.batch_size = options.batch_size
