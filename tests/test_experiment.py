@@ -100,7 +100,7 @@ def test_folders_of_one_and_of_many_students(tmp_path):
 
 @pytest.mark.parametrize("field, value, message", [
     ("method", "lfit", r"config.method must be one of \['all', .*'lfit'"),
-    ("seed", -1, "config.seed must be >= 0, got -1"),
+    ("seed", -1, r"config.seed must be in 0..2.31 - 1, got .-1."),
     ("seeds", (), "config.seeds must be different numbers"),
     ("seeds", (1, 1), "config.seeds must be different numbers"),
     ("teacher.steps", 0, "config.teacher.steps must be > 0"),

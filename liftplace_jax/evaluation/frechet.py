@@ -129,7 +129,9 @@ def _product_eigenvalues(a, b):
     with threadpool_limits(1, user_api="blas"):
         try:
             # Those of L.T @ b @ L, a = L @ L.T: four times as fast as with the root of a.
-            return scipy.linalg.eigh(b, a, type=2, driver="gv", eigvals_only=True)
+            # Transposed, they lie in LAPACK's order.
+            options = {"driver": "gv", "eigvals_only": True, "check_finite": False}
+            return scipy.linalg.eigh(b.T, a.T, type=2, **options)
         except np.linalg.LinAlgError:  # a is singular and has no such L
             values, vectors = np.linalg.eigh(a)
             root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
