@@ -573,7 +573,7 @@ def looped(folder, total_steps=9, batches=vector_batches, **options):
 def test_a_signal_saves_and_the_same_call_goes_on(tmp_path, number):
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
 
-    def at_step_four(step):
+    def at_step_four(step, state):
         if step == 4:
             os.kill(os.getpid(), number)
         return {"extra": step / 2}
@@ -582,8 +582,8 @@ def test_a_signal_saves_and_the_same_call_goes_on(tmp_path, number):
         looped(tmp_path / "a", on_log=at_step_four)
     assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     assert Checkpoints(tmp_path / "a" / "checkpoints").latest_step() == 4
-    resumed = looped(tmp_path / "a", on_log=lambda step: {"extra": step / 2})
-    whole = looped(tmp_path / "b", on_log=lambda step: {"extra": step / 2})
+    resumed = looped(tmp_path / "a", on_log=lambda step, state: {"extra": step / 2})
+    whole = looped(tmp_path / "b", on_log=lambda step, state: {"extra": step / 2})
     equal(resumed, whole)
     rows = [read_metrics(tmp_path / name) for name in "ab"]
     assert [row["step"] for row in rows[0]] == [1, 2, 4, 6, 8, 9]
@@ -596,7 +596,7 @@ def test_a_signal_saves_and_the_same_call_goes_on(tmp_path, number):
 
 
 def test_a_signal_at_the_last_step_still_stops_the_job(tmp_path):
-    def at_the_end(step):
+    def at_the_end(step, state):
         if step == 9:
             os.kill(os.getpid(), signal.SIGTERM)
         return {}
