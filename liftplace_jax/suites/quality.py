@@ -46,8 +46,8 @@ def read_quality(workdirs: Sequence[Path], teacher: UNetConfig, normalisation: s
             _check_model(workdir, row, wanted)
             _check_protocol(workdir, row, protocols)
             if row["method"] == "teacher":
-                # Work directories of a sweep may share their teacher.
-                key = ("teacher", 0.0, row["seed"], row.get("frechet"))
+                # Work directories of a sweep may share their teacher, sampled again in each.
+                key = ("teacher", 0.0, row["seed"], f"{row.get('frechet') or 0:.3g}")
                 rows.setdefault(key, row | {"ratio": 0.0, "workdir": workdir})
                 continue
             key = (row["method"], ratio, row["seed"])
