@@ -40,11 +40,13 @@ def golden():
 
 @pytest.fixture(scope="module")
 def one_device():
-    """The losses take the path of a process with a single device, despite the simulated eight."""
+    """The losses take the path of large arrays in a process with a single device, despite the
+    simulated eight."""
     from liftplace_jax.losses import grouping
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grouping, "_one_device", lambda: True)
+        patch.setattr(grouping, "HOST_LEAST", 0)
         jax.clear_caches()
         yield
     jax.clear_caches()

@@ -37,6 +37,14 @@ def test_one_cpu_device_sorts_on_the_host():
     assert len(re.findall(rf"@{TARGET}\b", text)) == 1
 
 
+def test_small_arrays_stay_in_the_program(monkeypatch):
+    monkeypatch.setattr(grouping, "HOST_LEAST", 2**15)
+    order = jax.jit(grouping._cpu_order)
+    for rows, on_host in ((7, False), (8, True)):
+        text = order.lower(jnp.ones((rows, 1, 4096))).as_text()
+        assert (TARGET in text) == on_host
+
+
 def test_several_cpu_devices_sort_packed_keys():
     """64-bit keys inside, although the user has not enabled x64; XLA can split the sort."""
     text = jax.jit(grouping._packed_order).lower(jnp.ones((8, 3, 256))).as_text()

@@ -16,6 +16,8 @@ import numpy as np
 
 from liftplace_jax.losses.host_sort import error_order_on_host
 
+HOST_LEAST = 2**15  # elements; for fewer, a call to the host costs more than it saves
+
 
 class Groups(NamedTuple):
     """Student and teacher cut into groups.
@@ -100,7 +102,9 @@ def _pair_order(error):
 
 
 def _cpu_order(error):
-    return error_order_on_host(error) if _one_device() else _packed_order(error)
+    if _one_device() and error.size >= HOST_LEAST:
+        return error_order_on_host(error)
+    return _packed_order(error)
 
 
 def _packed_order(error):

@@ -144,8 +144,8 @@ def _finish(axis: Axes, sizes: Mapping[float, float], labels: list) -> None:
     """Axis of compression factors, with a tick at each that was measured."""
     axis.set(xscale="log", yscale="log")
     axis.grid(axis="y", alpha=0.3, lw=0.6)
-    labels = [f"{v:.2g}x\n({k:.0%})" for k, v in sizes.items()]
-    axis.set_xticks(list(sizes.values()), labels, fontsize=7.5)
+    ticks = [f"{v:.2g}x\n({k:.0%})" for k, v in sizes.items()]
+    axis.set_xticks(list(sizes.values()), ticks, fontsize=7.5)
     axis.xaxis.set_minor_locator(NullLocator())
     low, high = 1, max(sizes.values(), default=1)
     axis.set_xlim(low / 1.15, max(high, 1.5) * ((high / low) ** 0.44 if labels else 1.15))
