@@ -12,6 +12,8 @@ import numpy as np
 import scipy.linalg
 from threadpoolctl import threadpool_limits
 
+SOLVE_THREADS = 2
+
 
 class Moments(NamedTuple):
     """Count, mean and scatter of features seen so far, a float32 pytree.
@@ -123,10 +125,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def _product_eigenvalues(a, b):
     """Eigenvalues of a @ b, both symmetric and positive semidefinite."""
-    # One thread: half of the work is products of a matrix with a vector, which gain little from
-    # more; where other work keeps the cores busy, threads that wait for each other take 20 times
-    # as long.
-    with threadpool_limits(1, user_api="blas"):
+    # Few threads: half of the work is products of a matrix with a vector, which gain little from
+    # more, and where other work keeps the cores busy, threads wait for each other.
+    with threadpool_limits(SOLVE_THREADS, user_api="blas"):
         try:
             # Those of L.T @ b @ L, a = L @ L.T: four times as fast as with the root of a.
             # Transposed, they lie in LAPACK's order.
