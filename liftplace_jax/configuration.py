@@ -13,8 +13,6 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from liftplace_jax.models.published import PUBLISHED_UNETS
-
 SEPARATOR = ","
 
 
@@ -173,6 +171,9 @@ def pixel_unet_config(
     Returns:
       (config, the arguments as read).
     """
+    # Late, so that a misspelt flag of other configs need not wait for the models.
+    from liftplace_jax.models.published import PUBLISHED_UNETS
+
     config, args = experiment_config(arg, name, method="lift_place_feature_kd", ratio=ratio)
     model = PUBLISHED_UNETS[unet]
     for field in dataclasses.fields(model):

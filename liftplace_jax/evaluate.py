@@ -126,6 +126,7 @@ def generate() -> str:
         if _FLAGS.model not in folders:
             raise ValueError(f"--model={_FLAGS.model}: {workdir} has {list(folders)}")
         folders = {_FLAGS.model: folders[_FLAGS.model]}
+    check_count(_FLAGS.num_samples, experiment.extractor)
     networks = {
         title: load_network(folder, hint="finish the run first", params=_FLAGS.params)
         for title, folder in folders.items()
@@ -234,6 +235,7 @@ def features_of(source, limit: int | None = None):
     extractor = evaluation.feature_extractor(_FLAGS.features, _FLAGS.weights)
     extractor.check_shape(source.image_shape)
     limit = min(limit or len(source), len(source))
+    check_count(limit, extractor)
     bar = progress(source.name, limit, unit="image")
     try:
         return evaluation.reference(
@@ -243,6 +245,15 @@ def features_of(source, limit: int | None = None):
         )  # fmt: skip
     finally:
         bar.close()
+
+
+def check_count(count: int, extractor) -> None:
+    """Raises a ValueError before any work if there are fewer images than features."""
+    if count < extractor.dim and not _FLAGS.allow_few:
+        raise ValueError(
+            f"{count} images for {extractor.dim} features of {extractor.name!r}: take more, or "
+            "--allow_few (gen, calc), which makes numbers that compare with nothing"
+        )
 
 
 def refuse_other(path: Path, protocol: dict[str, Any]) -> None:

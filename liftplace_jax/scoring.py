@@ -27,7 +27,6 @@ from liftplace_jax.sampling import make_sampler
 from liftplace_jax.training.metrics_io import progress
 
 KEPT_IMAGES = 64
-PARAMS_NAMES = {"ema": "EMA", "raw": "raw"}
 SCORES = (
     "frechet", "sfid", "inception_score", "inception_score_std", "kid", "kid_std", "precision",
     "recall", "density", "coverage",
@@ -68,7 +67,7 @@ def model_folders(experiment: Experiment) -> dict[str, Path]:
 def protocol(experiment: Experiment, params: str = "ema") -> dict[str, Any]:
     """All that numbers of samples depend on, beside the model."""
     fields = experiment.config.evaluation
-    found = fields.to_dict() | {"params": PARAMS_NAMES[params], "precision": "float32"}
+    found = fields.to_dict() | {"params": params, "precision": "float32"}
     found["weights"] = fields.weights and Path(fields.weights).name
     found["reference"] = f"{experiment.config.data.name} {experiment.config.data.train_split}"
     if isinstance(experiment.real, evaluation.Reference):
@@ -80,7 +79,7 @@ def protocol(experiment: Experiment, params: str = "ema") -> dict[str, Any]:
 
 
 def _sample_scores(experiment, title, network) -> tuple[dict[str, Any], dict[str, Any]]:
-    fields = experiment.config.evaluation
+    fields, real = experiment.config.evaluation, experiment.real
     variants = {"": None} | ({"_clipped": fields.clip} if fields.clip else {})
     bar = progress(f"samples, {title}", fields.num_samples * len(variants), unit="image")
     result, images = {}, {}
@@ -88,12 +87,10 @@ def _sample_scores(experiment, title, network) -> tuple[dict[str, Any], dict[str
         samples, rate = draw(experiment, network, bar, clip=clip, keep_images=KEPT_IMAGES)
         if not suffix:
             result["images_per_second"] = rate
-        if experiment.real:
+        if real:
             # Few samples are for smoke runs, whose numbers mean nothing; the report says so.
             few = fields.num_samples <= experiment.extractor.dim  # the real side: see Experiment
-            scores = evaluation.score(
-                experiment.real, samples, k=fields.neighbours, allow_few=few
-            )
+            scores = evaluation.score(real, samples, k=fields.neighbours, allow_few=few)
             values = {name + suffix: scores[name] for name in SCORES if name in scores}
             result |= values if suffix else scores
         images[f"images{suffix}"] = samples.images

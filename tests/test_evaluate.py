@@ -80,7 +80,7 @@ def test_generated_samples_are_scored_with_their_protocol(home, run, reference_f
     assert protocol["reference"]["sha256"] == evaluation.load_reference(reference_file).digest
     assert protocol["reference"]["count"] == 1437
     for name, value in {"num_samples": 100, "sampler": "ddim", "sample_steps": 4, "eta": 0.0,
-                        "skip_type": "uniform", "seed": 12345, "params": "EMA",
+                        "skip_type": "uniform", "seed": 12345, "params": "ema",
                         "features": "digits", "precision": "float32"}.items():  # fmt: skip
         assert protocol[name] == value
     assert result["num_samples"] == 100 and "jax" in result["versions"]
@@ -103,7 +103,7 @@ def test_raw_parameters_are_others_than_the_averaged_ones(home, run, reference_f
         json.loads((home / "run" / "evaluations" / f"teacher-{params}-80.json").read_text())
         for params in ("raw", "ema")
     )
-    assert raw["protocol"]["params"] == "raw" and ema["protocol"]["params"] == "EMA"
+    assert raw["protocol"]["params"] == "raw" and ema["protocol"]["params"] == "ema"
     assert raw["frechet"] != ema["frechet"]
 
 
@@ -140,7 +140,7 @@ REFUSED = {
         "gen", "--workdir=run", "--ref=ref.npz", DIGITS, "--model=lift seed 9"),
     "there.npz: no such file; make one with": (
         "gen", "--workdir=run", "--ref=there.npz", DIGITS, "--num_samples=80"),
-    "40 samples for 64 feature dimensions": (
+    "40 images for 64 features of 'digits': take more, or --allow_few": (
         "gen", "--workdir=run", "--ref=ref.npz", DIGITS, "--num_samples=40", "--model=teacher"),
     "there is no folder nowhere": ("calc", "--images=nowhere", "--ref=ref.npz", DIGITS),
     "want uint8 images (N, H, W, C) as arr_0, found no arr_0": (

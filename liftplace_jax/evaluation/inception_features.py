@@ -45,7 +45,7 @@ def inception_extractor(name: str, path: str | os.PathLike | None) -> Extractor:
             f"features {name!r} need the weights of the FID Inception network: name the file "
             "(--weights, or config.evaluation.weights). It is pt_inception-2015-12-05-6726825d.pth "
             "of the pytorch-fid project, or weights-inception-2015-12-05-6726825d.pth of "
-            "torch-fidelity; both have the same weights"
+            "torch-fidelity: ports of the same network"
         )
     graphdef, params = load_inception(str(Path(path).expanduser()))
     label, style, zero, scale = PROTOCOLS[name]

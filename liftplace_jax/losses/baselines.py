@@ -82,7 +82,7 @@ def feature_kd_loss(
             )
         if mask_sigma is not None:
             s, t = mask_outliers(s, mask_sigma), mask_outliers(t, mask_sigma)
-        total = total + _reduce(jnp.square(s - t), reduction)
+        total = total + _reduce(_squared_error(s, t), reduction)
     return total
 
 

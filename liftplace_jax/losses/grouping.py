@@ -146,7 +146,6 @@ def _indices(order, one_array: bool):
     return index.reshape(-1)
 
 
-@jax.custom_vjp
 def take(x: jax.Array, order: jax.Array) -> jax.Array:
     """Every channel of every sample in its own order; the gradient is a plain write-back.
 
@@ -159,22 +158,24 @@ def take(x: jax.Array, order: jax.Array) -> jax.Array:
     Returns:
       (batch, channel, elements).
     """
+    return _take(x.reshape(x.shape[0], -1), order)
+
+
+@jax.custom_vjp
+def _take(samples, order):
     index = _indices(order, _one_device())
     if _one_device():
-        taken = x.reshape(-1).at[index].get(mode="promise_in_bounds", unique_indices=True)
+        taken = samples.reshape(-1).at[index].get(mode="promise_in_bounds", unique_indices=True)
     else:
-        x = x.reshape(x.shape[0], -1)
-        taken = jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")
+        taken = jnp.take_along_axis(samples, index, axis=-1, mode="promise_in_bounds")
     return taken.reshape(order.shape)
 
 
-def _take_forward(x, order):
-    return take(x, order), (order, jnp.zeros((0, *x.shape)))
+def _take_forward(samples, order):
+    return _take(samples, order), order
 
 
-def _take_backward(saved, cotangent):
-    order, shape = saved[0], saved[1].shape[1:]
-
+def _take_backward(order, cotangent):
     def put_back(index, values):
         return jnp.zeros_like(values).at[index].set(
             values, unique_indices=True, mode="promise_in_bounds"
@@ -183,10 +184,11 @@ def _take_backward(saved, cotangent):
     index = _indices(order, _one_device())
     if not _one_device():
         put_back = jax.vmap(put_back)
-    return put_back(index, cotangent.reshape(index.shape)).reshape(shape), None
+    flat = put_back(index, cotangent.reshape(index.shape))
+    return flat.reshape(order.shape[0], -1), None
 
 
-take.defvjp(_take_forward, _take_backward)
+_take.defvjp(_take_forward, _take_backward)
 
 
 def _cut(student, teacher, group_size):

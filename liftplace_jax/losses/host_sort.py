@@ -1,11 +1,11 @@
 """The order of errors on a CPU, found by NumPy's vectorised sort inside the compiled program.
 
-XLA sorts on CPU with one comparator call after another; NumPy sorts the same 64-bit keys about ten
-times as fast (benchmarks/losses.md). `jax.pure_callback` would reach it too, but its arguments
-pass through JAX once more, which never ends on one core (jax issue 24255). XLA's foreign function
-interface hands over plain memory instead: the structures below are the part of its stable C
-interface (xla/ffi/api/c_api.h) that a sort needs, read through ctypes so that nothing has to be
-compiled.
+XLA sorts on CPU with one comparator call after another; with NumPy's sort of the same 64-bit keys
+PLACE's sums take a fifth of the time (benchmarks/grouping.md). `jax.pure_callback` would reach it
+too, but its arguments pass through JAX once more, which never ends on one core (jax issue 24255).
+XLA's foreign function interface hands over plain memory instead: the structures below are the part
+of its stable C interface (xla/ffi/api/c_api.h) that a sort needs, read through ctypes so that
+nothing has to be compiled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 TARGET = "liftplace_error_order"
 BLOCK = 65536  # elements sorted at once: their keys stay in a core's cache
-API = (0, 1)  # oldest version of the interface that has these structures
+API = (0, 3)  # version of the interface whose header these structures follow
 METADATA, EXECUTE, INTERNAL = 1, 3, 13  # constants of the interface
 
 
