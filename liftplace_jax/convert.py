@@ -1,11 +1,11 @@
-"""Carries a network's weights between this repository's folders, DDPM's names and diffusers.
+"""Carries a network's weights between this repository's folders, published names and diffusers.
 
     python -m liftplace_jax.convert --model=runs/digits/teacher --to=diffusers --out=unet
     python -m liftplace_jax.convert --model=ema.ckpt --config=configs/digits.py --to=published \\
         --out=teacher
 
---to=published writes model.safetensors (names of the published DDPM checkpoints) and config.json;
---to=diffusers a folder for `UNet2DModel.from_pretrained`.
+--to=published writes model.safetensors (names of the published checkpoints) and config.json;
+--to=diffusers a folder for diffusers' `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def convert() -> str:
 
     config = None
     if _CONFIG.value is not None:
-        config = models.config_from_dict({"widths": None} | _CONFIG.value.model.to_dict())
+        config = models.config_from_dict(_CONFIG.value.model.to_dict(), partial=True)
     try:
         network = load_checkpoint(path, config, _ENTRY.value)
     except weights.EntryError as error:

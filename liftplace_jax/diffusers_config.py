@@ -8,7 +8,7 @@ diffusers 0.42 "models/unets/unet_2d.py".
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from liftplace_jax.models import UNetConfig
@@ -47,7 +47,7 @@ _IGNORED = (
 
 
 class DiffusersError(ValueError):
-    """A folder, or a network, that our U-Net and `UNet2DModel` do not both know; lists why."""
+    """A folder, or a network, that is not in both diffusers and this library; lists why."""
 
 
 def config_from_diffusers(fields: Mapping[str, Any]) -> UNetConfig:
@@ -59,17 +59,7 @@ def config_from_diffusers(fields: Mapping[str, Any]) -> UNetConfig:
     Raises:
       DiffusersError: fields that our U-Net cannot be; lists all of them.
     """
-    problems = []
-    if fields.get("_class_name") != "UNet2DModel":
-        problems.append(f"_class_name {fields.get('_class_name')!r}: must be 'UNet2DModel'")
-    for name, (default, allowed) in _FIXED.items():
-        value = fields.get(name, default)
-        if value not in allowed:
-            absent = "" if name in fields else " (the default, as the field is absent)"
-            problems.append(f"{name} {value!r}{absent}: must be {allowed[0]!r}")
-    known = {*_FIXED, *_READ, *_IGNORED}
-    for name in sorted(name for name in fields if name not in known and name[:1] != "_"):
-        problems.append(f"{name} {fields[name]!r}: not a field known here")
+    problems = find_problems(fields, _FIXED, {*_READ, *_IGNORED})
     sizes = _sizes(fields, problems)
     if problems:
         raise DiffusersError(
@@ -77,6 +67,33 @@ def config_from_diffusers(fields: Mapping[str, Any]) -> UNetConfig:
             + "\n".join(f"  {problem}" for problem in problems)
         )
     return _unet_config(fields, *sizes)
+
+
+def find_problems(
+    fields: Mapping[str, Any],
+    fixed: Mapping[str, tuple[Any, tuple[Any, ...]]],
+    others: Collection[str],
+) -> list[str]:
+    """What keeps fields of diffusers from being a network of ours.
+
+    Args:
+      fields: the content of a config.json.
+      fixed: field -> (diffusers' default, the values that it may have).
+      others: fields that may have any value.
+
+    Returns:
+      A line for each field of another value, and for each that is unknown.
+    """
+    problems = []
+    for name, (default, allowed) in fixed.items():
+        value = fields.get(name, default)
+        if value not in allowed:
+            absent = "" if name in fields else " (the default, as the field is absent)"
+            problems.append(f"{name} {value!r}{absent}: must be {allowed[0]!r}")
+    known = {*fixed, *others}
+    for name in sorted(name for name in fields if name not in known and name[:1] != "_"):
+        problems.append(f"{name} {fields[name]!r}: not a field known here")
+    return problems
 
 
 def _sizes(
@@ -87,10 +104,10 @@ def _sizes(
     if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
     widths = fields.get("block_out_channels", (224, 448, 672, 896))
-    if not _is_count(size):
+    if not is_count(size):
         problems.append(f"sample_size {size!r}: must be the height and width of square images")
         size = 0
-    if not isinstance(widths, list | tuple) or not widths or not all(map(_is_count, widths)):
+    if not isinstance(widths, list | tuple) or not widths or not all(map(is_count, widths)):
         problems.append(f"block_out_channels {widths!r}: must be widths")
         widths = ()
     attention = []
@@ -117,7 +134,7 @@ def _sizes(
 
 def _check_attention(fields, widths, attention, problems):
     groups = fields.get("norm_num_groups", 32)
-    if not _is_count(groups):
+    if not is_count(groups):
         problems.append(f"norm_num_groups {groups!r}: must be a number")
     if fields.get("attn_norm_num_groups") not in (None, groups):
         problems.append(
@@ -134,7 +151,8 @@ def _check_attention(fields, widths, attention, problems):
         )
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a field is an integer above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

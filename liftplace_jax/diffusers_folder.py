@@ -1,27 +1,34 @@
-"""Folders of diffusers' `UNet2DModel`: config.json and weights, as our U-Net and back."""
+"""Folders of diffusers' networks, config.json and weights, as ours and back.
+
+`UNet2DModel` is our U-Net, `DiTTransformer2DModel` (once `Transformer2DModel`) our DiT.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from liftplace_jax import models, weights
+from liftplace_jax import diffusers_dit, models, weights
 from liftplace_jax.diffusers_config import (
     DiffusersError,
     config_from_diffusers,
     config_to_diffusers,
 )
 from liftplace_jax.files import replacing_folder, write_json
-from liftplace_jax.models import UNetConfig
+from liftplace_jax.models import DiTConfig, UNetConfig
 from liftplace_jax.models.unet_config import Node
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
+PARTS = ("unet", "transformer")
+"""Folders of a pipeline in which its denoising network may be."""
 
 _BLOCK = {
     "norm1": "norm1", "conv1": "conv1", "temb_proj": "time_emb_proj", "norm2": "norm2",
@@ -34,15 +41,18 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 # Dense there, 1x1 convolutions here; by our name.
 _LINEAR = re.compile(r"\.(q|k|v|proj_out)\.weight$")
 
+OF_DIFFUSERS = frozenset({"conv_norm_out.weight", "proj_out_2.weight"})
+"""Names by which weights of diffusers can be told from published ones."""
+
 
 def find_folder(folder: Path) -> Path | None:
-    """The folder itself if it is one of diffusers, or "unet" in it if it is a pipeline's.
+    """The folder itself if it is one of diffusers, or the network's in it if it is a pipeline's.
 
     Returns:
       The folder with config.json; None if there is none, or it is not of diffusers.
     """
-    if not (folder / "config.json").exists():
-        folder = folder / "unet"
+    folders = (folder, *(folder / name for name in PARTS))
+    folder = next((f for f in folders if (f / "config.json").exists()), folder)
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
@@ -50,8 +60,8 @@ def find_folder(folder: Path) -> Path | None:
     return folder if isinstance(config, dict) and "_class_name" in config else None
 
 
-def read_diffusers(folder: str | os.PathLike) -> tuple[UNetConfig, dict[str, np.ndarray]]:
-    """Reads the folder of a `UNet2DModel`.
+def read_diffusers(folder: str | os.PathLike) -> tuple[Any, dict[str, np.ndarray]]:
+    """Reads the folder of a network of diffusers.
 
     Args:
       folder: as `find_folder` takes it, with diffusion_pytorch_model.safetensors or .bin (which
@@ -59,30 +69,43 @@ def read_diffusers(folder: str | os.PathLike) -> tuple[UNetConfig, dict[str, np.
         names before diffusers 0.12 (query, key, value, proj_attn).
 
     Returns:
-      (config, tensors by published DDPM name in PyTorch's layouts).
+      (config, tensors by published name in PyTorch's layouts).
 
     Raises:
-      DiffusersError: no such folder, or fields of its config that our U-Net cannot be; lists all.
+      DiffusersError: no such folder, or a network that none of ours can be; lists all why.
       weights.WeightFileError: a file is missing or damaged.
       weights.WeightMismatchError: tensors do not fit the config; lists all, by their own names.
     """
     found = find_folder(Path(folder))
     if found is None:
-        raise DiffusersError(f"{folder}: no config.json of a UNet2DModel there, or in unet/")
+        raise DiffusersError(
+            f"{folder}: no config.json of {_KNOWN} there, or in {'/ or '.join(PARTS)}/"
+        )
     path = found / "config.json"
+    fields = json.loads(path.read_text())
+    family = _FAMILIES.get(fields["_class_name"])
+    if family is None:
+        raise DiffusersError(
+            f"{path}: _class_name {fields['_class_name']!r}: no network known here, it must be "
+            f"{_KNOWN}"
+        )
     try:
-        config = config_from_diffusers(json.loads(path.read_text()))
+        config = family.config_from_diffusers(fields)
     except ValueError as error:
         raise DiffusersError(f"{path}: {error}") from error
+    try:
+        return family.tensors_from_diffusers(config, read_weights(found))
+    except weights.WeightMismatchError as error:
+        raise weights.WeightMismatchError(error.misfits, found) from error
+
+
+def _unet_from_diffusers(
+    config: UNetConfig, stored: Mapping[str, np.ndarray]
+) -> tuple[UNetConfig, dict[str, np.ndarray]]:
     names = {theirs: ours for ours, theirs in _tensor_names(config).items()}
     own_names, tensors = {}, {}
-    for name, value in _read_weights(found).items():
-        current = re.sub(
-            rf"\.({'|'.join(_OLD_ATTENTION)})\.(weight|bias)$",
-            lambda match: f".{_OLD_ATTENTION[match[1]]}.{match[2]}",
-            name,
-        )
-        published = names.get(current, name)
+    for name, value in stored.items():
+        published = names.get(current_name(name), name)
         if _LINEAR.search(published) and value.ndim == 2:
             value = value[:, :, None, None]
         tensors[published] = value
@@ -90,12 +113,37 @@ def read_diffusers(folder: str | os.PathLike) -> tuple[UNetConfig, dict[str, np.
     misfits = weights.find_misfits(models.abstract(config)[1], tensors)
     if misfits:
         theirs = _tensor_names(config) | own_names
-        renamed = sorted((theirs.get(name, name), problem) for name, problem in misfits)
-        raise weights.WeightMismatchError(renamed, found)
+        raise weights.WeightMismatchError(
+            sorted((theirs.get(name, name), problem) for name, problem in misfits)
+        )
     return config, tensors
 
 
-def _read_weights(folder: Path) -> dict[str, np.ndarray]:
+def _unet_to_diffusers(
+    config: UNetConfig, tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    names = _tensor_names(config)
+    return {
+        names[name]: value[:, :, 0, 0] if _LINEAR.search(name) else value
+        for name, value in tensors.items()
+    }
+
+
+def current_name(name: str) -> str:
+    """A tensor's name since diffusers 0.12, where those of attention changed."""
+    return re.sub(
+        rf"\.({'|'.join(_OLD_ATTENTION)})\.(weight|bias)$",
+        lambda match: f".{_OLD_ATTENTION[match[1]]}.{match[2]}",
+        name,
+    )
+
+
+def read_weights(folder: Path) -> dict[str, np.ndarray]:
+    """The tensors of a diffusers folder by name, from its one file or its shards.
+
+    Raises:
+      weights.WeightFileError: a file is missing or damaged.
+    """
     for suffix in (".safetensors", ".bin"):
         path = folder / f"{WEIGHTS_NAME}{suffix}"
         index = folder / f"{path.name}.index.json"
@@ -158,22 +206,57 @@ def _module_name(node: Node, num_levels: int) -> str:
     return f"{way}_blocks.{level}.{'resnets' if kind == 'block' else 'attentions'}.{rest[0]}"
 
 
-def write_diffusers(folder: str | os.PathLike, config: UNetConfig, params: Any) -> None:
-    """Writes a folder that `UNet2DModel.from_pretrained` loads, with equal outputs.
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    """How a class of diffusers and one of our configs are carried into each other.
+
+    Attributes:
+      config_class: ours.
+      config_from_diffusers: fields of config.json -> our config.
+      tensors_from_diffusers: (that config, their tensors) -> (config, our tensors by published
+        name); only the tensors may tell all of the config.
+      config_to_diffusers: our config -> their fields.
+      tensors_to_diffusers: (our config, our tensors) -> theirs.
+    """
+
+    config_class: type
+    config_from_diffusers: Callable[[Mapping[str, Any]], Any]
+    tensors_from_diffusers: Callable[[Any, Mapping], tuple[Any, dict[str, np.ndarray]]]
+    config_to_diffusers: Callable[[Any], dict[str, Any]]
+    tensors_to_diffusers: Callable[[Any, Mapping], dict[str, np.ndarray]]
+
+
+_UNET = _Family(
+    UNetConfig, config_from_diffusers, _unet_from_diffusers, config_to_diffusers, _unet_to_diffusers
+)
+_DIT = _Family(
+    DiTConfig,
+    diffusers_dit.config_from_diffusers,
+    diffusers_dit.tensors_from_diffusers,
+    diffusers_dit.config_to_diffusers,
+    diffusers_dit.tensors_to_diffusers,
+)
+_FAMILIES = {"UNet2DModel": _UNET, "DiTTransformer2DModel": _DIT, "Transformer2DModel": _DIT}
+_KNOWN = " or ".join(f"a {name}" for name in _FAMILIES)
+
+
+def write_diffusers(folder: str | os.PathLike, config: Any, params: Any) -> None:
+    """Writes a folder that diffusers' `from_pretrained` loads, with equal outputs.
 
     Args:
       folder: a new or an empty one; made whole or not at all.
-      config: the network's config, of regular widths (see `config_to_diffusers`).
+      config: the network's config; a U-Net's has regular widths (see `config_to_diffusers`).
       params: its parameters.
 
     Raises:
-      DiffusersError: the widths are not regular; names the first layers.
+      DiffusersError: diffusers has no such network; says why.
       FileExistsError: there is something in the folder.
     """
-    fields, names = config_to_diffusers(config), _tensor_names(config)
-    tensors = {}
-    for name, value in weights.to_torch(params).items():
-        tensors[names[name]] = value[:, :, 0, 0] if _LINEAR.search(name) else value
+    family = next((f for f in _FAMILIES.values() if isinstance(config, f.config_class)), None)
+    if family is None:
+        raise DiffusersError(f"no network of {type(config).__name__} can be written, only {_KNOWN}")
+    fields = family.config_to_diffusers(config)
+    tensors = family.tensors_to_diffusers(config, weights.to_torch(params))
     with replacing_folder(folder) as temporary:
         path = temporary / f"{WEIGHTS_NAME}.safetensors"
         weights.write_safetensors(path, tensors, {"format": "pt"})

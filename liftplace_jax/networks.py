@@ -14,7 +14,7 @@ from flax import nnx
 
 from liftplace_jax import models, weights
 from liftplace_jax.configuration import differences
-from liftplace_jax.diffusers_folder import find_folder, read_diffusers
+from liftplace_jax.diffusers_folder import OF_DIFFUSERS, find_folder, read_diffusers
 from liftplace_jax.losses import init_adapters
 
 PARAMS = {"ema": "model.safetensors", "raw": "raw.safetensors"}
@@ -36,13 +36,14 @@ class Network:
 
 
 def make_apply(graphdef: nnx.GraphDef) -> Callable[..., tuple[jax.Array, dict]]:
-    """(params, x, t, return_features, dropout key or None) -> (prediction, features)."""
+    """(params, x, t, return_features, dropout key or None, cond) -> (prediction, features)."""
 
-    def apply(params, x, t, return_features, dropout_key):
+    def apply(params, x, t, return_features, dropout_key, cond=None):
         model = nnx.merge(graphdef, params)
         result = model(
-            x, t, train=dropout_key is not None, rngs=dropout_key, return_features=return_features
-        )
+            x, t, cond, train=dropout_key is not None, rngs=dropout_key,
+            return_features=return_features,
+        )  # fmt: skip
         return result if return_features else (result, {})
 
     return apply
@@ -54,8 +55,9 @@ def is_saved(folder: Path) -> bool:
 
 
 def load_network(
-    folder: Path, dtype: str = "float32", hint: str = "check the path", params: str = "ema"
-) -> Network:
+    folder: Path, dtype: str = "float32", hint: str = "check the path", params: str = "ema",
+    remat: str | None = None,
+) -> Network:  # fmt: skip
     """A model from its folder.
 
     Args:
@@ -63,6 +65,7 @@ def load_network(
       dtype: of the computation.
       hint: what to do if there is none, for the error message.
       params: "ema", the averaged ones, or "raw", those that training ended with.
+      remat: as of `models.create`.
 
     Raises:
       ValueError: nothing there, or files that do not fit; names the path.
@@ -79,7 +82,7 @@ def load_network(
         config = models.config_from_dict(fields)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    return from_tensors(config, tensors, folder, dtype)
+    return from_tensors(config, tensors, folder, dtype, remat)
 
 
 def load_checkpoint(
@@ -87,18 +90,20 @@ def load_checkpoint(
     config: Any | None = None,
     entry: str | int | None = None,
     dtype: str = "float32",
+    said_by: str = "config.model",
 ) -> Network:
     """A model from wherever it was trained.
 
     Args:
       path: a folder of ours (model.safetensors and config.json); a folder of diffusers'
-        `UNet2DModel`, or of a pipeline with one; or a file of published weights, as of
-        `weights.read_tensors`.
-      config: what the model must be. A folder's own config must agree with it, but for dropout,
-        which is no property of weights: that of `config` counts. Needed for a file, which does
-        not say what it is; without it a folder's own config counts.
+        `UNet2DModel` or `DiTTransformer2DModel`, or of a pipeline with one; or a file of
+        published weights, as of `weights.read_tensors`.
+      config: what the model must be. A folder's own config must agree with it, but for what is no
+        property of weights, such as dropout: that of `config` counts. Needed for a file, which
+        does not say what it is; without it a folder's own config counts.
       entry: where in a file the weights are, as of `weights.read_tensors`.
       dtype: of the computation.
+      said_by: where `config` comes from, for the error message.
 
     Raises:
       ValueError: the path cannot be read, or does not fit; names the path and every misfit.
@@ -110,43 +115,46 @@ def load_checkpoint(
             network = from_tensors(*read_diffusers(path), path, dtype)
         else:
             network = load_network(path, dtype)
-        return network if config is None else _as_config(network, config, path, dtype)
+        return network if config is None else _as_config(network, config, path, dtype, said_by)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if config is None:
         raise ValueError(f"{path}: a file of weights does not say its model, so give its config")
     tensors = weights.read_tensors(path, entry)
-    if "conv_norm_out.weight" in tensors:
+    if not OF_DIFFUSERS.isdisjoint(tensors):
         raise ValueError(f"{path} is the weights of diffusers alone: give its folder")
+    seen = config.visible_in(tensors)  # a wrong depth is one line, not a hundred tensors
+    wanted = [{name: getattr(config, name) for name in seen}]
+    _check_agreement(path, [seen], wanted, said_by)
     return from_tensors(config, tensors, path, dtype)
 
 
-def _as_config(network: Network, config: Any, path: Path, dtype: str) -> Network:
-    """The network with the dropout of `config`, from which it must not differ otherwise."""
-    found, wanted = _architecture(network.config), _architecture(config)
-    widths = found.pop("widths"), wanted.pop("widths")
-    # Widths follow from the other fields: they tell something only where those agree.
-    lines = differences(found, wanted) or differences(*({"widths": w} for w in widths))
-    if lines:
-        raise ValueError(
-            f"{path} is not what config.model says (checkpoint -> config.model):\n  "
-            + "\n  ".join(lines)
-            + "\nSet config.model to what the checkpoint is (also widths, in a config file, where "
-            "they are not those of ch and ch_mult), or choose another checkpoint."
-        )
+def _as_config(network: Network, config: Any, path: Path, dtype: str, said_by: str) -> Network:
+    """The network as `config`, from which it may differ only in what no weights tell."""
+    _check_agreement(path, _architecture(network.config), _architecture(config), said_by)
     return Network(config, models.abstract(config, jnp.dtype(dtype))[0], network.params)
 
 
-def _architecture(config: Any) -> dict[str, Any]:
-    fields = models.config_to_dict(config)
-    del fields["dropout"]
-    sizes = {fields["image_size"] >> level for level in range(len(fields["ch_mult"]))}
-    return fields | {"attn_resolutions": sorted(sizes.intersection(fields["attn_resolutions"]))}
+def _architecture(config: Any) -> list[dict[str, Any]]:
+    return [{"model": models.config_to_dict(config)["model"]}, *config.architecture()]
+
+
+def _check_agreement(path: Path, found: list[dict], wanted: list[dict], said_by: str) -> None:
+    # A later dictionary says something only where those before it agree.
+    pairs = zip(found, wanted, strict=False)
+    lines = next((lines for pair in pairs if (lines := differences(*pair))), None)
+    if lines:
+        raise ValueError(
+            f"{path} is not what {said_by} says (checkpoint -> {said_by}):\n  "
+            + "\n  ".join(lines)
+            + f"\nSet {said_by} to what the checkpoint is, or choose another checkpoint."
+        )
 
 
 def from_tensors(
-    config: Any, tensors: Mapping[str, np.ndarray], origin: Any = "tensors", dtype: str = "float32"
-) -> Network:
+    config: Any, tensors: Mapping[str, np.ndarray], origin: Any = "tensors", dtype: str = "float32",
+    remat: str | None = None,
+) -> Network:  # fmt: skip
     """A model of a config from arrays by published name, in PyTorch's layouts.
 
     Args:
@@ -154,11 +162,12 @@ def from_tensors(
       tensors: as of `weights.read_tensors` or a `Pruned` student.
       origin: where they come from, for the error message.
       dtype: of the computation.
+      remat: as of `models.create`.
 
     Raises:
       ValueError: tensors do not fit; names the origin and every misfit.
     """
-    graphdef, abstract = models.abstract(config, jnp.dtype(dtype))
+    graphdef, abstract = models.abstract(config, jnp.dtype(dtype), remat)
     try:
         params = weights.from_torch(abstract, tensors)
     except weights.WeightMismatchError as error:
@@ -166,24 +175,27 @@ def from_tensors(
     return Network(config, graphdef, jax.tree.map(jnp.asarray, params))
 
 
-def make_adapters(
-    student: Network, teacher: Network, layer_map: Mapping[str, str] | None, seed: int
-) -> dict[str, jax.Array]:
-    """Adapters between features; checks the layer map on shapes, before any training.
+def match_features(
+    student: Network, teacher: Network, layer_map: Mapping[str, str] | None, adapters: bool
+) -> dict[str, tuple[str, int, int]]:
+    """Checks a layer map on shapes, before any training.
+
+    Args:
+      student: the student.
+      teacher: its teacher.
+      layer_map: student feature -> teacher feature; None: the published one of their depths, or
+        all features by name.
+      adapters: whether widths may differ.
+
+    Returns:
+      Student feature -> (teacher feature, the student's width, the teacher's width).
 
     Raises:
-      ValueError: a layer of the map does not exist, or the two have different resolutions.
+      ValueError: a layer of the map does not exist, or shapes do not fit.
     """
-    features = []
-    for network in (student, teacher):
-        size, channels = network.config.image_size, network.config.in_channels
-        x = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
-        t = jax.ShapeDtypeStruct((1,), jnp.int32)
-        apply = make_apply(network.graphdef)
-        shapes = jax.eval_shape(lambda p, x, t, f=apply: f(p, x, t, True, None)[1],
-                                network.params, x, t)  # fmt: skip
-        features.append({name: feature.shape for name, feature in shapes.items()})
-    layer_map = {name: name for name in features[0]} if layer_map is None else layer_map
+    features = [_feature_shapes(network) for network in (student, teacher)]
+    if layer_map is None:
+        layer_map = student.config.layer_map(teacher.config) or {name: name for name in features[0]}
     for s, t in layer_map.items():
         for side, name, known in (("student", s, features[0]), ("teacher", t, features[1])):
             if name not in known:
@@ -191,10 +203,37 @@ def make_adapters(
                     f"config.distill.layer_map: the {side} has no feature {name!r}; "
                     f"it has {sorted(known)}"
                 )
-        if features[0][s][1:-1] != features[1][t][1:-1]:
+        last = -1 if adapters else None
+        if features[0][s][1:last] != features[1][t][1:last]:
             raise ValueError(
                 f"config.distill.layer_map: {s!r} is {features[0][s][1:]}, the teacher's {t!r} "
-                f"{features[1][t][1:]}; only widths may differ"
-            )
-    channels = [{name: shape[-1] for name, shape in f.items()} for f in features]
-    return init_adapters(jax.random.key(seed), *channels, layer_map=layer_map)
+                f"{features[1][t][1:]}; "
+                + ("only widths may differ" if adapters else
+                   "without config.distill.feature.adapters they must be equal")
+            )  # fmt: skip
+    return {s: (t, features[0][s][-1], features[1][t][-1]) for s, t in layer_map.items()}
+
+
+def _feature_shapes(network: Network) -> dict[str, tuple[int, ...]]:
+    config, apply = network.config, make_apply(network.graphdef)
+    x = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, config.in_channels),
+                             jnp.float32)  # fmt: skip
+    t = jax.ShapeDtypeStruct((1,), jnp.int32)
+    shapes = jax.eval_shape(
+        lambda params, x, t, cond: apply(params, x, t, True, None, cond)[1],
+        network.params, x, t, t if config.num_classes else None,
+    )  # fmt: skip
+    return {name: feature.shape for name, feature in shapes.items()}
+
+
+def make_adapters(
+    student: Network, teacher: Network, layer_map: Mapping[str, str] | None, seed: int
+) -> dict[str, jax.Array]:
+    """Adapters between features, student layer -> matrix; see `match_features`."""
+    matched = match_features(student, teacher, layer_map, adapters=True)
+    return init_adapters(
+        jax.random.key(seed),
+        {s: width for s, (_, width, _) in matched.items()},
+        {t: width for t, _, width in matched.values()},
+        layer_map={s: t for s, (t, _, _) in matched.items()},
+    )

@@ -1,5 +1,6 @@
 """The networks, by name: a model is its config (JSON friendly) and its arrays."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,14 +10,25 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
+from liftplace_jax.models.autoencoder import Autoencoder
+from liftplace_jax.models.autoencoder_config import AutoencoderConfig
+from liftplace_jax.models.dit import DiT
+from liftplace_jax.models.dit_config import DiTConfig
 from liftplace_jax.models.unet import UNet
 from liftplace_jax.models.unet_config import UNetConfig
 
-MODELS = {"unet": (UNetConfig, UNet)}
+MODELS = {
+    "unet": (UNetConfig, UNet),
+    "dit": (DiTConfig, DiT),
+    "autoencoder": (AutoencoderConfig, Autoencoder),
+}
 
 
 def create(
-    config: Any, seed: int | jax.Array = 0, dtype: Dtype = jnp.float32
+    config: Any,
+    seed: int | jax.Array = 0,
+    dtype: Dtype = jnp.float32,
+    remat: str | None = None,
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """Initialises a model.
 
@@ -24,20 +36,22 @@ def create(
       config: a config of one of MODELS.
       seed: an integer or a random key (works under jit and vmap).
       dtype: dtype of the computation; parameters are float32.
+      remat: None or one of `layers.REMAT_POLICIES`: what the gradient keeps of each block.
 
     Returns:
       (graphdef, params); `nnx.merge(graphdef, params)(x, t)` is a pure function of params.
 
     Raises:
-      ValueError: the config belongs to no known model.
+      ValueError: the config belongs to no known model, or there is no such policy.
     """
-    return nnx.split(_model_class(config)(config, rngs=nnx.Rngs(seed), dtype=dtype))
+    return nnx.split(_build(config, nnx.Rngs(seed), dtype, remat))
 
 
-def abstract(config: Any, dtype: Dtype = jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
+def abstract(
+    config: Any, dtype: Dtype = jnp.float32, remat: str | None = None
+) -> tuple[nnx.GraphDef, nnx.State]:
     """As `create`, with shapes and dtypes (`jax.ShapeDtypeStruct`) in place of arrays."""
-    model = _model_class(config)
-    return nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0), dtype=dtype)))
+    return nnx.split(nnx.eval_shape(lambda: _build(config, nnx.Rngs(0), dtype, remat)))
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -45,8 +59,12 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     return {"model": _name(config)} | config.to_dict()
 
 
-def config_from_dict(fields: Mapping[str, Any]) -> Any:
+def config_from_dict(fields: Mapping[str, Any], partial: bool = False) -> Any:
     """The inverse of `config_to_dict`.
+
+    Args:
+      fields: the model's name under "model", and its config's fields.
+      partial: whether missing fields get their defaults.
 
     Raises:
       ValueError: unknown model name, or unknown, missing or bad fields.
@@ -54,7 +72,14 @@ def config_from_dict(fields: Mapping[str, Any]) -> Any:
     name = fields.get("model")
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known: {sorted(MODELS)}")
-    return MODELS[name][0].from_dict({k: v for k, v in fields.items() if k != "model"})
+    config_class, given = MODELS[name][0], {k: v for k, v in fields.items() if k != "model"}
+    if partial:
+        defaults = {
+            field.name: field.default for field in dataclasses.fields(config_class)
+            if field.default is not dataclasses.MISSING
+        }  # fmt: skip
+        given = defaults | given
+    return config_class.from_dict(given)
 
 
 def count_parameters(params: Any) -> int:
@@ -70,5 +95,6 @@ def _name(config: Any) -> str:
     raise ValueError(f"no model has a config of type {type(config).__name__}; known: {known}")
 
 
-def _model_class(config: Any) -> type[nnx.Module]:
-    return MODELS[_name(config)][1]
+def _build(config: Any, rngs: nnx.Rngs, dtype: Dtype, remat: str | None) -> nnx.Module:
+    options = {} if remat is None else {"remat": remat}  # an autoencoder has none
+    return MODELS[_name(config)][1](config, rngs=rngs, dtype=dtype, **options)

@@ -1,29 +1,91 @@
-"""Parameters and multiply-accumulates of a model, from its config alone.
+"""Parameters and multiply-accumulates of a model, from its config alone, as its paper counts them.
 
-Counted as in the published pixel-space tables (Diff_Pruning_EXP/torch_pruning/utils/op_counter.py):
-convolutions and linears with their biases, two for each normalised element; neither attention's
-products nor activations, sums and resampling without weights. So every parameter is used once for
-each pixel of its layer's output.
+U-Nets are counted as in the published pixel-space tables (Diff_Pruning_EXP/torch_pruning/utils/
+op_counter.py): convolutions and linears with their biases, two for each normalised element;
+neither attention's products nor activations, sums and resampling without weights. So every
+parameter is used once for each pixel of its layer's output.
+
+DiTs are counted as by fvcore, which made the published latent-space table: convolutions and
+linears without biases, attention's products, four for each normalised element, and one for every
+two elements that leave the patches; neither activations nor sums.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from typing import Any
 
+from liftplace_jax.models.dit import FREQUENCIES
+from liftplace_jax.models.dit_config import DiTConfig
 from liftplace_jax.models.unet_config import UNetConfig
 
 
-def count_macs(config: UNetConfig) -> int:
-    """MACs of one forward pass of a `UNet` on one image."""
-    return sum(pixels * parameters for pixels, parameters in _layers(config))
+@functools.singledispatch
+def count_macs(config: Any) -> int:
+    """MACs of one forward pass of a model on one image.
+
+    Raises:
+      ValueError: how models of this type are counted is not known.
+    """
+    raise ValueError(f"how to count a model of {type(config).__name__} is not known")
 
 
-def config_parameters(config: UNetConfig) -> int:
-    """Parameters of a `UNet`, without building it."""
-    return sum(parameters for _, parameters in _layers(config))
+@functools.singledispatch
+def config_parameters(config: Any) -> int:
+    """Parameters of a model, without building it; those that are never trained count too.
+
+    Raises:
+      ValueError: how models of this type are counted is not known.
+    """
+    raise ValueError(f"how to count a model of {type(config).__name__} is not known")
 
 
-def _layers(config: UNetConfig) -> Iterator[tuple[int, int]]:
+@count_macs.register
+def _unet_macs(config: UNetConfig) -> int:
+    return sum(pixels * parameters for pixels, parameters in _unet_layers(config))
+
+
+@config_parameters.register
+def _unet_parameters(config: UNetConfig) -> int:
+    return sum(parameters for _, parameters in _unet_layers(config))
+
+
+@count_macs.register
+def _dit_macs(config: DiTConfig) -> int:
+    elements = config.num_tokens * config.hidden_size
+    linears = sum(uses * inputs * outputs for uses, inputs, outputs in _dit_layers(config))
+    products = 2 * config.depth * elements * config.num_tokens
+    norms = 4 * elements * (2 * config.depth + 1)
+    return linears + products + norms + config.image_size**2 * config.out_channels // 2
+
+
+@config_parameters.register
+def _dit_parameters(config: DiTConfig) -> int:
+    tables = config.depth if config.embedders == "per_block" else 1
+    rows = tables * config.num_labels + config.num_tokens
+    linears = sum(_dense(inputs, outputs) for _, inputs, outputs in _dit_layers(config))
+    return linears + rows * config.hidden_size
+
+
+def _dit_layers(config: DiTConfig) -> Iterator[tuple[int, int, int]]:
+    """(uses, inputs, outputs) of every linear layer, and of the convolution that makes tokens."""
+    width, tokens, pixels = config.hidden_size, config.num_tokens, config.patch_size**2
+    yield tokens, pixels * config.in_channels, width
+    for _ in range(config.depth if config.embedders == "per_block" else 1):
+        yield 1, FREQUENCIES, width
+        yield 1, width, width
+    for _ in range(config.depth):
+        yield 1, width, 6 * width
+        yield tokens, width, 3 * width
+        yield tokens, width, width
+        yield tokens, width, config.mlp_width
+        yield tokens, config.mlp_width, width
+    yield 1, width, 2 * width
+    yield tokens, width, pixels * config.out_channels
+
+
+def _unet_layers(config: UNetConfig) -> Iterator[tuple[int, int]]:
     """(output pixels, parameters) of every layer with weights."""
     widths = dict(config.widths)
     temb = widths["temb.dense.1"]

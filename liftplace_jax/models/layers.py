@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,46 +63,145 @@ def group_norm(features: int, groups: int, *, rngs: nnx.Rngs, dtype: Dtype) -> n
     )
 
 
+def layer_norm(
+    features: int, *, rngs: nnx.Rngs, dtype: Dtype, epsilon: float = 1e-6
+) -> nnx.LayerNorm:
+    """Layer normalisation without parameters; statistics in float32."""
+    return nnx.LayerNorm(
+        features, epsilon=epsilon, use_bias=False, use_scale=False, dtype=dtype,
+        use_fast_variance=False, rngs=rngs,
+    )  # fmt: skip
+
+
+def embedding(rows: int, features: int, *, rngs: nnx.Rngs, dtype: Dtype) -> nnx.Embed:
+    """A table of vectors, zero until it is drawn; float32 parameters."""
+    zeros = nnx.initializers.zeros_init()
+    return nnx.Embed(rows, features, dtype=dtype, embedding_init=zeros, rngs=rngs)
+
+
+class Sequential(nnx.List):
+    """Modules and functions, one after another; its modules are named by their place."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 def reset_parameters(model: nnx.Module, key: jax.Array) -> None:
     """Gives every convolution and dense layer PyTorch's default initialisation, in place.
 
-    Weights and biases are uniform within +-1/sqrt(fan_in) (Kaiming with a = sqrt(5)). All come
-    from one draw: a draw for each of a U-Net's layers takes half a minute to compile.
+    Weights and biases are uniform within +-1/sqrt(fan_in) (Kaiming with a = sqrt(5)).
     """
     variables, bounds = [], []
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Conv | nnx.Linear):
             variables += [module.kernel, module.bias]
             bounds += 2 * [1 / math.sqrt(math.prod(module.kernel.shape[:-1]))]
-    values = _uniform(key, tuple(variable.shape for variable in variables), tuple(bounds))
-    for variable, value in zip(variables, values, strict=True):
+    draw(key, variables, bounds)
+
+
+def draw(
+    key: jax.Array,
+    variables: Sequence[nnx.Variable],
+    scales: Sequence[float],
+    distribution: str = "uniform",
+) -> None:
+    """Fills variables with random numbers, in place.
+
+    All come from one draw: a draw for each of a U-Net's layers takes half a minute to compile.
+
+    Args:
+      key: a random key.
+      variables: what to fill.
+      scales: for each, the bound of its uniform or the deviation of its normal numbers.
+      distribution: "uniform" or "normal".
+    """
+    shapes = tuple(variable.shape for variable in variables)
+    for variable, value in zip(
+        variables, _draw(key, shapes, tuple(scales), distribution), strict=True
+    ):
         variable.set_value(value)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _uniform(key, shapes, bounds):
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _draw(key, shapes, scales, distribution):
     sizes = [math.prod(shape) for shape in shapes]
-    flat = jax.random.uniform(key, (sum(sizes),), minval=-1.0, maxval=1.0)
+    if distribution == "uniform":
+        flat = jax.random.uniform(key, (sum(sizes),), minval=-1.0, maxval=1.0)
+    else:
+        flat = jax.random.normal(key, (sum(sizes),))
     parts = jnp.split(flat, np.cumsum(sizes)[:-1])
-    return [b * p.reshape(s) for b, p, s in zip(bounds, parts, shapes, strict=True)]
+    return [b * p.reshape(s) for b, p, s in zip(scales, parts, shapes, strict=True)]
 
 
-def sinusoidal_embedding(t: jax.Array, dim: int) -> jax.Array:
+def xavier_bound(kernel: nnx.Variable) -> float:
+    """Glorot's bound for the uniform weights of a kernel; a convolution's counts all its pixels."""
+    fan_in = math.prod(kernel.shape[:-1])
+    return math.sqrt(6 / (fan_in + kernel.shape[-1]))
+
+
+def sinusoidal_embedding(
+    t: jax.Array, dim: int, *, frequency_shift: int = 1, cosines_first: bool = False
+) -> jax.Array:
     """Embeds timesteps in sines, then cosines (Ho et al. 2020, as in Fairseq's transformer).
 
     Args:
       t: (B,) timesteps, integer or float.
       dim: size of the embedding, at least 4; an odd one ends in a zero.
+      frequency_shift: 1 as in DDPM, 0 as in DiT.
+      cosines_first: cosines, then sines, as in DiT.
 
     Returns:
-      (B, dim) float32: sin and cos of t * 10000 ** (-i / (dim // 2 - 1)).
+      (B, dim) float32: sin and cos of t * 10000 ** (-i / (dim // 2 - frequency_shift)).
     """
     half = dim // 2
     # NumPy's float32, so that the frequencies are constants: at t = 1000 their last bit is visible.
-    step = np.float32(-math.log(10000) / (half - 1))
+    step = np.float32(-math.log(10000) / (half - frequency_shift))
     angles = t.astype(jnp.float32)[:, None] * np.exp(np.arange(half, dtype=np.float32) * step)
-    embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    waves = [jnp.sin(angles), jnp.cos(angles)]
+    embedding = jnp.concatenate(waves[::-1] if cosines_first else waves, axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
+
+
+REMAT_POLICIES = (
+    "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable",
+)  # fmt: skip
+"""Names of `jax.checkpoint_policies` that need no arguments."""
+
+
+def check_remat(policy: str | None) -> None:
+    """Raises a ValueError if there is no such policy."""
+    if policy is not None and policy not in REMAT_POLICIES:
+        raise ValueError(f"remat must be None or one of {list(REMAT_POLICIES)}, not {policy!r}")
+
+
+def remat(module: nnx.Module, policy: str | None) -> Callable[..., jax.Array]:
+    """A module as a function whose intermediate values are recomputed for the gradient.
+
+    Args:
+      module: called with arrays alone (or None).
+      policy: one of REMAT_POLICIES, what to keep nonetheless; None: the module as it is.
+    """
+    if policy is None:
+        return module
+    graphdef, state = nnx.split(module)
+    return functools.partial(
+        jax.checkpoint(
+            lambda state, *args: nnx.merge(graphdef, state)(*args),
+            policy=getattr(jax.checkpoint_policies, policy),
+        ),
+        state,
+    )
+
+
+def check_images(x: jax.Array, t: jax.Array, config: Any) -> None:
+    """Raises a ValueError if images or timesteps are not what a model of this config takes."""
+    expected = (config.image_size, config.image_size, config.in_channels)
+    if x.ndim != 4 or x.shape[1:] != expected:
+        raise ValueError(f"x must have shape (B, {str(expected)[1:]}, not {x.shape}")
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t must have shape {x.shape[:1]}, one per sample, not {t.shape}")
 
 
 def nest(modules: Mapping[str, nnx.Module]) -> nnx.Dict | nnx.List:

@@ -73,10 +73,23 @@ class UNet(nnx.Module):
         layer is not zero: a student with a constant output has an exploding slope).
       dtype: dtype of the computation. Parameters, norm statistics, softmax and the prediction
         stay float32.
+      remat: name of the policy of `layers.REMAT_POLICIES` by which the intermediate values of each
+        block, attention and resampling are recomputed for the gradient; None keeps them all.
+
+    Raises:
+      ValueError: unknown policy.
     """
 
-    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
-        self.config, self.dtype = config, jnp.dtype(dtype)
+    def __init__(
+        self,
+        config: UNetConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Dtype = jnp.float32,
+        remat: str | None = None,
+    ):
+        layers.check_remat(remat)
+        self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         widths, plan = dict(config.widths), config.block_plan()
         conv = functools.partial(layers.conv, rngs=rngs, dtype=dtype)
         linear = functools.partial(layers.linear, rngs=rngs, dtype=dtype)
@@ -159,15 +172,10 @@ class UNet(nnx.Module):
         if node.kind.endswith("sample") and not self.config.resamp_with_conv:
             down = node.kind == "downsample"
             return nnx.avg_pool(h, (2, 2), strides=(2, 2)) if down else h
-        module = layers.find(self, node.name)
+        module = layers.remat(layers.find(self, node.name), self.remat)
         return module(h, temb, key) if node.kind == "block" else module(h)
 
     def _check_inputs(self, x, t, cond):
-        config = self.config
-        expected = (config.image_size, config.image_size, config.in_channels)
-        if x.ndim != 4 or x.shape[1:] != expected:
-            raise ValueError(f"x must have shape (B, {str(expected)[1:]}, not {x.shape}")
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t must have shape {x.shape[:1]}, one per sample, not {t.shape}")
+        layers.check_images(x, t, self.config)
         if cond is not None:
             raise ValueError("cond must be None: this model is unconditional")

@@ -5,9 +5,11 @@ Source of names and rules: "Diff_Pruning models/diffusion.py".
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+
+from liftplace_jax.models.model_config import ModelConfig, check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Node:
 
 
 @dataclasses.dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(ModelConfig):
     """Everything that defines a `UNet`; hashable and JSON friendly.
 
     Attributes:
@@ -79,6 +81,9 @@ class UNetConfig:
     min_channels_per_group: int = 1
     widths: tuple[tuple[str, int], ...] | None = None
 
+    num_classes: ClassVar[int] = 0  # this model is unconditional
+    null_label: ClassVar[None] = None
+
     def __post_init__(self):
         for field in ("ch_mult", "attn_resolutions"):
             value = getattr(self, field)
@@ -98,7 +103,7 @@ class UNetConfig:
             )
         for name, width in widths.items():
             widths[name] = width.item() if isinstance(width, np.integer) else width
-            _check_positive(f"widths[{name!r}]", widths[name])
+            check_count(f"widths[{name!r}]", widths[name])
         object.__setattr__(self, "widths", tuple((name, widths[name]) for name in default))
         self._check_plan()
 
@@ -107,13 +112,13 @@ class UNetConfig:
             "image_size", "in_channels", "out_channels", "num_res_blocks", "num_groups",
             "min_channels_per_group",
         ):  # fmt: skip
-            _check_positive(field, getattr(self, field))
-        _check_positive("ch", self.ch, minimum=4)
+            check_count(field, getattr(self, field))
+        check_count("ch", self.ch, minimum=4)
         if not self.ch_mult:
             raise ValueError("ch_mult is empty; give one multiplier for each level")
         for field in ("ch_mult", "attn_resolutions"):
             for value in getattr(self, field):
-                _check_positive(field, value)
+                check_count(field, value)
         if self.image_size % 2 ** (len(self.ch_mult) - 1):
             raise ValueError(
                 f"image_size {self.image_size} cannot be halved {len(self.ch_mult) - 1} times, "
@@ -243,29 +248,18 @@ class UNetConfig:
             changes = {"widths": None} | changes
         return dataclasses.replace(self, **changes)
 
+    def layer_map(self, teacher: Any) -> None:
+        """Which feature of a teacher each of this model's is compared with: those of its name."""
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types; the inverse of `from_dict`."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return fields | {
-            "ch_mult": list(self.ch_mult),
-            "attn_resolutions": list(self.attn_resolutions),
-            "widths": dict(self.widths),
-        }
+        return super().to_dict() | {"widths": dict(self.widths)}
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "UNetConfig":
-        """The config of `to_dict`'s result.
-
-        Raises:
-          ValueError: a field is unknown, missing or out of range; names it.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown, missing = sorted(fields.keys() - known), sorted(known - fields.keys())
-        if unknown or missing:
-            raise ValueError(f"UNetConfig: unknown fields {unknown}, missing fields {missing}")
-        return cls(**fields)
-
-
-def _check_positive(name: str, value: Any, minimum: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, not {value!r}")
+    def architecture(self) -> list[dict[str, Any]]:
+        """See `ModelConfig.architecture`: all but dropout; widths follow from the other fields."""
+        fields = self.to_dict()
+        del fields["dropout"]
+        widths = {"widths": fields.pop("widths")}
+        sizes = {self.image_size >> level for level in range(len(self.ch_mult))}
+        fields["attn_resolutions"] = sorted(sizes.intersection(self.attn_resolutions))
+        return [fields, widths]

@@ -6,7 +6,7 @@ from typing import Any
 
 from liftplace_jax.compress import pruned_config
 from liftplace_jax.models.cost import config_parameters, count_macs
-from liftplace_jax.models.published import PUBLISHED_UNETS
+from liftplace_jax.models.published import PUBLISHED_DITS, PUBLISHED_UNETS
 from liftplace_jax.suites.options import Options, Result
 
 RATIOS = (0.0, 0.3, 0.5, 0.7, 0.9)
@@ -17,21 +17,37 @@ PAPER = {
     ("bedroom", 0.5): ("28.5M", "62.4G"), ("bedroom", 0.7): ("12.6M", "52.4G"),
 }  # fmt: skip
 """The rows of the paper's pixel-space table: parameters and MACs as printed there."""
+PAPER_DITS = {
+    "DiT-XL/2": ("675.1M", "118.7G"), "DiT-D14/2": ("340.5M", "59.4G"),
+    "DiT-D7/2": ("173.1M", "29.7G"), "DiT-D4/2": ("101.4M", "17.0G"),
+}  # fmt: skip
+"""Those of its latent-space table."""
 
 
 def run(options: Options) -> Result:
-    """Counts every model; quick: CIFAR-10's alone."""
+    """Counts every model; quick: CIFAR-10's and two DiTs alone."""
     names = ("cifar10",) if options.quick else tuple(PUBLISHED_UNETS)
+    dits = ("DiT-XL/2", "DiT-D14/2") if options.quick else tuple(PUBLISHED_DITS)
     return {
-        "title": "Exact sizes of the published pixel-space U-Nets",
+        "title": "Exact sizes of the published U-Nets and DiTs",
         "columns": ["data", "ratio", "parameters", "macs", "compression", "paper_parameters",
                     "paper_macs"],
         "formats": {"parameters": ",", "macs": ",", "compression": ".1f"},
         "rows": [_row(name, ratio) for name in names for ratio in RATIOS],
+        "tables": {"dit": {
+            "title": "Of the published DiTs",
+            "columns": ["model", "depth", "width", "patch", "parameters", "macs", "compression",
+                        "paper_parameters", "paper_macs"],
+            "formats": {"parameters": ",", "macs": ",", "compression": ".1f"},
+            "rows": [_dit_row(name) for name in dits],
+        }},
         "notes": [
             "ratio: share of channels removed by the published rule; 0 is the teacher. "
             "compression: the teacher's parameters / the model's.",
-            "macs: of one forward pass on one image, counted as the published tables are.",
+            "macs: of one forward pass on one image, counted as the published tables are, which "
+            "differ: the U-Nets' without attention's products, the DiTs' with them.",
+            "DiTs: 4x32x32 latents of 256x256 images, 1000 classes; parameters with the positions, "
+            "which are not trained. compression: of a depth-pruned DiT-XL/2, over its parameters.",
             "The paper's 9.2M (CelebA, 0.7) and 138.8G (Bedroom, 0.3) are cut off, not rounded.",
         ],
     }  # fmt: skip
@@ -45,5 +61,19 @@ def _row(name: str, ratio: float) -> dict[str, Any]:
     return {
         "data": name, "ratio": ratio, "parameters": parameters, "macs": count_macs(config),
         "compression": config_parameters(teacher) / parameters,
+        "paper_parameters": printed[0], "paper_macs": printed[1],
+    }  # fmt: skip
+
+
+def _dit_row(name: str) -> dict[str, Any]:
+    config = PUBLISHED_DITS[name]
+    parameters = config_parameters(config)
+    pruned = name.startswith("DiT-D") or name == "DiT-XL/2"
+    teacher = config_parameters(PUBLISHED_DITS["DiT-XL/2"])
+    printed = PAPER_DITS.get(name, (None, None))
+    return {
+        "model": name, "depth": config.depth, "width": config.hidden_size,
+        "patch": config.patch_size, "parameters": parameters, "macs": count_macs(config),
+        "compression": teacher / parameters if pruned else None,
         "paper_parameters": printed[0], "paper_macs": printed[1],
     }  # fmt: skip

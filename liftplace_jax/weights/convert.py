@@ -62,6 +62,15 @@ def _published_shape(leaf: Any, is_kernel: bool) -> tuple[int, ...]:
     return tuple(shape[axis] for axis in _torch_axes(len(shape))) if is_kernel else shape
 
 
+def published_shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes in PyTorch's layouts by published name, of arrays or `jax.ShapeDtypeStruct`."""
+    shapes = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        name, is_kernel = _published_name(path)
+        shapes[name] = _published_shape(leaf, is_kernel)
+    return shapes
+
+
 def find_misfits(
     params: Any, tensors: Mapping[str, np.ndarray], *, ignore: Iterable[str] = ()
 ) -> list[tuple[str, str]]:
