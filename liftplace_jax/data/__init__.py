@@ -1,6 +1,7 @@
 """Data sets by name, and batches whose order is a function of (seed, step) alone."""
 
+from liftplace_jax.data.latent_store import LatentSource, load_latents
 from liftplace_jax.data.named import load_source
 from liftplace_jax.data.pipeline import Source, eval_batches, train_batches
 
-__all__ = ["Source", "eval_batches", "load_source", "train_batches"]
+__all__ = ["LatentSource", "Source", "eval_batches", "load_latents", "load_source", "train_batches"]

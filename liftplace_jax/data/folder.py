@@ -12,10 +12,12 @@ _MODES = {1: "L", 3: "RGB"}
 
 
 class ImageFolder:
-    """A sequence of {"image": (H, W, C) uint8, "file": path}, for `Source`.
+    """A sequence of {"image": (H, W, C) uint8, "label": int, "file": path}, for `Source`.
 
     Attributes:
       image_shape: (H, W, C) of the first image.
+      classes: names of the subfolders, sorted, if every image is in one: their numbers are the
+        labels. Otherwise empty, and all labels are 0.
     """
 
     def __init__(self, path, split, channels=3):
@@ -39,6 +41,8 @@ class ImageFolder:
         self._files = _find(self._root)
         if not self._files:
             raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {self._root}")
+        folders = [Path(file).parts[0] for file in self._files if os.sep in file]
+        self.classes = sorted(set(folders)) if len(folders) == len(self._files) else []
         self.image_shape = self[0]["image"].shape
 
     def __len__(self):
@@ -53,7 +57,10 @@ class ImageFolder:
                 pixels = np.asarray(image.convert(self._mode))
         except Exception as error:  # what a broken file raises depends on its format
             raise ValueError(f"cannot read image {file}: {error}") from error
-        return {"image": pixels.reshape(*pixels.shape[:2], -1), "file": str(file)}
+        label = self.classes.index(Path(self._files[index]).parts[0]) if self.classes else 0
+        return {
+            "image": pixels.reshape(*pixels.shape[:2], -1), "label": label, "file": str(file)
+        }  # fmt: skip
 
 
 def _split_folder(root, split):

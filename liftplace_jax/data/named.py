@@ -51,7 +51,7 @@ def load_source(
         records = ImageFolder(path, split, channels)
         return Source(
             f"{path} ({split})", records, image_shape=records.image_shape, crop=crop,
-            image_size=image_size,
+            image_size=image_size, num_classes=len(records.classes) or None,
         )  # fmt: skip
     import tensorflow_datasets as tfds
 

@@ -88,11 +88,14 @@ class Source:
     def __len__(self):
         return len(self._records)
 
-    def get(self, indices):
+    def get(self, indices, mirrored=None, draws=None):
         """Reads the examples at `indices`.
 
         Args:
           indices: (B,) integers in [0, len).
+          mirrored: optional (B,) bool, which images to mirror left-right.
+          draws: where training's randomness comes from, (seed, (B,) int64 positions); images have
+            none (`LatentSource` has).
 
         Returns:
           {"image": (B, H, W, C) uint8 in 0..255 or float in [-1, 1], "label": (B,) int32}.
@@ -104,12 +107,16 @@ class Source:
         if self._images is None:
             rows = [self._read(int(index)) for index in indices]
             images = np.stack([image for image, _ in rows])
-            return {"image": images, "label": np.asarray([label for _, label in rows], np.int32)}
-        # Threads may read the same example twice, never an unfinished one.
-        for index in indices[~self._cached[indices]]:
-            self._images[index], self._labels[index] = self._read(int(index))
-            self._cached[index] = True
-        return {"image": self._images[indices], "label": self._labels[indices]}
+            labels = np.asarray([label for _, label in rows], np.int32)
+        else:
+            # Threads may read the same example twice, never an unfinished one.
+            for index in indices[~self._cached[indices]]:
+                self._images[index], self._labels[index] = self._read(int(index))
+                self._cached[index] = True
+            images, labels = self._images[indices], self._labels[indices]
+        if mirrored is not None:
+            images[mirrored] = images[mirrored, :, ::-1]
+        return {"image": images, "label": labels}
 
     def _read(self, index):
         record = self._records[index]
@@ -153,7 +160,7 @@ def _epoch(count, seed, epoch):
 
 
 def _scaled(images):
-    """uint8 0..255 -> float32 [-1, 1]; floats are in that range already."""
+    """uint8 0..255 -> float32 [-1, 1]; floats are as they should be already."""
     if images.dtype == np.uint8:
         return images.astype(np.float32) / np.float32(127.5) - 1
     return images.astype(np.float32)
@@ -207,9 +214,9 @@ def train_batches(
     """Endless training batches, the same for the same (seed, step) wherever they start.
 
     Args:
-      source: a `Source`.
+      source: a `Source` or `LatentSource`.
       batch_size: global batch size, a multiple of `process_count`.
-      seed: non-negative int; decides the order and the flips.
+      seed: non-negative int; decides the order, the flips and the draws of latents.
       start_step: first step, counted from 0.
       flip: mirror each image left-right with probability 1/2 (not for digits).
       process_index: this process; default `jax.process_index()`.
@@ -217,8 +224,9 @@ def train_batches(
       prefetch: batches made ahead, one thread each.
 
     Returns:
-      A generator of {"image": (local batch, H, W, C) float32 in [-1, 1], "label": (local batch,)
-      int32}. Its `close()` stops the threads; an error in a thread is raised by `next`.
+      A generator of {"image": (local batch, H, W, C) float32 in [-1, 1] (or latents, drawn),
+      "label": (local batch,) int32}. Its `close()` stops the threads; an error in a thread is
+      raised by `next`.
 
     Raises:
       ValueError: a batch size that the processes do not divide, a negative seed or step.
@@ -239,11 +247,8 @@ def train_batches(
             here = epochs == epoch
             order, flips = _epoch(len(source), seed, int(epoch))
             indices[here], mirrored[here] = order[offsets[here]], flips[offsets[here]]
-        batch = source.get(indices)
-        images = _scaled(batch["image"])
-        if flip:
-            images[mirrored] = images[mirrored, :, ::-1]
-        return {"image": images, "label": batch["label"]}
+        batch = source.get(indices, mirrored if flip else None, (seed, positions))
+        return {"image": _scaled(batch["image"]), "label": batch["label"]}
 
     return _prefetched(make, _count_from(start_step), prefetch)
 
@@ -254,7 +259,7 @@ def eval_batches(
     """One pass in stored order; the last batch is padded, and a mask counts every example once.
 
     Args:
-      source: a `Source`.
+      source: a `Source` or `LatentSource`.
       batch_size: global batch size, a multiple of `process_count`.
       limit: number of examples, default all.
       process_index: this process; default `jax.process_index()`.
@@ -262,9 +267,9 @@ def eval_batches(
       prefetch: batches made ahead, one thread each.
 
     Returns:
-      A generator of {"image": (local batch, H, W, C) float32 in [-1, 1], "label": int32, "index":
-      int32 position in the source, "mask": bool}. Padding repeats the last example, mask False.
-      Every process gets the same number of batches.
+      A generator of {"image": (local batch, H, W, C) float32 in [-1, 1] (or latents, the means),
+      "label": int32, "index": int32 position in the source, "mask": bool}. Padding repeats the
+      last example, mask False. Every process gets the same number of batches.
 
     Raises:
       ValueError: a batch size that the processes do not divide, a limit not in 1..len(source).

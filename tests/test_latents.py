@@ -1,0 +1,378 @@
+"""Encoded data sets: what is written, what training reads of it, and what is refused."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from liftplace_jax import encoding, models, weights
+from liftplace_jax.autoencoders import load_autoencoder
+from liftplace_jax.configuration import default_config
+from liftplace_jax.data import eval_batches, latent_store, load_latents, load_source, train_batches
+from liftplace_jax.data.latent_store import normal
+from liftplace_jax.models import AutoencoderConfig
+from liftplace_jax.training import sharding
+
+ROOT = Path(__file__).parent.parent
+TINY = AutoencoderConfig(
+    block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, in_channels=1,
+    out_channels=1, sample_size=8, scaling_factor=0.5, shift_factor=0.25,
+)  # fmt: skip
+SPLITS = {"train[:3%]": 43, "test[:5%]": 18}
+TRAIN = "train[:3%]"
+SHARDS = 5  # three of the one, two of the other
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tfds")
+    load_source("digits", "train", data_dir=path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("autoencoder") / "tiny"
+    weights.save_model(path, models.config_to_dict(TINY), models.create(TINY)[1])
+    return path
+
+
+def latent_config(data_dir, autoencoder, path):
+    config = default_config()
+    config.data.train_split, config.data.test_split = SPLITS
+    config.data.data_dir = str(data_dir)
+    config.model.image_size, config.model.in_channels = 4, 4
+    config.latents.autoencoder, config.latents.path = str(autoencoder), str(path)
+    return config
+
+
+def encode(config, **options):
+    over = sharding.batch_sharding(sharding.make_mesh({"data": -1}))
+    return encoding.encode_data(config, over, **{"batch_size": 8, "shard_size": 16} | options)
+
+
+@pytest.fixture(scope="module")
+def encoded(data_dir, autoencoder, tmp_path_factory):
+    """A whole folder, to be read or copied."""
+    path = tmp_path_factory.mktemp("latents") / "digits"
+    said = encode(latent_config(data_dir, autoencoder, path))
+    assert said == (
+        f"Done: {path} holds latents 4x4x4 of 43 images of 'train[:3%]' and 18 images of "
+        "'test[:5%]', both flips"
+    )
+    return path
+
+
+@pytest.fixture
+def copy(encoded, tmp_path):
+    return Path(shutil.copytree(encoded, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def source(encoded):
+    return load_latents(encoded, TRAIN)
+
+
+@pytest.fixture(scope="module")
+def moments(data_dir, autoencoder):
+    """(images, mirrored ones) x (mean, log variance), computed here, in stored order."""
+    images = load_source("digits", TRAIN, data_dir=data_dir).get(np.arange(43))["image"]
+    network = load_autoencoder(autoencoder)
+    run = jax.jit(lambda params, x: nnx.merge(network.graphdef, params).encode(x))
+    x = images.astype(np.float32) / 127.5 - 1
+    return np.stack([np.stack(run(network.params, each)) for each in (x, x[:, :, ::-1])])
+
+
+def take(batches, count):
+    result = list(itertools.islice(batches, count))
+    batches.close()
+    return result
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.array_record")}
+
+
+# What is written ----------------------------------------------------------------------------------
+
+
+def test_the_folder_says_what_it_holds(encoded, autoencoder):
+    manifest = json.loads((encoded / "latents.json").read_text())
+    assert manifest["splits"] == SPLITS and manifest["num_classes"] == 10
+    assert manifest["shape"] == [4, 4, 4] and manifest["dtype"] == "float16"
+    assert manifest["data"]["name"] == "digits"
+    assert manifest["autoencoder"] == {
+        "name": "tiny", "sha256": load_autoencoder(autoencoder).sha256, "scaling_factor": 0.5,
+        "shift_factor": 0.25,
+    }  # fmt: skip
+    assert "jax" in manifest["versions"]
+    assert len(shards(encoded)) == SHARDS == len(list(encoded.iterdir())) - 1
+
+
+def test_evaluation_reads_the_means(source, moments, data_dir):
+    assert len(source) == 43 and source.image_shape == (4, 4, 4) and source.num_classes == 10
+    images = load_source("digits", TRAIN, data_dir=data_dir)
+    batches = list(eval_batches(source, batch_size=16))
+    found = np.concatenate([batch["image"][batch["mask"]] for batch in batches])
+    assert found.dtype == np.float32 and found.std() > 0.1
+    np.testing.assert_allclose(found, (moments[0, 0] - 0.25) * 0.5, rtol=1e-3, atol=5e-4)
+    labels = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
+    assert np.array_equal(labels, images.get(np.arange(43))["label"])
+
+
+def test_training_draws_from_the_moments_of_either_flip(source, moments, data_dir):
+    options = {"batch_size": 32, "seed": 3, "flip": True}
+    latents = take(train_batches(source, **options), 3)
+    images = take(train_batches(load_source("digits", TRAIN, data_dir=data_dir), **options), 3)
+    # The same order and flips as of the images; which ones they are is found by their labels.
+    stored = load_source("digits", TRAIN, data_dir=data_dir).get(np.arange(43))["image"]
+    stored = stored.astype(np.float32) / 127.5 - 1
+    both = np.stack([stored, stored[:, :, ::-1]])
+    for step, (latent, image) in enumerate(zip(latents, images, strict=True)):
+        assert np.array_equal(latent["label"], image["label"])
+        for row in range(32):
+            (flip, index), *_ = np.argwhere((both == image["image"][row]).all((2, 3, 4)))
+            mean, logvar = moments[flip, :, index]
+            noise = normal(3, step * 32 + row, (4, 4, 4))
+            expected = (mean + np.exp(logvar / 2) * noise - 0.25) * 0.5
+            np.testing.assert_allclose(latent["image"][row], expected, rtol=2e-2, atol=1e-2)
+
+
+def test_each_epoch_draws_anew(source, moments):
+    positions = np.arange(4000)
+    drawn = source.get(np.full(4000, 7), None, (0, positions))["image"]
+    mean, logvar = moments[0, :, 7]
+    noise = (drawn / 0.5 + 0.25 - mean) / np.exp(logvar / 2)
+    np.testing.assert_allclose(noise.mean(0), 0, atol=0.08)
+    np.testing.assert_allclose(noise.std(0), 1, atol=0.06)
+    assert np.array_equal(source.get([7], [False], (0, [5]))["image"][0], drawn[5])
+    assert not np.array_equal(source.get([7], None, (1, [5]))["image"][0], drawn[5])
+
+
+def test_normal_numbers_are_fixed_for_ever():
+    first = [2.5854032, 0.0525987, 0.1879018]
+    np.testing.assert_allclose(normal(0, 0, (3,)), first, rtol=1e-5)
+    values = np.concatenate([normal(1, position, (32, 32, 4)).ravel() for position in range(50)])
+    assert values.dtype == np.float32 and np.isfinite(values).all()
+    assert abs(values.mean()) < 0.01 and abs(values.std() - 1) < 0.01
+    assert abs((values**4).mean() - 3) < 0.1 and 4 < np.abs(values).max() < 7
+
+
+@pytest.mark.parametrize("processes, start, prefetch", [(1, 3, 4), (2, 0, 2), (4, 2, 1)])
+def test_resume_and_processes_see_the_same_numbers(source, processes, start, prefetch):
+    whole = take(train_batches(source, batch_size=8, seed=5, flip=True), 6)[start:]
+    parts = [
+        take(
+            train_batches(
+                source, batch_size=8, seed=5, flip=True, start_step=start, prefetch=prefetch,
+                process_index=i, process_count=processes,
+            ),
+            6 - start,
+        )
+        for i in range(processes)
+    ]  # fmt: skip
+    for step, batch in enumerate(whole):
+        for name in ("image", "label"):
+            joined = np.concatenate([part[step][name] for part in parts])
+            assert np.array_equal(batch[name], joined)
+
+
+# Going on, and sharing ----------------------------------------------------------------------------
+
+
+def test_what_is_cut_off_goes_on(encoded, data_dir, autoencoder, tmp_path, monkeypatch):
+    config = latent_config(data_dir, autoencoder, tmp_path / "latents")
+    write, written = latent_store.write_shard, []
+
+    def interrupted(shard, batches):
+        if len(written) == 2:
+            write(shard, (_ for _ in [next(iter(batches)), stop()]))
+        written.append(shard)
+        write(shard, batches)
+
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(latent_store, "write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encode(config)
+    folder = tmp_path / "latents"
+    assert len(shards(folder)) == 2 == len(list(folder.iterdir())) - 1
+    with pytest.raises(ValueError, match="1 of 3 shards of 'train.*are missing.*go on with python"):
+        load_latents(folder, TRAIN)
+    monkeypatch.setattr(latent_store, "write_shard", write)
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.array_record")}
+    assert encode(config).startswith("Done: ")
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert shards(folder) == shards(encoded)
+    monkeypatch.setattr(encoding, "_program", None)  # nothing is left to do
+    assert encode(config).startswith("Done: ")
+
+
+def test_processes_share_the_shards(encoded, data_dir, autoencoder, tmp_path):
+    config = latent_config(data_dir, autoencoder, tmp_path)
+    said = encode(config, process_index=1, process_count=2)
+    assert said == (
+        f"{tmp_path}: this process's shards are written; 3 of other processes are not yet"
+    )
+    with pytest.raises(ValueError, match="2 of 3 shards of .* encoding is not finished; go on"):
+        load_latents(tmp_path, TRAIN)
+    assert encode(config, process_index=0, process_count=2).startswith("Done: ")
+    assert shards(tmp_path) == shards(encoded)
+
+
+def test_folders_of_images_without_labels(autoencoder, tmp_path):
+    for index in range(3):
+        pixels = np.full((9, 12), 40 * index, np.uint8)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
+    config = latent_config(None, autoencoder, tmp_path / "latents")
+    config.data.update(name="folder", path=str(tmp_path / "images"), image_size=8)
+    config.data.train_split = config.data.test_split = "train"
+    encode(config, process_index=0)
+    source = load_latents(tmp_path / "latents", "train")
+    assert source.num_classes is None
+    assert source.get([2, 0])["label"].tolist() == [0, 0]
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+def other_weights(config, tmp_path):
+    params = models.create(TINY, 1)[1]
+    weights.save_model(tmp_path / "other", models.config_to_dict(TINY), params)
+    config.latents.autoencoder = str(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda config, _: config.data.update(test_split="test"), r"splits\.test: None -> 360"),
+        (lambda config, _: config.data.update(crop=(0, 0, 8, 8)), r"crop: None -> \[0, 0, 8, 8\]"),
+        (other_weights, r"autoencoder\.sha256: '\w+' -> '\w+'\nChoose another config.latents.path"),
+    ],
+)
+def test_other_settings_are_refused(encoded, data_dir, autoencoder, tmp_path, change, message):
+    before = shards(encoded)
+    config = latent_config(data_dir, autoencoder, encoded)
+    change(config, tmp_path)
+    with pytest.raises(ValueError, match=f"was encoded with other settings(.|\n)*{message}"):
+        encode(config)
+    assert shards(encoded) == before
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda config: config.model.update(image_size=8),
+            r"images \(8, 8, 1\); latents of config.model.image_size 8 are made of \(16, 16, 1\)",
+        ),
+        (
+            lambda config: config.model.update(in_channels=3),
+            "makes latents of 4 channels, config.model.in_channels is 3",
+        ),
+        (
+            lambda config: setattr(config.latents, "autoencoder", None),
+            "config.latents.autoencoder is not set",
+        ),
+        (
+            lambda config: setattr(config.latents, "path", str(ROOT / "tests")),
+            "tests is not empty and has no latents.json",
+        ),
+    ],
+)
+def test_configs_that_do_not_fit(data_dir, autoencoder, tmp_path, change, message):
+    config = latent_config(data_dir, autoencoder, tmp_path / "latents")
+    change(config)
+    with pytest.raises(ValueError, match=message):
+        encode(config)
+    assert not (tmp_path / "latents").exists()
+
+
+def test_latents_that_are_not_finite_name_the_example(data_dir, autoencoder, tmp_path):
+    network = load_autoencoder(autoencoder)
+    params = jax.tree.map(lambda value: 1e5 * value, network.params)
+    weights.save_model(tmp_path / "loud", models.config_to_dict(TINY), params)
+    config = latent_config(data_dir, tmp_path / "loud", tmp_path / "latents")
+    with pytest.raises(ValueError, match=r"digits \(train.*, example \d+: its latents are not fin"):
+        encode(config)
+    assert not shards(tmp_path / "latents")
+
+
+def edit(folder, **changes):
+    path = folder / "latents.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def first(folder):
+    return sorted(folder.glob("train*"))[0]
+
+
+def flip_a_bit(folder):
+    content = bytearray(first(folder).read_bytes())
+    record = latent_store._open(first(folder)).read([3])[0]
+    content[content.index(record) + 9] ^= 1
+    first(folder).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda f: (f / "latents.json").unlink(), "no latents.json in .* encode the data first"),
+        (lambda f: (f / "latents.json").write_text("{"), "latents.json is damaged: JSONDecodeErr"),
+        (lambda f: edit(f, shape=None), "latents.json is damaged: TypeError"),
+        (lambda f: edit(f, splits={TRAIN: -1}), "latents.json is damaged: .*out of their range"),
+        (lambda f: edit(f, splits={"test": 1}), r"no latents of the split 'train.*only \['test'\]"),
+        (lambda f: first(f).unlink(), "1 of 3 shards of .* first is train.*00000-of-00003"),
+        (lambda f: os.truncate(first(f), 4000), "00000-of-.* is damaged: delete it and encode"),
+        (flip_a_bit, "00000-of-00003.array_record is damaged: .* hash mismatch"),
+        (lambda f: edit(f, shape=[4, 4, 2]), "00000-of-00003.array_record is damaged"),
+    ],
+)
+def test_damaged_folders(copy, change, message):
+    change(copy)
+    with pytest.raises(ValueError, match=message):
+        take(train_batches(load_latents(copy, TRAIN), batch_size=43, seed=0), 1)
+
+
+def test_a_truncated_shard_is_made_anew(copy, encoded, data_dir, autoencoder):
+    os.truncate(first(copy), 4000)
+    assert encode(latent_config(data_dir, autoencoder, copy)).startswith("Done: ")
+    assert shards(copy) == shards(encoded)
+
+
+def test_another_autoencoder_than_that_of_the_latents(source, autoencoder):
+    source.check_autoencoder(load_autoencoder(autoencoder).sha256)
+    with pytest.raises(ValueError, match=r"was encoded by another autoencoder \(tiny, sha256 "):
+        source.check_autoencoder("0" * 64)
+
+
+# The command --------------------------------------------------------------------------------------
+
+
+def test_the_command(encoded, data_dir, autoencoder, tmp_path):
+    command = [
+        sys.executable, "-m", "liftplace_jax.data.latents", "--config=tests/tiny_config.py",
+        f"--config.data.data_dir={data_dir}", f"--config.data.train_split={TRAIN}",
+        "--config.data.test_split=test[:5%]", "--config.model.image_size=4",
+        "--config.model.in_channels=4", f"--config.latents.autoencoder={autoencoder}",
+    ]  # fmt: skip
+    path = tmp_path / "latents"
+    done = subprocess.run(
+        [*command, f"--config.latents.path={path}"], cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Done: {path} holds latents 4x4x4 of 43 images")
+    assert "encode: 100%" in done.stderr and "61/61" in done.stderr
+    assert len(load_latents(path, "test[:5%]")) == 18
