@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 PREDICTIONS = ("epsilon", "v", "x0")
+VARIANCES = ("fixed", "learned_range")
+TIMESTEPS = ("antithetic", "uniform")
 
 
 def _cosine(num_timesteps: int) -> np.ndarray:
@@ -55,6 +58,47 @@ def beta_schedule(
     return _SCHEDULES[name](num_timesteps, beta_start, beta_end)
 
 
+class ReverseSteps(NamedTuple):
+    """q(x_after | x_now, x_0) = N(of_x0 x_0 + of_x x_now, variance) of several steps.
+
+    Attributes:
+      of_x0: (steps,) float64, as all of them (Ho et al. 2020, equation 7).
+      of_x: (steps,).
+      variance: (steps,), 0 where the step ends at the data.
+      beta: (steps,), 1 - a_now / a_after, the variance's upper bound.
+    """
+
+    of_x0: np.ndarray
+    of_x: np.ndarray
+    variance: np.ndarray
+    beta: np.ndarray
+
+    @property
+    def log_range(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bounds of a learned log variance: the posterior's and log beta (Nichol & Dhariwal 2021).
+
+        The first step, whose posterior has no variance, takes the second one's, as in
+        "TinyFusion_EXP/diffusion/gaussian_diffusion.py"; a single step takes its beta.
+        """
+        first = self.variance[1:2] if len(self.variance) > 1 else self.beta
+        lower = np.append(first, self.variance[1:])
+        return tuple(np.log(np.maximum(bound, 1e-20)) for bound in (lower, self.beta))
+
+
+def reverse_steps(now: np.ndarray, after: np.ndarray) -> ReverseSteps:
+    """The reverse steps between noise levels.
+
+    Args:
+      now: (steps,) float64 a_t where each step starts, in ascending order of t.
+      after: (steps,) where it ends; 1 is the data.
+    """
+    beta = 1 - now / after
+    rest = (1 - after) / (1 - now)
+    return ReverseSteps(
+        np.sqrt(after) * beta / (1 - now), np.sqrt(1 - beta) * rest, beta * rest, beta
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class GaussianDiffusion:
     """q(x_t | x_0) = N(sqrt(a_t) x_0, (1 - a_t) I), a_t = prod_{s <= t} (1 - beta_s).
@@ -66,13 +110,17 @@ class GaussianDiffusion:
       betas: T variances in (0, 1]; any sequence, kept as a tuple.
       prediction: what the network predicts: "epsilon" (the noise), "v" = sqrt(a_t) noise -
         sqrt(1 - a_t) x_0 (Salimans & Ho 2022), or "x0".
+      variance: of a reverse step: "fixed", or "learned_range": the network has twice the channels
+        of the data, the second half says where between its bounds each log variance lies (`split`,
+        `diffusion.variational`).
 
     Raises:
-      ValueError: betas is empty or out of range, or prediction unknown.
+      ValueError: betas is empty or out of range, or prediction or variance unknown.
     """
 
     betas: tuple[float, ...]
     prediction: str = "epsilon"
+    variance: str = "fixed"
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(float(beta) for beta in self.betas))
@@ -80,6 +128,8 @@ class GaussianDiffusion:
             raise ValueError("betas must be a non-empty sequence of numbers in (0, 1]")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"unknown prediction {self.prediction!r}; known: {PREDICTIONS}")
+        if self.variance not in VARIANCES:
+            raise ValueError(f"unknown variance {self.variance!r}; known: {VARIANCES}")
 
     @property
     def num_timesteps(self) -> int:
@@ -95,6 +145,12 @@ class GaussianDiffusion:
         """float64 a_t at concrete timesteps, -1 being the data itself: 1."""
         return np.append(1.0, self.alphas_cumprod)[np.asarray(t) + 1]
 
+    @functools.cached_property
+    def reverse(self) -> ReverseSteps:
+        """From every timestep t to t - 1; tables of shape (T,)."""
+        t = np.arange(self.num_timesteps)
+        return reverse_steps(self.alphas_cumprod_at(t), self.alphas_cumprod_at(t - 1))
+
     def log_variance(self, kind: str) -> np.ndarray:
         """(T,) float64 log variance of x_{t-1} given x_t.
 
@@ -105,23 +161,37 @@ class GaussianDiffusion:
         Raises:
           ValueError: unknown kind.
         """
-        betas = np.array(self.betas)
         if kind == "fixedlarge":
-            return np.log(betas)
+            return np.log(self.reverse.beta)
         if kind == "fixedsmall":
-            previous = np.append(1.0, self.alphas_cumprod[:-1])
-            posterior = betas * (1 - previous) / (1 - self.alphas_cumprod)
-            return np.log(np.maximum(posterior, 1e-20))
+            return np.log(np.maximum(self.reverse.variance, 1e-20))
         raise ValueError(f"unknown variance {kind!r}; known: ('fixedlarge', 'fixedsmall')")
+
+    def split(self, prediction: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """A network's output as (what it predicts, what it says of the variance).
+
+        Args:
+          prediction: (B, ..., C), or (B, ..., 2 C) where the variance is learned.
+
+        Returns:
+          Two arrays (B, ..., C); the second is None where the variance is fixed.
+
+        Raises:
+          ValueError: an odd number of channels has no halves.
+        """
+        if self.variance == "fixed":
+            return prediction, None
+        if prediction.shape[-1] % 2:
+            raise ValueError(
+                f"a network with learned variance has twice the data's channels, its prediction "
+                f"has shape {prediction.shape}"
+            )
+        return tuple(jnp.split(prediction, 2, axis=-1))
 
     def _signal_and_noise(self, x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         """sqrt(a_t) and sqrt(1 - a_t), float32, broadcastable to x."""
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t must have shape {x.shape[:1]}, one per sample, not {t.shape}")
-        shape = (-1,) + (1,) * (x.ndim - 1)
-        signal = jnp.asarray(np.sqrt(self.alphas_cumprod), jnp.float32)
-        noise = jnp.asarray(np.sqrt(1 - self.alphas_cumprod), jnp.float32)
-        return signal[t].reshape(shape), noise[t].reshape(shape)
+        a = self.alphas_cumprod
+        return take(np.sqrt(a), t, x), take(np.sqrt(1 - a), t, x)
 
     def q_sample(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
         """Noises clean data to timestep t.
@@ -179,6 +249,21 @@ class GaussianDiffusion:
         """
         t = jax.random.randint(key, (batch // 2 + 1,), 0, self.num_timesteps)
         return jnp.concatenate([t, self.num_timesteps - 1 - t])[:batch]
+
+    def uniform_timesteps(self, key: jax.Array, batch: int) -> jax.Array:
+        """(batch,) int32 independent uniform timesteps."""
+        return jax.random.randint(key, (batch,), 0, self.num_timesteps)
+
+
+def take(table: np.ndarray, t: jax.Array, x: jax.Array) -> jax.Array:
+    """A (T,) table at the timesteps t, (B,): float32, broadcastable to x, (B, ...).
+
+    Raises:
+      ValueError: t is not one per sample.
+    """
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t must have shape {x.shape[:1]}, one per sample, not {t.shape}")
+    return jnp.asarray(table, jnp.float32)[t].reshape((-1,) + (1,) * (x.ndim - 1))
 
 
 def _check_same_shape(name: str, value: jax.Array, other_name: str, other: jax.Array) -> None:

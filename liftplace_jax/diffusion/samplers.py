@@ -6,19 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from liftplace_jax.diffusion.gaussian import GaussianDiffusion
+from liftplace_jax.diffusion.gaussian import GaussianDiffusion, reverse_steps
+from liftplace_jax.diffusion.variational import interpolate_log_variance
 
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def timestep_sequence(num_timesteps: int, steps: int, skip_type: str = "uniform") -> np.ndarray:
-    """The visited timesteps, ascending, as in "Diff_Pruning runners/diffusion.py".
+    """The visited timesteps, ascending.
 
     Args:
       num_timesteps: T.
       steps: how many, at most T.
       skip_type: "uniform", multiples of T / steps, or "quad", squares from 0 to 0.8 T (an early
-        timestep may repeat).
+        timestep may repeat), as in "Diff_Pruning runners/diffusion.py"; "spaced", equally far
+        apart from 0 to T - 1 up to rounding, as in "TinyFusion_EXP/diffusion/respace.py".
 
     Returns:
       (steps,) int32.
@@ -36,7 +38,11 @@ def timestep_sequence(num_timesteps: int, steps: int, skip_type: str = "uniform"
         return np.arange(0, num_timesteps, num_timesteps // steps, dtype=np.int32)
     if skip_type == "quad":
         return (np.linspace(0, np.sqrt(num_timesteps * 0.8), steps) ** 2).astype(np.int32)
-    raise ValueError(f"unknown skip_type {skip_type!r}; known: ('uniform', 'quad')")
+    if skip_type == "spaced":
+        # Added up, not multiplied: halves are rounded as in the published tables.
+        stride = (num_timesteps - 1) / max(steps - 1, 1)
+        return np.round(np.cumsum([0.0] + [stride] * (steps - 1))).astype(np.int32)
+    raise ValueError(f"unknown skip_type {skip_type!r}; known: ('uniform', 'quad', 'spaced')")
 
 
 def ddim_sample(
@@ -52,11 +58,12 @@ def ddim_sample(
     clip: float | None = None,
     return_trajectory: bool = False,
 ):
-    """DDIM (Song et al. 2021, equations 12 and 16).
+    """DDIM (Song et al. 2021, equations 12 and 16); a learned variance plays no part in it.
 
     Args:
-      predict: (x_t (B, ...), t (B,) int32) -> the network's prediction, of x_t's shape.
-      x_T: (B, ...) standard normal start.
+      predict: (x_t (B, ..., C), t (B,) int32) -> the network's prediction, of x_t's shape; of 2 C
+        channels where the process learns the variance.
+      x_T: (B, ..., C) standard normal start.
       process: the diffusion process, which also says what is predicted.
       steps: network evaluations.
       skip_type: see `timestep_sequence`.
@@ -95,7 +102,7 @@ def ancestral_sample(
     *,
     steps: int,
     skip_type: str = "uniform",
-    variance: str = "fixedlarge",
+    variance: str | None = None,
     key: jax.Array | None = None,
     noise: jax.Array | None = None,
     clip: float | None = 1.0,
@@ -104,12 +111,14 @@ def ancestral_sample(
     """Ancestral sampling (Ho et al. 2020, algorithm 2), also over a part of the timesteps.
 
     Args:
-      predict: (x_t (B, ...), t (B,) int32) -> the network's prediction, of x_t's shape.
-      x_T: (B, ...) standard normal start.
+      predict: (x_t (B, ..., C), t (B,) int32) -> the network's prediction, of x_t's shape; of 2 C
+        channels where the process learns the variance.
+      x_T: (B, ..., C) standard normal start.
       process: the diffusion process, which also says what is predicted.
       steps: network evaluations.
       skip_type: see `timestep_sequence`.
-      variance: of each step, "fixedlarge" or "fixedsmall" (the posterior's).
+      variance: of each step, "fixedlarge", "fixedsmall" (the posterior's) or, if the process
+        learns it, "learned"; default: "learned" if it does, else "fixedlarge".
       key: random key, needed if no noise is given.
       noise: (steps, B, ...) standard normal draws, the first for the noisiest step; the last
         step, at t = 0, adds none.
@@ -122,20 +131,29 @@ def ancestral_sample(
     Raises:
       ValueError: bad steps, skip_type, variance or noise shape, or no randomness.
     """
-    t = timestep_sequence(process.num_timesteps, steps, skip_type)[::-1]
-    now, after = process.alphas_cumprod_at(t), process.alphas_cumprod_at(np.append(t[1:], -1))
-    beta = 1 - now / after
-    variances = {"fixedlarge": beta, "fixedsmall": beta * (1 - after) / (1 - now)}
-    if variance not in variances:
-        raise ValueError(f"unknown variance {variance!r}; known: {sorted(variances)}")
+    t = timestep_sequence(process.num_timesteps, steps, skip_type)
+    reverse = reverse_steps(
+        process.alphas_cumprod_at(t), process.alphas_cumprod_at(np.append(-1, t[:-1]))
+    )
+    spreads = {"fixedlarge": np.sqrt(reverse.beta), "fixedsmall": np.sqrt(reverse.variance)}
+    learns = process.variance == "learned_range"
+    if learns:
+        spreads["learned"] = np.ones(steps)
+    if variance is None:
+        variance = "learned" if learns else "fixedlarge"
+    if variance not in spreads:
+        raise ValueError(f"unknown variance {variance!r}; known: {sorted(spreads)}")
 
     update = {
-        "of_x0": np.sqrt(after) * beta / (1 - now),
+        "of_x0": reverse.of_x0,
         "of_epsilon": np.zeros(steps),
-        "of_x": np.sqrt(1 - beta) * (1 - after) / (1 - now),
-        "sigma": np.where(t == 0, 0.0, np.sqrt(variances[variance])),
+        "of_x": reverse.of_x,
+        "sigma": np.where(t == 0, 0.0, spreads[variance]),
     }
-    return _scan(update, t, predict, x_T, process, key, noise, clip, return_trajectory)
+    if variance == "learned":
+        update["log_least"], update["log_most"] = reverse.log_range
+    update = {name: table[::-1] for name, table in update.items()}
+    return _scan(update, t[::-1], predict, x_T, process, key, noise, clip, return_trajectory)
 
 
 SAMPLERS = {"ddim": ddim_sample, "ancestral": ancestral_sample}
@@ -153,7 +171,10 @@ def get_sampler(name: str) -> Callable:
 
 
 def _scan(update, t, predict, x_T, process, key, noise, clip, return_trajectory):
-    """x <- of_x0 * x0 + of_epsilon * epsilon + of_x * x + sigma * noise, over the timesteps t."""
+    """x <- of_x0 * x0 + of_epsilon * epsilon + of_x * x + sigma * noise, over the timesteps t.
+
+    With bounds log_least and log_most, sigma is a factor of the learned standard deviation.
+    """
     noisy = bool(np.any(update["sigma"] > 0))
     if noisy and key is None and noise is None:
         raise ValueError("this sampler is random: give key or noise")
@@ -162,18 +183,22 @@ def _scan(update, t, predict, x_T, process, key, noise, clip, return_trajectory)
 
     def step(x, c):
         batch_t = jnp.full(x.shape[:1], c["t"])
-        prediction = predict(x, batch_t)
+        prediction, spread = process.split(predict(x, batch_t))
         x0 = process.to_x0(prediction, x, batch_t)
         epsilon = process.to_epsilon(prediction, x, batch_t)
         if clip is not None:
             x0 = jnp.clip(x0, -clip, clip)
             epsilon = (x - c["signal"] * x0) / c["spread"]
         following = c["of_x0"] * x0 + c["of_epsilon"] * epsilon + c["of_x"] * x
+        sigma = c["sigma"]
+        if "log_most" in c:
+            bounds = c["log_least"], c["log_most"]
+            sigma = sigma * jnp.exp(0.5 * interpolate_log_variance(spread, *bounds))
         if noisy and noise is not None:
-            following += c["sigma"] * c["noise"]
+            following += sigma * c["noise"]
         elif noisy:
             step_key = jax.random.fold_in(key, c["index"])
-            following += c["sigma"] * jax.random.normal(step_key, x.shape)
+            following += sigma * jax.random.normal(step_key, x.shape)
         return following, {"x": following, "x0": x0} if return_trajectory else None
 
     alpha = process.alphas_cumprod_at(t)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from liftplace_jax.losses.lift_place import REDUCTIONS, _check_choice, _checked
 
+OVER_LAYERS = ("sum", "mean")
+
 
 def output_kd_loss(student: jax.Array, teacher: jax.Array, *, reduction: str = "sum") -> jax.Array:
     """Squared error between outputs, ||t - s||^2 (OutKD).
@@ -38,8 +40,9 @@ def feature_kd_loss(
     adapters: Mapping[str, jax.Array] | None = None,
     mask_sigma: float | None = None,
     reduction: str = "sum",
+    layers: str = "sum",
 ) -> jax.Array:
-    """FitNet: squared error between features, summed over layers.
+    """FitNet: squared error between features, over all layers.
 
     Args:
       student: layer name -> features (batch, *space, channel).
@@ -50,7 +53,8 @@ def feature_kd_loss(
         without bias (`init_adapters`); None where the widths agree.
       mask_sigma: masked variant (TinyFusion uses 2): before the comparison, values further than
         that many standard deviations from their sample's mean are set to 0, in both features.
-      reduction: as in `output_kd_loss`; the pixel-space code uses "sum", Stable Diffusion "mean".
+      reduction: as in `output_kd_loss`; the pixel-space code uses "sum", the others "mean".
+      layers: "sum" or "mean" of the layers' losses; the DiT code uses "mean", the others "sum".
 
     Returns:
       float32 scalar, or (batch,).
@@ -61,6 +65,7 @@ def feature_kd_loss(
     Source: Diff_Pruning_EXP/functions/losses.py, FitNetLoss; TinyFusion_EXP/diffusion.
     """
     _check_choice("reduction", reduction, REDUCTIONS)
+    _check_choice("layers", layers, OVER_LAYERS)
     layer_map = {name: name for name in student} if layer_map is None else layer_map
     if not layer_map:
         raise ValueError("feature_kd_loss needs at least one layer")
@@ -83,7 +88,7 @@ def feature_kd_loss(
         if mask_sigma is not None:
             s, t = mask_outliers(s, mask_sigma), mask_outliers(t, mask_sigma)
         total = total + _reduce(_squared_error(s, t), reduction)
-    return total
+    return total / len(layer_map) if layers == "mean" else total
 
 
 def init_adapters(

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from liftplace_jax.diffusion import GaussianDiffusion
+from liftplace_jax.diffusion import GaussianDiffusion, vb_kd_loss, vb_loss
 from liftplace_jax.losses import (
     LiftTerms,
     cosine_weight,
@@ -26,6 +27,8 @@ from liftplace_jax.training.state import random_key
 from liftplace_jax.training.step import LossFn
 
 WEIGHTS = ("adaptive", "constant", "cosine", "linear", "learnable")
+REDUCTIONS = ("sum", "mean")
+FEATURE_SCHEDULES = ("constant", "linear")
 
 
 class Method(NamedTuple):
@@ -89,66 +92,154 @@ class Weighting(NamedTuple):
 ADAPTIVE = Weighting()
 
 
+class Labels(NamedTuple):
+    """How a class-conditional network is trained.
+
+    Attributes:
+      null: the label that stands for none; None if the network has none.
+      dropout: share of labels that become `null`.
+    """
+
+    null: int | None
+    dropout: float
+
+
+class Task(NamedTuple):
+    """What networks learn from the data, teachers as well as students.
+
+    Attributes:
+      timesteps: "antithetic" (published for pixels) or "uniform" (for DiT).
+      reduction: of squared errors and of the variational bound: "sum" over the elements of a
+        sample, or "mean"; then the mean over the batch.
+      scale: factor of the loss on data.
+      labels: None for an unconditional network.
+    """
+
+    timesteps: str = "antithetic"
+    reduction: str = "sum"
+    scale: float = 1.0
+    labels: Labels | None = None
+
+
+PIXELS = Task()
+
+
+class Inputs(NamedTuple):
+    """What a step's networks see, teacher and student the same.
+
+    Attributes:
+      t: (B,) timesteps.
+      noise: standard normal, of the data's shape.
+      cond: (B,) labels, or None.
+    """
+
+    t: jax.Array
+    noise: jax.Array
+    cond: jax.Array | None
+
+
+def draw_inputs(
+    process: GaussianDiffusion, task: Task, seed: int, batch: Mapping[str, Any], step: jax.Array
+) -> Inputs:
+    """A step's timesteps, noise and dropped labels: a function of seed and step."""
+    images = batch["image"]
+    draw = {"antithetic": process.antithetic_timesteps, "uniform": process.uniform_timesteps}
+    t = draw[task.timesteps](random_key(seed, "timestep", step), images.shape[0])
+    noise = jax.random.normal(random_key(seed, "noise", step), images.shape, images.dtype)
+    if task.labels is None:
+        return Inputs(t, noise, None)
+    cond = jnp.asarray(batch["label"])
+    if task.labels.dropout:
+        key = random_key(seed, "label", step)
+        dropped = jax.random.bernoulli(key, task.labels.dropout, cond.shape)
+        cond = jnp.where(dropped, task.labels.null, cond)
+    return Inputs(t, noise, cond)
+
+
 def make_objective(
     method: Method,
     apply: Apply,
     process: GaussianDiffusion,
     seed: int,
     *,
+    task: Task = PIXELS,
     teacher_apply: Apply | None = None,
     scale: float = 1.0,
-    feature_scale: float = 1e-6,
+    feature_scale: float | optax.Schedule = 1e-6,
     layer_map: Mapping[str, str] | None = None,
     weighting: Weighting = ADAPTIVE,
     loss_options: Mapping[str, Any] | None = None,
+    feature_options: Mapping[str, Any] | None = None,
 ) -> LossFn:
-    """diffusion + scale * output loss + feature_scale * feature loss (published pixel-space form).
+    """task.scale * (diffusion [+ vb]) + scale * (output loss [+ vb_kd]) + feature_scale * feature.
 
-    The diffusion loss is ||target - prediction||^2, summed over elements, averaged over the batch.
-    Teacher and student see the same noise and timesteps. Teachers train with METHODS["no_kd"].
+    diffusion is ||target - prediction||^2; output and feature losses are the method's. Where the
+    process learns the variance, the bounds vb and vb_kd (`diffusion.variational`) train it, and
+    all other output terms see the mean half of predictions alone. Teacher and student see the same
+    noise, timesteps and dropped labels. Teachers train with METHODS["no_kd"].
+
+    Sources: pixel space, "Diff_Pruning_EXP/functions/losses.py" (sums, 1, 1, 1e-6); DiT,
+    "TinyFusion_EXP/diffusion/gaussian_diffusion.py", training_losses_kd_rep (means, 0.1, 0.9,
+    0.01 falling to 0).
 
     Args:
       method: which terms.
-      apply: the trained network, (params, x, t, return_features, dropout key or None) ->
+      apply: the trained network, (params, x, t, return_features, dropout key or None[, cond]) ->
         (prediction, features).
       process: the diffusion process.
-      seed: of timesteps, noise and dropout.
+      seed: of timesteps, noise, dropout and dropped labels.
+      task: what is learned from the data.
       teacher_apply: the teacher, if the method needs one; it runs without dropout.
       scale: lambda of the output loss.
-      feature_scale: of the feature loss.
+      feature_scale: of the feature loss; may be a function of the step.
       layer_map: student feature -> teacher feature.
       weighting: of the fine term.
       loss_options: keyword arguments of the output loss.
+      feature_options: keyword arguments of the feature loss: mask_sigma, reduction, layers.
     """
 
     def loss_fn(params, teacher_params, batch, step):
         images = batch["image"]
-        t = process.antithetic_timesteps(random_key(seed, "timestep", step), images.shape[0])
-        noise = jax.random.normal(random_key(seed, "noise", step), images.shape, images.dtype)
+        t, noise, cond = draw_inputs(process, task, seed, batch, step)
+        cond = {} if cond is None else {"cond": cond}
         x_t = process.q_sample(images, t, noise)
-        dropout_key = random_key(seed, "dropout", step)
-        prediction, features = apply(params["student"], x_t, t, method.feature, dropout_key)
-        total = output_kd_loss(prediction, process.target(images, noise, t))
+        prediction, features = apply(
+            params["student"], x_t, t, method.feature, random_key(seed, "dropout", step), **cond
+        )
+        mean, values = process.split(prediction)
+        total = output_kd_loss(mean, process.target(images, noise, t), reduction=task.reduction)
         metrics = {"diffusion": total}
+        bits = images[0].size if task.reduction == "sum" else 1
+        if values is not None:
+            metrics["vb"] = bits * jnp.mean(vb_loss(process, prediction, images, x_t, t))
+            total = total + metrics["vb"]
+        total = task.scale * total
         if not method.needs_teacher:
             return total, metrics
         teacher, teacher_features = jax.lax.stop_gradient(
-            teacher_apply(teacher_params, x_t, t, method.feature, None)
+            teacher_apply(teacher_params, x_t, t, method.feature, None, **cond)
         )
-        metrics["output_kd"] = output_kd_loss(prediction, teacher)
+        teacher_mean, _ = process.split(teacher)
+        metrics["output_kd"] = output_kd_loss(mean, teacher_mean, reduction=task.reduction)
         if method.output == "output_kd":
             total = total + scale * metrics["output_kd"]
         elif method.output is not None:
             terms = OUTPUT_LOSSES[method.output](
-                prediction, teacher, weight=weighting(params, step), **(loss_options or {})
+                mean, teacher_mean, weight=weighting(params, step), **(loss_options or {})
             )
             total = total + scale * terms.loss
             metrics |= _lift_metrics(terms)
+        if method.output is not None and values is not None:
+            vb_kd = vb_kd_loss(process, prediction, teacher, images, x_t, t)
+            metrics["vb_kd"] = bits * jnp.mean(vb_kd)
+            total = total + scale * metrics["vb_kd"]
         if method.feature:
             metrics["feature_kd"] = feature_kd_loss(
-                features, teacher_features, layer_map=layer_map, adapters=params["adapters"]
-            )
-            total = total + feature_scale * metrics["feature_kd"]
+                features, teacher_features, layer_map=layer_map,
+                adapters=params.get("adapters"), **(feature_options or {}),
+            )  # fmt: skip
+            factor = feature_scale(step) if callable(feature_scale) else feature_scale
+            total = total + factor * metrics["feature_kd"]
         return total, metrics
 
     return loss_fn

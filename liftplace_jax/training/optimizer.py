@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import optax
 from ml_collections import ConfigDict
 
 OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw}
 SCHEDULES = ("constant", "cosine", "linear")
+FROZEN = "pos_embed"
+"""The parameter, by the last part of its name, that models never train: it must not decay."""
 
 
 def make_schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
@@ -44,8 +49,8 @@ def make_optimizer(
     """The optimizer and its schedule.
 
     Args:
-      config: name ("adam" or "adamw"), b1, b2, eps, weight_decay (adamw), grad_clip (global norm;
-        0 or None for none), and the schedule's fields.
+      config: name ("adam" or "adamw"), b1, b2, eps, weight_decay (adamw; of all but `FROZEN`),
+        grad_clip (global norm; 0 or None for none), and the schedule's fields.
       total_steps: see `make_schedule`.
 
     Raises:
@@ -56,10 +61,21 @@ def make_optimizer(
     if config.name == "adam" and config.weight_decay:
         raise ValueError("optimizer.weight_decay needs optimizer.name='adamw'")
     schedule = make_schedule(config, total_steps)
-    extra = {"weight_decay": config.weight_decay} if config.name == "adamw" else {}
+    extra = {}
+    if config.name == "adamw":
+        extra["weight_decay"] = config.weight_decay
+    if config.weight_decay:
+        extra["mask"] = _decays
     optimizer = OPTIMIZERS[config.name](
         schedule, b1=config.b1, b2=config.b2, eps=config.eps, **extra
     )
     if config.grad_clip:
         optimizer = optax.chain(optax.clip_by_global_norm(config.grad_clip), optimizer)
     return optimizer, schedule
+
+
+def _decays(params: Any) -> Any:
+    """Which parameters decay: the same tree of booleans."""
+    return jax.tree.map_with_path(
+        lambda path, _: FROZEN not in jax.tree_util.keystr(path, simple=True, separator="/"), params
+    )

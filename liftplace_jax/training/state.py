@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-STREAMS = ("timestep", "noise", "dropout")
+# In this order for good: a stream's place is part of its randomness.
+STREAMS = ("timestep", "noise", "dropout", "label")
 
 
 class TrainState(NamedTuple):
