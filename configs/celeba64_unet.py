@@ -36,7 +36,7 @@ FOLDER/test, or any images: then both splits are the same. The aligned photograp
 the published crop, which TFDS's celeb_a gets by itself: `--config.data.crop="(25, 57, 153, 185)"`.
 """
 
-from liftplace_jax.configuration import pixel_unet_config, runlocal
+from liftplace_jax.presets import pixel_unet_config, unet_runlocal
 
 
 def get_config(arg=None):
@@ -52,4 +52,4 @@ def get_config(arg=None):
         run.ema_decay = 0.9999
         run.optimizer.learning_rate = 2e-4
     config.compress.taylor_threshold = 0.0
-    return runlocal(config) if args.runlocal else config
+    return unet_runlocal(config) if args.runlocal else config

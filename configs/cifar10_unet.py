@@ -27,7 +27,7 @@ Without TFDS: `--config.data.name=folder --config.data.path=FOLDER`, images in F
 FOLDER/test, or any images: then both splits are the same.
 """
 
-from liftplace_jax.configuration import pixel_unet_config, runlocal
+from liftplace_jax.presets import pixel_unet_config, unet_runlocal
 
 
 def get_config(arg=None):
@@ -42,4 +42,4 @@ def get_config(arg=None):
     config.compress.taylor_batch_size = 128
     config.evaluation.skip_type = "quad"
     config.evaluation.batch_size = 512
-    return runlocal(config) if args.runlocal else config
+    return unet_runlocal(config) if args.runlocal else config

@@ -18,7 +18,9 @@ from liftplace_jax.configuration import experiment_config, optimizer_config
 
 def get_config(arg=None):
     """The config; see the module's text for `arg`."""
-    config, args = experiment_config(arg, "digits", method="lift_place", ratio=0.9)
+    config, args = experiment_config(
+        arg, "digits", method="lift_place", ratio=0.9, normalisation="published"
+    )
     config.teacher.steps = 2400
     config.teacher.ema_decay = 0.998
     config.teacher.optimizer = optimizer_config(learning_rate=2e-3, schedule="cosine")

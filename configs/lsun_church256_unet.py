@@ -34,7 +34,7 @@ Without TFDS: `--config.data.name=folder --config.data.path=FOLDER`, images in F
 FOLDER/validation, or any images: then both splits are the same.
 """
 
-from liftplace_jax.configuration import pixel_unet_config, runlocal
+from liftplace_jax.presets import pixel_unet_config, unet_runlocal
 
 
 def get_config(arg=None):
@@ -54,4 +54,4 @@ def get_config(arg=None):
     config.compress.taylor_batch_size = 4
     config.compress.taylor_threshold = 0.01
     config.evaluation.batch_size = 64
-    return runlocal(config) if args.runlocal else config
+    return unet_runlocal(config) if args.runlocal else config

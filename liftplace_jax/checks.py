@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 from liftplace_jax import evaluation
 from liftplace_jax.compress import IMPORTANCES
 from liftplace_jax.configuration import check_choice, check_positive
-from liftplace_jax.diffusion import SAMPLERS
+from liftplace_jax.diffusion import SAMPLERS, TIMESTEPS
 from liftplace_jax.losses import PUBLISHED
 from liftplace_jax.losses.weighting import DIRECTIONS
-from liftplace_jax.training.objective import METHODS, WEIGHTS
+from liftplace_jax.models.layers import REMAT_POLICIES
+from liftplace_jax.training.objective import FEATURE_SCHEDULES, METHODS, REDUCTIONS, WEIGHTS
 from liftplace_jax.training.optimizer import make_optimizer
 
 DTYPES = ("float32", "bfloat16")
@@ -47,16 +48,25 @@ def check_config(config: ConfigDict) -> None:
     for field, seeds in seeds_of.items():
         if not all(0 <= seed < 2**31 for seed in seeds):
             raise ValueError(f"config.{field} must be in 0..2^31 - 1, got {seeds}")
-    for room in ("teacher", "distill"):
-        _check_training(config, room)
+    _check_training(config, "teacher", config.teacher)
+    _check_training(config, "distill", config.distill)
+    _check_training(config, "compress.learned", config.compress.learned)
     check_choice("compress.importance", config.compress.importance, IMPORTANCES)
     check_choice("compress.normalisation", config.compress.normalisation, NORMALISATIONS)
-    check_positive(config, "compress.taylor_batch_size", "distill.loss.group_size")
+    names = ("taylor_batch_size", "score_batches", "score_batch_size", "learned.rank",
+             "learned.alpha", "learned.gate_scale", "learned.temperature_start",
+             "learned.temperature_end")  # fmt: skip
+    check_positive(config, *(f"compress.{name}" for name in names), "distill.loss.group_size")
     if not 0 <= config.compress.taylor_threshold < 1:
         raise ValueError(
             f"config.compress.taylor_threshold must be in [0, 1), "
             f"got {config.compress.taylor_threshold}"
         )
+    check_choice("process.timesteps", config.process.timesteps, TIMESTEPS)
+    check_choice("process.reduction", config.process.reduction, REDUCTIONS)
+    check_choice("distill.feature.reduction", config.distill.feature.reduction, REDUCTIONS)
+    check_choice("distill.feature.layers", config.distill.feature.layers, REDUCTIONS)
+    check_choice("distill.feature.schedule", config.distill.feature.schedule, FEATURE_SCHEDULES)
     check_choice("distill.loss.variant", config.distill.loss.variant, PUBLISHED)
     check_choice("distill.weight.name", config.distill.weight.name, WEIGHTS)
     check_choice("distill.weight.direction", config.distill.weight.direction, DIRECTIONS)
@@ -66,15 +76,21 @@ def check_config(config: ConfigDict) -> None:
     _check_evaluation(config)
     if config.data.name == "folder" and not config.data.path:
         raise ValueError("config.data.path must be the folder of images of config.data.name=folder")
+    if bool(config.latents.autoencoder) != bool(config.latents.path):
+        raise ValueError(
+            "config.latents.autoencoder and config.latents.path belong together: set both (latent "
+            "diffusion) or neither (images)"
+        )
     if config.data.path and config.data.name != "folder":
         raise ValueError(
             f"config.data.path is for config.data.name=folder only, which is {config.data.name!r}"
         )
 
 
-def _check_training(config, room):
-    fields = config[room]
+def _check_training(config, room, fields):
     check_choice(f"{room}.dtype", fields.dtype, DTYPES)
+    if fields.remat is not None:
+        check_choice(f"{room}.remat", fields.remat, REMAT_POLICIES)
     names = ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every")
     check_positive(config, *(f"{room}.{name}" for name in names))
     if fields.batch_size % fields.accumulation:

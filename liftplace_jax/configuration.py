@@ -6,7 +6,6 @@ hands over the arg, and `--config.field=value` changes single fields.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +25,7 @@ def optimizer_config(**changes: Any) -> ConfigDict:
 
 def training_config(**changes: Any) -> ConfigDict:
     """One training run, teacher's or student's."""
-    return ConfigDict(
+    config = ConfigDict(
         dict(
             steps=1000,  # optimizer updates
             batch_size=64,  # global
@@ -38,6 +37,9 @@ def training_config(**changes: Any) -> ConfigDict:
         )
         | changes
     )
+    # A policy of jax.checkpoint, such as "nothing_saveable", for less memory in more time.
+    config.remat = config_dict.placeholder(str)
+    return config
 
 
 def default_config() -> ConfigDict:
@@ -65,7 +67,7 @@ def default_config() -> ConfigDict:
     )  # fmt: skip
     config.process = ConfigDict(
         dict(schedule="linear", num_timesteps=1000, beta_start=1e-4, beta_end=0.02,
-             prediction="epsilon")
+             prediction="epsilon", variance="fixed", timesteps="antithetic", reduction="sum")
     )  # fmt: skip
 
     config.teacher = training_config()
@@ -86,13 +88,36 @@ def default_config() -> ConfigDict:
             taylor_batch_size=64,
         )
     )
-    # Instead of the pruned teacher: a folder with model.safetensors and config.json.
+    # Of a DiT, instead of all these: how many blocks are kept, and which: "uniform"; those of most
+    # influence by "similarity" or "loss", on score_batches batches; "learned"; or numbers, "0,2,5".
+    config.compress.depth = config_dict.placeholder(int)
+    config.compress.update(layers="uniform", score_batches=16, score_batch_size=64)
+    # layers="learned", as TinyFusion: keep of each group of consecutive blocks; default: of the
+    # smallest groups that leave depth. gate_scale is the published 100, times 10 for the published
+    # learning rate of the gates, ten times the rest's.
+    config.compress.learned = training_config(
+        ema_decay=0.999, rank=8, alpha=16.0, gate_scale=1000.0, temperature_start=4.0,
+        temperature_end=0.1,
+    )  # fmt: skip
+    config.compress.learned.keep = config_dict.placeholder(int)
+    config.compress.learned.group = config_dict.placeholder(int)
+    config.compress.learned.optimizer = optimizer_config(name="adamw", learning_rate=1e-4)
+    # Instead of the pruned teacher: a folder with model.safetensors and config.json, or a file of
+    # published weights of the student that the fields above describe.
     config.compress.checkpoint = config_dict.placeholder(str)
+    config.compress.entry = config_dict.placeholder(str)  # as teacher.entry
 
     config.distill = training_config()
     config.distill.optimizer = optimizer_config()
+    config.distill.task_scale = 1.0  # of the diffusion loss
     config.distill.scale = 1.0  # lambda of the output loss
     config.distill.feature_scale = 1e-6  # of the feature loss, where the method has it
+    # mask_sigma: values so many standard deviations off are left out; layers: "sum" or "mean" of
+    # theirs; schedule: "linear" lets feature_scale fall to 0 until the end.
+    config.distill.feature = ConfigDict(
+        dict(reduction="sum", layers="sum", adapters=True, schedule="constant")
+    )
+    config.distill.feature.mask_sigma = config_dict.placeholder(float)
     # {student feature: teacher feature}; default: all, by name. JSON, for the command line's sake.
     config.distill.layer_map = config_dict.placeholder(str)
     config.distill.loss = ConfigDict(
@@ -109,8 +134,10 @@ def default_config() -> ConfigDict:
     config.evaluation = ConfigDict(
         dict(features="digits", num_samples=1024, batch_size=256, sampler="ddim", sample_steps=50,
              skip_type="uniform", eta=0.0, seed=12345, neighbours=5, clip=None, curve_every=0,
-             curve_samples=256)
+             curve_samples=256, guidance=1.0)
     )  # fmt: skip
+    # Channels that classifier-free guidance acts on; default: all of the mean. DiT published 3.
+    config.evaluation.guidance_channels = config_dict.placeholder(int)
     # File of the extractor's weights, where it does not ship with them (the Inception ones).
     config.evaluation.weights = config_dict.placeholder(str)
     # Reference statistics, of liftplace_jax.evaluate ref, pytorch-fid or ADM; default: the training
@@ -118,6 +145,11 @@ def default_config() -> ConfigDict:
     config.evaluation.reference = config_dict.placeholder(str)
     # Score a second time with predicted data limited to +-clip at each step; default: do not.
     config.evaluation.clip = config_dict.placeholder(float)
+    # Latent diffusion: the autoencoder (a folder), and where liftplace_jax.data.latents puts the
+    # encoded data. Both or neither.
+    config.latents = ConfigDict()
+    config.latents.autoencoder = config_dict.placeholder(str)
+    config.latents.path = config_dict.placeholder(str)
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))
     config.sharding_rules = ()  # (regular expression, partition) pairs; default: replicated
     config.tensorboard = True
@@ -125,15 +157,17 @@ def default_config() -> ConfigDict:
 
 
 def experiment_config(
-    arg: str | None, name: str, *, method: str, ratio: float
-) -> tuple[ConfigDict, ConfigDict]:
+    arg: str | None, name: str, *, method: str, others: Mapping[str, Any] | None = None,
+    **compress: Any,
+) -> tuple[ConfigDict, ConfigDict]:  # fmt: skip
     """The default config with the arguments of every experiment.
 
     Args:
-      arg: what follows the colon: method, ratio, seed, seeds, normalisation, runlocal.
+      arg: what follows the colon: method, seed, seeds, runlocal and those below.
       name: of the experiment.
       method: the default one.
-      ratio: the default share of channels removed.
+      others: more arguments, with their defaults, that the caller understands.
+      compress: fields of config.compress that are arguments too, with their defaults.
 
     Returns:
       (config, the arguments as read).
@@ -142,75 +176,16 @@ def experiment_config(
       ValueError: a bad argument; see `parse_arg`.
     """
     args = parse_arg(
-        arg, method=method, ratio=ratio, seed=0, seeds=(-1,), normalisation="published",
-        runlocal=False,
-    )  # fmt: skip
+        arg, method=method, seed=0, seeds=(-1,), runlocal=False, **compress, **(others or {})
+    )
     config = default_config()
     config.name = name
     config.method = args.method
     config.seed = args.seed
     config.seeds = args.seeds if args.seeds != (-1,) else (args.seed,)
-    config.compress.ratio = args.ratio
-    config.compress.normalisation = args.normalisation
+    for field in compress:
+        config.compress[field] = args[field]
     return config, args
-
-
-def pixel_unet_config(
-    arg: str | None, name: str, unet: str, *, ratio: float, steps: Mapping[float, int]
-) -> tuple[ConfigDict, ConfigDict]:
-    """What the published pixel-space experiments share.
-
-    Args:
-      arg: as of `experiment_config`.
-      name: of the experiment.
-      unet: of `PUBLISHED_UNETS`.
-      ratio: the default share of channels removed.
-      steps: student's training steps by ratio; a ratio between two takes those of the larger, one
-        beyond the last those of the last.
-
-    Returns:
-      (config, the arguments as read).
-    """
-    # Late, so that a misspelt flag of other configs need not wait for the models.
-    from liftplace_jax.models.published import PUBLISHED_UNETS
-
-    config, args = experiment_config(arg, name, method="lift_place_feature_kd", ratio=ratio)
-    model = PUBLISHED_UNETS[unet]
-    for field in dataclasses.fields(model):
-        if field.name != "widths":
-            config.model[field.name] = getattr(model, field.name)
-    config.data.image_size = model.image_size
-    config.data.flip = True
-    config.compress.importance = "taylor"
-    config.distill.steps = steps[min((r for r in steps if r >= args.ratio), default=max(steps))]
-    for run in (config.teacher, config.distill):
-        run.log_every = 100
-        run.checkpoint_every = 5000
-    config.evaluation.features = config_dict.placeholder(str)
-    config.evaluation.num_samples = 50_000
-    config.evaluation.sample_steps = 100
-    return config, args
-
-
-def runlocal(config: ConfigDict) -> ConfigDict:
-    """The same experiment on 16x16 images, with a small network and few steps: under a minute."""
-    config.model.update(
-        image_size=16, ch=16, ch_mult=config.model.ch_mult[:2], num_res_blocks=1,
-        attn_resolutions=(8,), num_groups=4,
-    )  # fmt: skip
-    config.data.image_size = 16
-    config.process.num_timesteps = 20
-    config.compress.taylor_batch_size = 8
-    for run in (config.teacher, config.distill):
-        run.steps = 30
-        run.batch_size = 16
-        run.ema_decay = 0.9
-        run.optimizer.learning_rate = 2e-3
-        run.log_every = 10
-        run.checkpoint_every = 20
-    config.evaluation.update(num_samples=64, batch_size=32, sample_steps=10)
-    config.tensorboard = False
-    return config
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -263,6 +238,15 @@ def filled(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
         else old.get(key, new.get(key))
         for key in old.keys() | new.keys()
     }
+
+
+def completed(old: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored config with the fields that newer versions have added, as their defaults."""
+    defaults = to_json(default_config())
+    model = old.get("model")
+    if isinstance(model, Mapping) and model.get("model") != defaults["model"]["model"]:
+        del defaults["model"]  # another family has other fields
+    return filled(old, defaults)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

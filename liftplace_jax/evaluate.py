@@ -161,14 +161,14 @@ def read_config(workdir: Path):
     """A work directory's config, with the flags in place of its evaluation's fields."""
     from ml_collections import ConfigDict
 
-    from liftplace_jax.configuration import default_config, filled, to_json
+    from liftplace_jax.configuration import completed
 
     path = workdir / "config.json"
     try:
         found = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{workdir} is no work directory: {path}: {error}") from error
-    found = filled(found, to_json(default_config()))
+    found = completed(found)
     changes = {
         "features": _FLAGS.features, "weights": _FLAGS.weights, "reference": _FLAGS.ref,
         "num_samples": _FLAGS.num_samples, "batch_size": _FLAGS.batch_size, "curve_every": 0,

@@ -21,25 +21,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from ml_collections import ConfigDict
 
-from liftplace_jax import configuration, data, evaluation, models, weights
-from liftplace_jax.checks import NORMALISATIONS, check_config, read_layer_map, under
-from liftplace_jax.compress import IMPORTANCES, prune_unet, pruned_config, taylor_gradients
+from liftplace_jax import compressing, configuration, data, evaluation, models, weights
+from liftplace_jax.autoencoders import AutoencoderNetwork, load_autoencoder
+from liftplace_jax.checks import check_config, read_layer_map, under
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
-from liftplace_jax.distillation import loss_options, student_objective
+from liftplace_jax.distillation import loss_options, make_task, student_objective
 from liftplace_jax.files import write_json
-from liftplace_jax.losses import output_kd_loss
 from liftplace_jax.networks import (
     Network,
-    from_tensors,
     is_saved,
     load_checkpoint,
     load_network,
-    make_adapters,
     make_apply,
+    match_features,
 )
-from liftplace_jax.sampling import make_sampler
+from liftplace_jax.sampling import Sampler, make_sampler
 from liftplace_jax.training import sharding
 from liftplace_jax.training.loop import train
 from liftplace_jax.training.metrics_io import progress
@@ -51,6 +50,7 @@ from liftplace_jax.training.objective import (
 )
 from liftplace_jax.training.prepare import prepare
 from liftplace_jax.training.state import TrainState
+from liftplace_jax.training.step import LossFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +93,12 @@ class Experiment:
                     config.process.schedule, config.process.num_timesteps,
                     config.process.beta_start, config.process.beta_end,
                 ),
-                config.process.prediction,
+                config.process.prediction, config.process.variance,
             )  # fmt: skip
         with under("model: "):
-            self.model_config = models.config_from_dict({"widths": None} | config.model.to_dict())
+            self.model_config = models.config_from_dict(config.model.to_dict(), partial=True)
+            if type(self.model_config) not in compressing.FAMILIES:
+                raise ValueError(f"{config.model.model!r} is no network that denoises")
         self._check_later_stages()
         if claim:
             self._claim_workdir()
@@ -104,24 +106,35 @@ class Experiment:
     def _check_later_stages(self):
         """Finds now, from shapes alone, what would fail after hours of training."""
         config, model = self.config, self.model_config
-        if model.out_channels != model.in_channels:
+        parts = 2 if self.process.variance == "learned_range" else 1
+        if model.out_channels != parts * model.in_channels:
             raise ValueError(
-                f"config.model.out_channels {model.out_channels} differs from in_channels "
-                f"{model.in_channels}: the network predicts an image"
+                f"config.model: the network predicts {model.out_channels} channels for an input of "
+                f"{model.in_channels}; config.process.variance={self.process.variance} needs "
+                f"{parts * model.in_channels}"
             )
+        size = config.data.image_size
+        if size is not None and size != self.image_shape[0]:
+            raise ValueError(
+                f"images of config.data.image_size {size} do not fit: config.model takes "
+                f"{model.image_size}x{model.image_size}"
+                + (f", latents of {self.image_shape[0]}" if self.autoencoder else
+                   "; change one of them, or set config.latents (latent diffusion)")
+            )  # fmt: skip
         shape = (model.image_size, model.image_size, model.in_channels)
         image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
         with under("evaluation: "):
             if self.extractor:
-                self.extractor.check_shape(shape)
+                self.extractor.check_shape(self.image_shape)
             if config.evaluation.reference:
                 if not self.extractor:
                     raise ValueError("reference is set, but features are not: set both or neither")
                 evaluation.check_reference(self.real, self.extractor)
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
             sampler = make_sampler(
-                config.evaluation, self.process, shape, lambda params, x, *_: (x, {})
-            )
+                config.evaluation, self.process, model,
+                lambda params, x, *_: (jnp.concatenate(parts * [x], axis=-1), {}),
+            )  # fmt: skip
             jax.eval_shape(sampler, None, keys)
         methods = [METHODS[run.method] for run in self.runs]
         for method in methods:
@@ -130,17 +143,13 @@ class Experiment:
                 loss = functools.partial(OUTPUT_LOSSES[method.output], **options)
                 with under("distill.loss."):
                     jax.eval_shape(loss, image, image)
-        if config.compress.checkpoint:
-            if not is_saved(self.workdir / "pruned"):
-                self._given_student()
-        elif not config.teacher.checkpoint:
-            with under("compress."):
-                student = pruned_config(
-                    model, config.compress.ratio, NORMALISATIONS[config.compress.normalisation]
-                )
-            if any(method.feature for method in methods):
-                student, teacher = (Network(c, *models.abstract(c)) for c in (student, model))
-                make_adapters(student, teacher, read_layer_map(config.distill.layer_map), seed=0)
+        student_config = compressing.predicted_student(self)
+        if student_config and any(method.feature for method in methods):
+            student, teacher = (Network(c, *models.abstract(c)) for c in (student_config, model))
+            match_features(
+                student, teacher, read_layer_map(config.distill.layer_map),
+                config.distill.feature.adapters,
+            )  # fmt: skip
 
     def _claim_workdir(self):
         new, path = configuration.to_json(self.config), self.workdir / "config.json"
@@ -154,9 +163,7 @@ class Experiment:
                 old = dict(json.loads(path.read_text()))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path} is no config of a work directory: {error}") from error
-            # Fields that newer versions have added count as their defaults.
-            defaults = configuration.to_json(configuration.default_config())
-            full = configuration.filled(old, defaults)
+            full = configuration.completed(old)
             # The mesh may change: a run goes on on other hardware.
             lines = configuration.differences(full | {"mesh": None}, new | {"mesh": None})
             # Alone, it is from a run that was refused before it made anything.
@@ -203,33 +210,85 @@ class Experiment:
         fields = self.config.evaluation
         if fields.reference:
             return evaluation.load_reference(Path(fields.reference).expanduser())
-        bar = progress("reference", len(self.sources["train"]), unit="image")
+        bar = progress("reference", len(self.images["train"]), unit="image")
         try:
             return evaluation.reference(
-                self.sources["train"], self.extractor, batch_size=fields.batch_size,
+                self.images["train"], self.extractor, batch_size=fields.batch_size,
                 sharding=self.batch_sharding, progress=lambda done: bar.update(done - bar.n),
             )  # fmt: skip
         finally:
             bar.close()
 
     @functools.cached_property
+    def autoencoder(self) -> AutoencoderNetwork | None:
+        """Between images and what the network sees; None if those are the images."""
+        path = self.config.latents.autoencoder
+        return load_autoencoder(Path(path).expanduser()) if path else None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the images: of the network's input, or of what it is decoded to."""
+        model = self.model_config
+        if not self.autoencoder:
+            return model.image_size, model.image_size, model.in_channels
+        size = model.image_size * self.autoencoder.config.downsampling
+        return size, size, self.autoencoder.config.out_channels
+
+    def sampler(self, graphdef: nnx.GraphDef, clip: float | None = None) -> Sampler:
+        """The config's sampler of a network; see `make_sampler`, and `sampler_params`."""
+        return _sampler(self, graphdef, clip)
+
+    def sampler_params(self, params: Any) -> Any:
+        """What `sampler` takes as parameters: the network's, and the decoder's if there is one."""
+        return (params, self.autoencoder.params) if self.autoencoder else params
+
+    @functools.cached_property
     def sources(self) -> dict[str, data.Source]:
-        """Data by use: "train" and "test"; prepared on first use."""
+        """What networks are trained on and compared on, by use: "train" and "test".
+
+        The images, or their latents.
+        """
+        if not self.autoencoder:
+            sources = self.images
+        else:
+            fields, model = self.config.data, self.model_config
+            sources = {
+                use: data.load_latents(self.config.latents.path, fields[f"{use}_split"])
+                for use in ("train", "test")
+            }
+            for source in sources.values():
+                source.check_autoencoder(self.autoencoder.sha256)
+            expected = (model.image_size, model.image_size, model.in_channels)
+            if sources["train"].image_shape != expected:
+                raise ValueError(
+                    f"the latents of {self.config.latents.path} are "
+                    f"{sources['train'].image_shape}, the model takes {expected}: change "
+                    "config.model, or encode the data anew"
+                )
+        found, wanted = sources["train"].num_classes, self.model_config.num_classes
+        if wanted and found != wanted:
+            raise ValueError(
+                f"{sources['train'].name} has {found or 'no'} classes, config.model.num_classes is "
+                f"{wanted}"
+            )
+        return sources
+
+    @functools.cached_property
+    def images(self) -> dict[str, data.Source]:
+        """Images by use; prepared on first use."""
         fields = self.config.data
         sources = {
             use: data.load_source(
                 fields.name, fields[f"{use}_split"], data_dir=fields.data_dir,
                 image_size=fields.image_size, path=fields.path, crop=fields.crop,
-                channels=self.model_config.in_channels,
+                channels=self.image_shape[-1],
             )
             for use in ("train", "test")
         }  # fmt: skip
-        size = self.model_config.image_size
-        expected = (size, size, self.model_config.in_channels)
-        if sources["train"].image_shape != expected:
+        if sources["train"].image_shape != self.image_shape:
             raise ValueError(
                 f"data set {fields.name} has images {sources['train'].image_shape}, the model "
-                f"takes {expected}: set config.data.image_size or config.model"
+                f"takes {self.image_shape}: set config.data.image_size or config.model"
             )
         fields, count = self.config.evaluation, len(sources["train"])
         few = self.extractor and count < self.extractor.dim
@@ -263,90 +322,34 @@ class Experiment:
             self._save(self.teacher_folder, network.config, network.params)
             return
         graphdef, params = models.create(
-            self.model_config, self.config.seed, jnp.dtype(fields.dtype)
+            self.model_config, self.config.seed, jnp.dtype(fields.dtype), fields.remat
         )
         objective = make_objective(
-            METHODS["no_kd"], make_apply(graphdef), self.process, self.config.seed
-        )
-        state = self._train(
+            METHODS["no_kd"], make_apply(graphdef), self.process, self.config.seed,
+            task=make_task(self.config, self.model_config),
+        )  # fmt: skip
+        state = self.run_training(
             fields, objective, {"student": params}, None, self.config.seed, self.teacher_folder,
             "teacher", graphdef,
         )  # fmt: skip
         self._save_trained(self.teacher_folder, self.model_config, state)
 
-    def teacher(self, dtype: str = "float32") -> Network:
+    def teacher(self, dtype: str = "float32", remat: str | None = None) -> Network:
         """The finished teacher.
 
         Raises:
           ValueError: there is none yet.
         """
-        return load_network(self.teacher_folder, dtype, "run --mode=teacher first")
+        return load_network(self.teacher_folder, dtype, "run --mode=teacher first", remat=remat)
 
     # Compress -----------------------------------------------------------------------------------
 
     def compress(self) -> None:
         """Makes what every student starts from: the pruned teacher, or a given network."""
-        folder, fields = self.workdir / "pruned", self.config.compress
-        if is_saved(folder):
-            return
-        if fields.checkpoint:
-            student = self._given_student()
+        folder = self.workdir / "pruned"
+        if not is_saved(folder):
+            student = compressing.make_student(self)
             self._save(folder, student.config, student.params)
-            return
-        teacher = self.teacher()
-        gradients = None
-        if fields.importance == "taylor":
-            gradients = weights.to_torch(self._taylor_gradients(teacher))
-        pruned = prune_unet(
-            teacher.config, weights.to_torch(teacher.params), fields.ratio,
-            IMPORTANCES[fields.importance](self.config.seed), gradients=gradients,
-            min_channels_per_group=NORMALISATIONS[fields.normalisation],
-        )  # fmt: skip
-        student = from_tensors(pruned.config, pruned.tensors, "the pruned teacher")
-        self._save(folder, student.config, student.params)
-
-    def _given_student(self) -> Network:
-        path = self.config.compress.checkpoint
-        student = load_network(Path(path).expanduser())
-        for field in ("image_size", "in_channels", "out_channels"):
-            found, wanted = getattr(student.config, field), getattr(self.model_config, field)
-            if found != wanted:
-                raise ValueError(
-                    f"config.compress.checkpoint {path} has {field} {found}, config.model.{field} "
-                    f"is {wanted}: change one of them"
-                )
-        return student
-
-    def _taylor_gradients(self, teacher: Network):
-        """Gradients of the diffusion loss on one batch, timestep after timestep."""
-        fields = self.config.compress
-        batches = data.train_batches(
-            self.sources["train"], batch_size=fields.taylor_batch_size, seed=self.config.seed
-        )
-        images = next(batches)["image"]
-        batches.close()
-        noise = jax.random.normal(jax.random.key(self.config.seed), images.shape)
-        apply = make_apply(teacher.graphdef)
-
-        @jax.jit
-        @jax.value_and_grad
-        def loss(params, t):
-            t = jnp.full(images.shape[:1], t)
-            x_t = self.process.q_sample(images, t, noise)
-            prediction, _ = apply(params, x_t, t, False, None)
-            return output_kd_loss(prediction, self.process.target(images, noise, t))
-
-        bar = progress("taylor", self.process.num_timesteps)
-
-        def loss_and_gradient(t):
-            bar.update()
-            return loss(teacher.params, jnp.int32(t))
-
-        try:
-            timesteps = range(self.process.num_timesteps)
-            return taylor_gradients(loss_and_gradient, timesteps, fields.taylor_threshold)[0]
-        finally:
-            bar.close()
 
     # Distill ------------------------------------------------------------------------------------
 
@@ -359,29 +362,45 @@ class Experiment:
     def _distill_one(self, run: Run) -> None:
         fields = self.config.distill
         teacher = self.teacher(fields.dtype)
-        start = load_network(self.workdir / "pruned", fields.dtype, "run --mode=compress first")
+        start = load_network(
+            self.workdir / "pruned", fields.dtype, "run --mode=compress first", remat=fields.remat
+        )
         objective, params = student_objective(
             self.config, self.process, run.method, run.seed, start, teacher
         )
         teacher_params = teacher.params if METHODS[run.method].needs_teacher else None
         title = f"{run.method} seed {run.seed}"
-        state = self._train(
+        state = self.run_training(
             fields, objective, params, teacher_params, run.seed, run.folder, title, start.graphdef
         )
         self._save_trained(run.folder, start.config, state)
 
     # Both ---------------------------------------------------------------------------------------
 
-    def _train(
-        self, fields, objective, params, teacher_params, seed, folder, title, graphdef
-    ) -> TrainState:
+    def run_training(
+        self, fields: ConfigDict, objective: LossFn, params: dict[str, Any], teacher_params: Any,
+        seed: int, folder: Path, title: str, graphdef: nnx.GraphDef | None,
+    ) -> TrainState:  # fmt: skip
+        """Trains on the data, or goes on.
+
+        Args:
+          fields: such as config.teacher.
+          objective: what is minimised.
+          params: what is trained, as of `TrainState.params`.
+          teacher_params: handed to the objective, None without.
+          seed: of the order of the data.
+          folder: of checkpoints and metrics.
+          title: of the progress line.
+          graphdef: of params["student"], for config.evaluation.curve_every; None if that is no
+            network.
+        """
         source = self.sources["train"]
         run = prepare(
             fields, objective, params, teacher_params, self.mesh, self.config.sharding_rules
         )
 
         every = self.config.evaluation.curve_every
-        curve = self._curve(graphdef) if every else None
+        curve = self._curve(graphdef) if every and graphdef else None
 
         def on_log(step: int, state: TrainState) -> dict[str, float]:
             values = {"learning_rate": float(run.schedule(step - 1))}
@@ -405,16 +424,15 @@ class Experiment:
 
     def _curve(self, graphdef) -> Callable[[Any], float]:
         """Parameters -> Frechet distance of few samples, in float32 and in-graph."""
-        fields, size = self.config.evaluation, self.model_config.image_size
-        shape = (size, size, self.model_config.in_channels)
-        sample = make_sampler(fields, self.process, shape, make_apply(graphdef))
+        fields, sample = self.config.evaluation, self.sampler(graphdef)
         real = evaluation.moments_of(self.real)
         distance = jax.jit(evaluation.frechet_distance_in_graph)
 
         def curve(params) -> float:
             samples = evaluation.collect(
-                sample, params, fields.curve_samples, batch_size=fields.batch_size,
-                extractor=self.extractor, seed=fields.seed, sharding=self.batch_sharding,
+                sample, self.sampler_params(params), fields.curve_samples,
+                batch_size=fields.batch_size, extractor=self.extractor, seed=fields.seed,
+                sharding=self.batch_sharding,
             )  # fmt: skip
             return float(distance(real, samples.moments))
 
@@ -428,3 +446,13 @@ class Experiment:
     def _save(self, folder: Path, config: Any, params: Any) -> None:
         if jax.process_index() == 0:
             weights.save_model(folder, models.config_to_dict(config), params)
+
+
+@functools.lru_cache(maxsize=8)
+def _sampler(experiment: Experiment, graphdef: nnx.GraphDef, clip: float | None) -> Sampler:
+    """One function, and so one compiled program, for all students of an architecture."""
+    autoencoder = experiment.autoencoder
+    return make_sampler(
+        experiment.config.evaluation, experiment.process, experiment.model_config,
+        make_apply(graphdef), clip, autoencoder and autoencoder.decode,
+    )  # fmt: skip

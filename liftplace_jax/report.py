@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 from pathlib import Path
@@ -13,11 +14,13 @@ import matplotlib
 import numpy as np
 
 from liftplace_jax import models
+from liftplace_jax.data import eval_batches
 from liftplace_jax.experiment import Experiment
 from liftplace_jax.files import replacing, write_json
 from liftplace_jax.losses import error_groups
 from liftplace_jax.models.cost import count_macs
-from liftplace_jax.networks import load_network, make_apply
+from liftplace_jax.networks import load_network
+from liftplace_jax.scoring import predictor
 from liftplace_jax.training.metrics_io import read_metrics
 
 matplotlib.use("agg")
@@ -125,7 +128,7 @@ def markdown(experiment: Experiment, summary: list[dict[str, Any]]) -> str:
         )
     lines += [
         f"Sampler: {evaluation.sampler}, {evaluation.sample_steps} {evaluation.skip_type} steps, "
-        f"eta {evaluation.eta}, EMA weights, seed {evaluation.seed}.",
+        f"eta {evaluation.eta}, EMA weights, seed {evaluation.seed}{_guidance(evaluation)}.",
         "Output error: mean squared difference to the teacher's prediction on "
         f"{config.data.name} {config.data.test_split}.",
     ]
@@ -186,14 +189,30 @@ def samples_figure(experiment: Experiment, rows: list[dict[str, Any]]) -> plt.Fi
     )  # fmt: skip
     for line, (suffix, note) in zip(axes, variants.items(), strict=True):
         for axis, name in zip(line, names, strict=True):
-            path = experiment.workdir / shown[name]["folder"] / "samples.npz"
-            with np.load(path, allow_pickle=False) as file:
-                show(axis, grid(file[f"images{suffix}"][: side**2], side))
+            _show_samples(axis, experiment.workdir / shown[name]["folder"], suffix, side)
             frechet = shown[name].get(f"frechet{suffix}")
             score = "" if frechet is None else f"\nFrechet {frechet:.1f}"
             axis.set_title(f"{name}{note}{score}", fontsize=10)
-            axis.set_axis_off()
     return figure
+
+
+def _show_samples(axis: plt.Axes, folder: Path, suffix: str, side: int) -> None:
+    """A square of samples; of a class-conditional network a column for each class."""
+    with np.load(folder / "samples.npz", allow_pickle=False) as file:
+        classes = file["classes"] if "classes" in file and not suffix else None
+        if classes is None:
+            show(axis, grid(file[f"images{suffix}"][: side**2], side))
+        else:
+            images = file["images_by_class"]
+            show(axis, grid(images, len(classes)))
+    if classes is None:
+        axis.set_axis_off()
+        return
+    pitch = images.shape[2] + 1
+    axis.set_xticks(pitch * np.arange(len(classes)) + pitch / 2 - 1, classes, fontsize=8)
+    axis.set_yticks([])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
 
 
 def curves_figure(experiment: Experiment) -> plt.Figure:
@@ -226,21 +245,24 @@ def groups_figure(experiment: Experiment) -> plt.Figure:
     teacher, student = experiment.teacher(), load_network(run.folder)
     source = experiment.sources["test"]
     count = min(4, len(source))
-    images = source.get(np.arange(count))["image"].astype(np.float32) / 127.5 - 1
+    batches = eval_batches(source, batch_size=count, process_index=0, process_count=1)
+    with contextlib.closing(batches):
+        batch = next(batches)
+    images = batch["image"]
     t = jnp.full((count,), experiment.process.num_timesteps // 4)
     noise = jax.random.normal(jax.random.key(experiment.config.evaluation.seed), images.shape)
     x_t = experiment.process.q_sample(jnp.asarray(images), t, noise)
     outputs = [
-        jax.jit(make_apply(n.graphdef), static_argnums=3)(n.params, x_t, t, False, None)[0]
-        for n in (teacher, student)
+        predictor(experiment, network)(x_t, t, batch["label"]) for network in (teacher, student)
     ]
     error = jnp.square(outputs[0] - outputs[1])
     size = min(experiment.config.distill.loss.group_size, int(np.prod(images.shape[1:3])))
     groups = error_groups(outputs[1], outputs[0], size)
     # Errors are sorted within each channel, so one of them is shown.
-    channel = " (red)" if images.shape[-1] == 3 else ""
+    channel = {1: "", 3: " (red)"}.get(images.shape[-1], "\nfirst channel")
+    name = "latent" if experiment.autoencoder else "image"
     columns = {
-        "image": images, f"noisy, t = {int(t[0])}": x_t, f"teacher{channel}": outputs[0],
+        name: images, f"noisy, t = {int(t[0])}": x_t, f"teacher{channel}": outputs[0],
         f"student{channel}\n{run.method}": outputs[1], f"squared error{channel}": error,
         f"groups of {size}{channel}": groups,
     }  # fmt: skip
@@ -253,7 +275,9 @@ def groups_figure(experiment: Experiment) -> plt.Figure:
         for row in range(count):
             picture, axis = np.asarray(values[row]), axes[row, column]
             axis.set_axis_off()
-            if column < 2:
+            if column < 2 and experiment.autoencoder:
+                axis.imshow(picture[..., 0], cmap="gray")
+            elif column < 2:
                 show(axis, np.clip((picture + 1) * 127.5, 0, 255).astype(np.uint8))
             elif column < 4:
                 axis.imshow(picture[..., 0], cmap="RdBu", vmin=-limit, vmax=limit)
@@ -296,6 +320,14 @@ def versions() -> dict[str, str]:
 
     modules = {m.__name__: m.__version__ for m in (liftplace_jax, jax, flax, optax, np)}
     return modules | {"device": jax.devices()[0].device_kind}
+
+
+def _guidance(evaluation: Any) -> str:
+    if evaluation.guidance == 1:
+        return ""
+    channels = evaluation.guidance_channels
+    where = "" if channels is None else f" on the first {channels} channels"
+    return f", guidance {evaluation.guidance:g}{where}"
 
 
 def _spread(row: dict[str, Any], key: str, form: str, unit: str = "") -> str:

@@ -11,22 +11,23 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tqdm
-from flax import nnx
 
 from liftplace_jax import evaluation, models
 from liftplace_jax.experiment import Experiment
 from liftplace_jax.files import write_json, write_npz
 from liftplace_jax.networks import Network, load_network, make_apply
-from liftplace_jax.sampling import make_sampler
 from liftplace_jax.training.metrics_io import progress
 
 KEPT_IMAGES = 64
+CLASS_ROWS, CLASS_COLUMNS = 4, 10
 SCORES = (
     "frechet", "sfid", "inception_score", "inception_score_std", "kid", "kid_std", "precision",
     "recall", "density", "coverage",
@@ -95,7 +96,27 @@ def _sample_scores(experiment, title, network) -> tuple[dict[str, Any], dict[str
             result |= values if suffix else scores
         images[f"images{suffix}"] = samples.images
     bar.close()
-    return result, images
+    return result, images | _class_images(experiment, network)
+
+
+def _class_images(experiment: Experiment, network: Network) -> dict[str, Any]:
+    """Samples of every class, or of some of many, from the same noise for every model.
+
+    Returns:
+      "classes" (K,) and "images_by_class" (rows * K, H, W, C), row by row; nothing for an
+      unconditional network.
+    """
+    fields, count = experiment.config.evaluation, experiment.model_config.num_classes
+    if not count:
+        return {}
+    classes = np.unique(np.linspace(0, count - 1, CLASS_COLUMNS).round().astype(np.int32))
+    labels = np.tile(classes, CLASS_ROWS)
+    samples = evaluation.collect(
+        experiment.sampler(network.graphdef), experiment.sampler_params(network.params),
+        len(labels), batch_size=fields.batch_size, extractor=None, seed=fields.seed,
+        sharding=experiment.batch_sharding, keep_images=len(labels), labels=labels,
+    )  # fmt: skip
+    return {"classes": classes, "images_by_class": samples.images}
 
 
 def draw(
@@ -122,9 +143,10 @@ def draw(
         bar.update(before + done - bar.n)
 
     samples = evaluation.collect(
-        _sampler(experiment, network.graphdef, clip), network.params, fields.num_samples,
-        batch_size=fields.batch_size, extractor=experiment.extractor, seed=fields.seed,
-        sharding=experiment.batch_sharding, keep_images=keep_images, progress=update,
+        experiment.sampler(network.graphdef, clip), experiment.sampler_params(network.params),
+        fields.num_samples, batch_size=fields.batch_size, extractor=experiment.extractor,
+        seed=fields.seed, sharding=experiment.batch_sharding, keep_images=keep_images,
+        progress=update,
     )  # fmt: skip
     return samples, _rate(fields, ends)
 
@@ -135,14 +157,15 @@ def _rate(fields, ends: list[float]) -> float | None:
     return batches * fields.batch_size / (ends[-1] - ends[0]) if batches else None
 
 
-@functools.lru_cache(maxsize=8)
-def _sampler(experiment: Experiment, graphdef: nnx.GraphDef, clip: float | None):
-    """One function, and so one compiled program, for all students of an architecture."""
-    size = experiment.model_config.image_size
-    return make_sampler(
-        experiment.config.evaluation, experiment.process,
-        (size, size, experiment.model_config.in_channels), make_apply(graphdef), clip,
-    )  # fmt: skip
+def predictor(experiment: Experiment, network: Network) -> Callable[..., jax.Array]:
+    """Jitted (x_t, t, labels) -> what a network predicts, without a learned variance."""
+    apply, conditional = make_apply(network.graphdef), bool(experiment.model_config.num_classes)
+
+    def prediction(params, x, t, labels):
+        cond = labels if conditional else None
+        return experiment.process.split(apply(params, x, t, False, None, cond)[0])[0]
+
+    return functools.partial(jax.jit(prediction), network.params)
 
 
 def _output_error(experiment: Experiment, teacher: Network, student: Network) -> dict[str, float]:
@@ -152,15 +175,8 @@ def _output_error(experiment: Experiment, teacher: Network, student: Network) ->
         t = jnp.floor(levels * process.num_timesteps).astype(jnp.int32)
         return process.q_sample(images, t, noise), t
 
-    def prediction(apply, params, x, t, labels):
-        del labels
-        return apply(params, x, t, False, None)[0]
-
-    predict = [
-        jax.jit(functools.partial(prediction, make_apply(network.graphdef), network.params))
-        for network in (teacher, student)
-    ]
     return evaluation.output_error(
-        *predict, noising, experiment.sources["test"], batch_size=fields.batch_size,
-        seed=fields.seed, sharding=experiment.batch_sharding,
+        predictor(experiment, teacher), predictor(experiment, student), noising,
+        experiment.sources["test"], batch_size=fields.batch_size, seed=fields.seed,
+        sharding=experiment.batch_sharding,
     )  # fmt: skip

@@ -50,7 +50,7 @@ def get_config(name, arg=None):
 
 
 def unet(config):
-    return models.config_from_dict({"widths": None} | config.model.to_dict())
+    return models.config_from_dict(config.model.to_dict(), partial=True)
 
 
 # The published numbers ------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_models_and_processes_are_the_published_ones(name):
     assert config.process.to_dict() == dict(
         schedule=diffusion["beta_schedule"], beta_start=diffusion["beta_start"],
         beta_end=diffusion["beta_end"], num_timesteps=diffusion["num_diffusion_timesteps"],
-        prediction="epsilon",
+        prediction="epsilon", variance="fixed", timesteps="antithetic", reduction="sum",
     )  # fmt: skip
 
 

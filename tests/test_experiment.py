@@ -118,9 +118,9 @@ def test_folders_of_one_and_of_many_students(tmp_path):
     ("mesh.data", 3, "mesh data=3 x fsdp=1 does not fit 8 devices"),
     ("model.ch_mult", (), "config.model: .*ch_mult"),
     ("model.num_groups", 3, "config.model: "),
-    ("model.out_channels", 2, "config.model.out_channels 2 differs from in_channels 1"),
+    ("model.out_channels", 2, "config.model: .* 2 channels .* of 1; .*variance=fixed needs 1"),
     ("model.model", "dit2", "config.model: unknown model 'dit2'"),
-    ("model.in_channels", 3, "config.model.out_channels 1 differs"),
+    ("model.in_channels", 3, "config.model: the network predicts 1 channels .* of 3"),
     ("model.image_size", 16, r"images are \(16, 16, 1\), .* 'digits' takes \(8, 8, 1\)"),
     ("process.schedule", "line", "config.process: unknown beta schedule 'line'"),
     ("process.prediction", "eps", "config.process: unknown prediction 'eps'"),
@@ -224,7 +224,7 @@ def test_samplers_are_a_function_of_the_keys(tmp_path):
     ):  # fmt: skip
         experiment = Experiment(tiny(**changes), tmp_path / "run")
         fields = experiment.config.evaluation
-        sample = jax.jit(make_sampler(fields, experiment.process, (8, 8, 1), predict))
+        sample = jax.jit(make_sampler(fields, experiment.process, experiment.model_config, predict))
         images = sample(0.1, keys)
         assert images.shape == (3, 8, 8, 1) and np.isfinite(images).all()
         np.testing.assert_allclose(sample(0.1, keys[::-1])[::-1], images, atol=1e-6)

@@ -54,6 +54,7 @@ def collect(
     seed,
     sharding=None,
     keep_images=0,
+    labels=None,
     progress=None,
 ):
     """Draws samples and gathers their features, in one compiled program a batch.
@@ -72,6 +73,7 @@ def collect(
       seed: int.
       sharding: optional `NamedSharding` of the batch axis, such as P("data").
       keep_images: number of images to return.
+      labels: optional (N,) classes, handed to `sample_fn` after the keys.
       progress: optional function called with the number of samples done.
 
     Returns:
@@ -86,10 +88,16 @@ def collect(
     apply, extractor_params = _apply(extractor, sharding)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
     shape = jax.eval_shape(sample_fn, params, keys).shape
+    if labels is not None and np.shape(labels) != (num_samples,):
+        raise ValueError(f"want {num_samples} labels, got an array of {np.shape(labels)}")
 
     def batch(moments, first, keep):
         program = _sample_program(sample_fn, apply, sharding, keep)
-        return program(extractor_params, moments, params, seed, first, num_samples,
+        more = ()
+        if labels is not None:
+            positions = np.minimum(first + np.arange(batch_size), num_samples - 1)
+            more = (np.asarray(labels, np.int32)[positions],)
+        return program(extractor_params, moments, params, seed, first, num_samples, *more,
                        batch_size=batch_size)  # fmt: skip
 
     starts = range(0, num_samples, batch_size)
@@ -172,14 +180,15 @@ def _real_program(apply, sharding, keep):
 
 @functools.lru_cache(maxsize=8)
 def _sample_program(sample_fn, apply, sharding, keep):
-    """Jitted (extractor's params, moments, params, seed, first, count, batch_size) -> likewise."""
+    """Jitted (extractor's params, moments, params, seed, first, count, labels, batch_size) ->
+    likewise; labels may be left out."""
 
-    def program(extractor_params, moments, params, seed, first, count, batch_size):
+    def program(extractor_params, moments, params, seed, first, count, *labels, batch_size):
         indices = first + jnp.arange(batch_size)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
         if sharding:
-            keys = jax.lax.with_sharding_constraint(keys, sharding)
-        images = sample_fn(params, keys)
+            keys, *labels = jax.lax.with_sharding_constraint((keys, *labels), sharding)
+        images = sample_fn(params, keys, *labels)
         result, pixels = _add(apply, extractor_params, moments, images, indices < count)
         return result, pixels if keep else None
 

@@ -50,7 +50,7 @@ def run(options: Options) -> Result:
     for width in widths:  # before hours of training
         with under(f"model, teacher of width {width} x {options.config.model.ch}: "):
             fields = _config(options.config, width, None).model.to_dict()
-            models.config_from_dict({"widths": None} | fields)
+            models.config_from_dict(fields, partial=True)
     for width, folder in tqdm.tqdm(
         list(zip(widths, folders, strict=True)), desc="capacity_gap", unit="teacher"
     ):

@@ -57,7 +57,7 @@ def measure_network(experiment: Experiment, config: Any, quick: bool, repeats: i
     params, apply = network.params, make_apply(network.graphdef)
     shape = (config.image_size, config.image_size, config.in_channels)
     sampler = make_sampler(
-        ConfigDict(fields.to_dict() | {"sample_steps": steps}), experiment.process, shape, apply
+        ConfigDict(fields.to_dict() | {"sample_steps": steps}), experiment.process, config, apply
     )
     keys = jax.random.split(jax.random.key(0), fields.batch_size)
     everywhere = NamedSharding(experiment.mesh, PartitionSpec())
