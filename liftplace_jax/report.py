@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from liftplace_jax import models
+from liftplace_jax import models, runtime
 from liftplace_jax.data import eval_batches
 from liftplace_jax.experiment import Experiment
 from liftplace_jax.files import replacing, write_json
 from liftplace_jax.losses import error_groups
 from liftplace_jax.models.cost import count_macs
 from liftplace_jax.networks import load_network
-from liftplace_jax.scoring import predictor
+from liftplace_jax.scoring import CLASS_COLUMNS, CLASS_ROWS, predictor
 from liftplace_jax.training.metrics_io import read_metrics
 
 matplotlib.use("agg")
@@ -40,14 +40,19 @@ def is_reported(experiment: Experiment) -> bool:
 
 
 def write_report(experiment: Experiment) -> None:
-    """Writes report.json, report.md, samples.png, curves.png and groups.png.
+    """Writes report.json, report.md, samples.png, curves.png and groups.png; process 0 does.
 
     Raises:
       ValueError: teacher or a student is not evaluated yet.
     """
     rows = collect_rows(experiment)
-    summary = summarise(rows)
-    workdir = experiment.workdir
+    if runtime.is_first():
+        _write_files(experiment, rows)
+    runtime.wait_for(experiment.workdir / "report.json")
+
+
+def _write_files(experiment: Experiment, rows: list[dict[str, Any]]) -> None:
+    summary, workdir = summarise(rows), experiment.workdir
     save_figure(samples_figure(experiment, rows), workdir / "samples.png")
     save_figure(curves_figure(experiment), workdir / "curves.png")
     save_figure(groups_figure(experiment), workdir / "groups.png")
@@ -182,10 +187,12 @@ def samples_figure(experiment: Experiment, rows: list[dict[str, Any]]) -> plt.Fi
     names = list(dict.fromkeys(row["method"] for row in rows))
     variants = {"": ""} | ({"_clipped": ", clipped"} if experiment.config.evaluation.clip else {})
     # Few of the large images, so that each can be seen.
-    side, width = (8, 3) if experiment.model_config.image_size <= 32 else (4, 4)
+    side, width = (8, 3) if experiment.image_shape[0] <= 32 else (4, 4)
+    by_class = bool(experiment.model_config.num_classes)
+    height = width * CLASS_ROWS / CLASS_COLUMNS + 0.4 if by_class else width
     figure, axes = plt.subplots(
         len(variants), len(names), squeeze=False, layout="constrained",
-        figsize=(width * len(names), (width + 0.4) * len(variants)),
+        figsize=(width * len(names), (height + 0.4) * len(variants)),
     )  # fmt: skip
     for line, (suffix, note) in zip(axes, variants.items(), strict=True):
         for axis, name in zip(line, names, strict=True):
