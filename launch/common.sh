@@ -112,9 +112,9 @@ check_config() {
 
 check_workdir() {
   case $workdir in
-    gs://?* | /*) ;;
-    *) fail "--workdir must be gs://BUCKET/FOLDER or the absolute path of a folder that all" \
-      "machines share, got $(quote "$workdir")" ;;
+    /*) ;;
+    *) fail "--workdir must be the absolute path of a folder that all hosts share (a bucket:" \
+      "mounted, for example by gcsfuse), got $workdir" ;;
   esac
 }
 

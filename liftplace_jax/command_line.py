@@ -4,19 +4,65 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from absl import flags, logging
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+# Launchers start again after the last two; 134 is also that of a process that JAX ends itself.
+EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_LOST = 2, 130, 134
+
+
+def define_runtime_flags() -> None:
+    """The flags of commands that run as several processes; see `runtime.initialise`."""
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where JAX finds no cluster")
+    flags.DEFINE_integer("num_processes", None, "with --coordinator: how many", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "with --coordinator: this one's number, from 0",
+                         lower_bound=0)  # fmt: skip
+    flags.DEFINE_integer("init_timeout", 300, "seconds to wait for the other processes",
+                         lower_bound=1)  # fmt: skip
+    flags.DEFINE_integer("heartbeat_timeout", 100, "seconds after which a silent process is lost",
+                         lower_bound=1)  # fmt: skip
+
+
+@contextmanager
+def running(debug: bool) -> Iterator[None]:
+    """The block of a command: joins the other processes first, and says in one line why it ended.
+
+    Args:
+      debug: whether what is refused is raised, with its traceback.
+    """
+    # Late, so that --help and a misspelt flag answer at once.
+    from liftplace_jax import runtime
+
+    given = flags.FLAGS
+    try:
+        runtime.initialise(
+            given.coordinator, given.num_processes, given.process_id, given.init_timeout,
+            given.heartbeat_timeout,
+        )  # fmt: skip
+        # Outside the training loop, which saves first, SIGTERM is as good as Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        yield
+    except KeyboardInterrupt as stop:
+        print(file=sys.stderr)  # below the progress line
+        runtime.say("Interrupted. The same command goes on from what is saved.")
+        runtime.leave(EXIT_INTERRUPTED, stop)
+    except (ValueError, RuntimeError, OSError) as error:
+        if debug:
+            raise
+        runtime.say(f"error: {error}" + runtime.advice(error))
+        runtime.leave(EXIT_LOST if runtime.is_of_others(error) else EXIT_BAD_INPUT, error)
 
 
 def quieten_libraries() -> None:
     """Unless --verbosity says otherwise."""
     if not flags.FLAGS["verbosity"].present:
-        # orbax, TFDS and TensorFlow tell much; errors of ours are raised, never logged.
-        logging.set_verbosity(logging.ERROR)
+        # orbax, TFDS and TensorFlow tell much; errors are raised, and never only logged.
+        logging.set_verbosity(logging.FATAL)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 

@@ -13,12 +13,18 @@ import numpy as np
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a temporary path to write; it takes path's place only if the block succeeds."""
+    """Gives a temporary path to write; it takes path's place only if the block succeeds.
+
+    Raises:
+      OSError: it cannot be written, or the disk is full; names the path.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -40,6 +46,13 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def unwritable(path: str | os.PathLike, error: OSError) -> OSError:
+    """The error, with the name of the file: that of a full disk has none."""
+    if error.errno is None:
+        return OSError(f"{path} cannot be written: {error}")
+    return OSError(error.errno, f"cannot be written ({error.strerror})", os.fspath(path))
 
 
 def write_npz(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:

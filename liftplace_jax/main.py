@@ -7,7 +7,6 @@ The same command resumes what was cut off, and says so when all is done.
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 
@@ -16,9 +15,10 @@ from ml_collections import config_flags
 
 from liftplace_jax.command_line import (
     EXIT_INTERRUPTED,
+    define_runtime_flags,
     parse_flags,
     quieten_libraries,
-    refuse,
+    running,
 )
 from liftplace_jax.stages import MODES, run
 
@@ -26,6 +26,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, FILE.py[
 _WORKDIR = flags.DEFINE_string("workdir", None, "work directory; made if missing")
 _MODE = flags.DEFINE_enum("mode", "all", MODES, "which stage to run; all: whatever is missing")
 _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a refused input")
+define_runtime_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -33,23 +34,20 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     quieten_libraries()
-    # Late, so that --help and a misspelt flag answer at once.
-    from liftplace_jax.training.loop import Interrupted
+    with running(_DEBUG.value):
+        # Late, so that JAX's processes are joined before anything else of it runs.
+        from liftplace_jax.training.loop import Interrupted
 
-    # Outside the training loop, which saves first, SIGTERM is as good as Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        run(_CONFIG.value, Path(_WORKDIR.value).expanduser(), _MODE.value)
-    except Interrupted as stop:
-        print(f"\n{stop}: saved. The same command goes on from there.", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from what is saved.", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    except (ValueError, RuntimeError, OSError) as error:
-        if _DEBUG.value:
-            raise
-        refuse(str(error))
+        if "://" in _WORKDIR.value:
+            raise ValueError(
+                f"--workdir={_WORKDIR.value}: a bucket must be mounted, for example by gcsfuse; "
+                "name the folder where it is"
+            )
+        try:
+            run(_CONFIG.value, Path(_WORKDIR.value).expanduser(), _MODE.value)
+        except Interrupted as stop:
+            print(f"\n{stop}: saved. The same command goes on from there.", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
 
 
 def entry_point() -> None:

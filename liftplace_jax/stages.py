@@ -17,11 +17,15 @@ def run(config: ConfigDict, workdir: Path, mode: str) -> None:
       workdir: the work directory.
       mode: one of MODES.
     """
+    from liftplace_jax import runtime
     from liftplace_jax.experiment import Experiment
     from liftplace_jax.report import is_reported, write_report
     from liftplace_jax.scoring import evaluate
+    from liftplace_jax.training.profiling import keep_compiled
 
+    keep_compiled(config.compile_cache)
     experiment = Experiment(config, workdir)
+    runtime.log_to(workdir / "logs")
     stages = {
         "teacher": experiment.train_teacher,
         "compress": experiment.compress,

@@ -11,7 +11,6 @@ one process.
 import os
 import signal
 import sys
-from pathlib import Path
 
 from liftplace_jax import evaluation, main
 from liftplace_jax.training.metrics_io import MetricsLog
@@ -28,7 +27,7 @@ def send_signal_at(number, moment):
 
     def write_then(self, step, values):
         write(self, step, values)
-        if kind == "metrics" and Path(self._file.name).parent.name == where and step == int(count):
+        if kind == "metrics" and self.folder.name == where and step == int(count):
             hit()
 
     def hit_then_rename(source, target, **options):

@@ -18,7 +18,7 @@ CONFIG = "--config=configs/celeba64_unet.py:ratio=0.9"
 TPU = ["tpu_vm.sh", "--name=lift", "--zone=us-west4-a", "--accelerator-type=v5litepod-16"]
 XPK = ["xpk.sh", "--cluster=pods", "--name=lift", "--tpu-type=v5litepod-16"]
 SLURM = ["slurm.sbatch"]
-PLACES = [CONFIG, "--workdir=gs://bucket/celeba"]
+PLACES = [CONFIG, "--workdir=/mnt/celeba"]
 # Words that a shell would take apart, expand or run.
 AWKWARD = ["--a=it's a b", '--b="$HOME"', "--c=x;y&z", "--d=*", "--e=`id`", "--f="]
 
@@ -57,7 +57,7 @@ python3 -m uv venv --allow-existing --quiet --python 3.11 && \
 python3 -m uv pip install --quiet -e '\\''.[tpu]'\\'''
 {vm} ssh lift --zone=us-west4-a --worker=all --command='cd liftplace && \
 if [ -f run.pid ] && kill -0 "$(cat run.pid)" 2> /dev/null; then echo "runs already"; \
-else nohup env A=1 .venv/bin/python -m liftplace_jax.main {CONFIG} --workdir=gs://bucket/celeba \
+else nohup env A=1 .venv/bin/python -m liftplace_jax.main {CONFIG} --workdir=/mnt/celeba \
 --mode=distill >> run.log 2>&1 < /dev/null & echo $! > run.pid; fi'
 """
 
@@ -90,7 +90,7 @@ def test_xpk():
 xpk workload create --cluster=pods --zone=us-west4-a --workload=lift --tpu-type=v5litepod-16 \
 --num-slices=2 --base-docker-image=python:3.11 --max-restarts=50 \\
   --termination-grace-period-seconds=120 --command='pip install --quiet '\\''.[tpu]'\\'' && \
-exec python -m liftplace_jax.main {CONFIG} --workdir=gs://bucket/celeba --mode=all'
+exec python -m liftplace_jax.main {CONFIG} --workdir=/mnt/celeba --mode=all'
 """
     # A file that only the image has is not looked for here.
     out = dry_run(*XPK, "--docker-image=gcr.io/p/i", "--config=inside.py", "--workdir=/mnt/runs")
@@ -240,8 +240,8 @@ def test_slurm_requeues_only_what_was_interrupted(code, requeued, stand_ins, tmp
         (["--zone=z"], "--name is needed;"),
         (["--zone=z", "--name=Lift_1"], "--name must be of a-z, 0-9 and -"),
         (["--zone=z", "--name=a"], "--config is needed;"),
-        ([*TPU[1:], "--config=no.py:a=1", "--workdir=gs://b/c"], "--config: no file no.py in"),
-        ([*TPU[1:], CONFIG, "--workdir=runs/a"], "--workdir must be gs://BUCKET/FOLDER or the"),
+        ([*TPU[1:], "--config=no.py:a=1", "--workdir=/mnt/c"], "--config: no file no.py in"),
+        ([*TPU[1:], CONFIG, "--workdir=runs/a"], "--workdir must be the absolute path"),
         (["--zone=z", "--name=a", "--accelerator-type=v9-8", *PLACES],
          "--runtime-version is needed for --accelerator-type=v9-8;"),
     ],

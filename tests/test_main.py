@@ -358,8 +358,6 @@ def test_a_truncated_checkpoint_is_named(copy):
 
 
 @pytest.mark.parametrize("changes, kind, message", [
-    (dict(data__image_size=16), ValueError,
-     r"digits has images \(16, 16, 1\), the model takes \(8, 8, 1\): set config.data.image_size"),
     (dict(data__name="no_such_data"), ValueError, "TFDS knows no data set 'no_such_data'"),
     (dict(data__test_split="tset"), ValueError, "digits has no split 'tset', only"),
 ])  # fmt: skip

@@ -6,22 +6,19 @@
 The splits data.train_split and data.test_split of the config go through the autoencoder, every
 image and its mirror image; mean and log variance are stored (not samples of them), so that each
 epoch draws anew. The same command goes on where it was cut off. Where JAX runs as several
-processes, each makes its share of the shards, without waiting for the others.
+processes, each makes its share of the shards.
 """
 
 from __future__ import annotations
-
-import signal
-import sys
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from liftplace_jax.command_line import (
-    EXIT_INTERRUPTED,
+    define_runtime_flags,
     parse_flags,
     quieten_libraries,
-    refuse,
+    running,
 )
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, FILE.py[:key=value,...]")
@@ -29,6 +26,7 @@ _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 64, "images encoded at a time by this process", lower_bound=1
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a refused input")
+define_runtime_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -36,21 +34,13 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     quieten_libraries()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with running(_DEBUG.value):
         print(encode())
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from what is saved.", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    except (ValueError, RuntimeError, OSError) as error:
-        if _DEBUG.value:
-            raise
-        refuse(str(error))
 
 
 def encode() -> str:
     """Does what the flags say; returns what was done, as a sentence."""
-    # Late, so that --help and a misspelt flag answer at once.
+    # Late, so that JAX's processes are joined before anything else of it runs.
     import jax
 
     from liftplace_jax.encoding import encode_data

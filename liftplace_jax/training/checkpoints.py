@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
+
+from liftplace_jax.runtime import is_first
 
 
 class Checkpoints:
-    """Saves and restores a `TrainState`; saving is atomic, and only the newest few are kept."""
+    """Saves and restores a `TrainState`; saving is atomic, and only the newest few are kept.
+
+    Attributes:
+      unfinished: names of the checkpoints that were found half-written; they are removed.
+    """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
         """Opens (or makes) a folder of checkpoints; local, or a bucket such as gs://...
@@ -24,7 +33,10 @@ class Checkpoints:
         if "://" not in path:
             path = os.path.abspath(path)  # orbax takes no relative paths
         self._folder = epath.Path(path)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self.unfinished = self._find_unfinished()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(os.fspath(self._folder), options=options)
 
     def latest_step(self) -> int | None:
@@ -32,9 +44,34 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
-        """Writes the state unless that step is there already."""
-        if self.latest_step() != step:
-            self._manager.save(step, args=ocp.args.StandardSave(state._asdict()))
+        """Writes the state unless that step is there already.
+
+        Raises:
+          OSError: it cannot be written, or the disk is full; the ones before stay as they are.
+        """
+        latest = self.latest_step()
+        if latest == step:
+            return
+        state, sums = state._asdict(), {"sums": _sums(state)}
+        try:
+            self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=sums)
+        except (OSError, ValueError) as error:
+            if is_first():
+                for name in self._find_unfinished():  # it would keep a full disk full
+                    shutil.rmtree(self._folder / name, ignore_errors=True)
+            kept = "there is none before" if latest is None else f"that of step {latest} is whole"
+            raise OSError(
+                f"the checkpoint of step {step} cannot be written to {self._folder}: {error}\n"
+                f"{kept.capitalize()}. Make room, or see to the folder's permissions; the same "
+                "command goes on from there."
+            ) from error
+
+    def _find_unfinished(self) -> list[str]:
+        if not self._folder.exists():
+            return []
+        return sorted(
+            path.name for path in self._folder.iterdir() if ocp.utils.is_tmp_checkpoint(path)
+        )
 
     def restore(self, abstract: Any, shardings: Any | None = None) -> Any:
         """Reads the newest checkpoint straight into its shardings.
@@ -58,16 +95,44 @@ class Checkpoints:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
         try:
-            restored = self._manager.restore(
-                step, args=ocp.args.StandardRestore(target._asdict())
-            )
-        except (ValueError, KeyError, TypeError, FileNotFoundError, OSError) as error:
+            saved = self._manager.restore(step, args=ocp.args.StandardRestore(target._asdict()))
+            restored = type(abstract)(**saved)
+            self._check_sums(step, restored)
+        except jax.errors.JaxRuntimeError:
+            raise  # another process is gone; the checkpoint may be good
+        except Exception as error:  # orbax raises all kinds, a bare Exception among them
             raise ValueError(
-                f"the checkpoint of step {step} in {self._folder} cannot be restored: {error}\n"
+                f"the checkpoint of step {step} in {self._folder} cannot be restored: "
+                f"{str(error)[:1000]}\n"
                 "Delete that checkpoint to go on from an older one, or the folder to start anew."
             ) from error
-        return type(abstract)(**restored)
+        return restored
+
+    def _check_sums(self, step: int, restored: Any) -> None:
+        wanted = (self._manager.metadata(step).custom_metadata or {}).get("sums")
+        if wanted is None:
+            return  # of a version that wrote none
+        found = _sums(restored)
+        changed = [name for name in wanted if found.get(name) != wanted[name]]
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise ValueError(f"not what was saved: {', '.join(changed[:3])}{more}")
 
     def close(self) -> None:
         """Ends background work."""
         self._manager.close()
+
+
+def _sums(state: Any) -> dict[str, int]:
+    """Sum of the bits of every array, of all processes: orbax' files have no checksum of values."""
+    names, sums = [], []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        names.append(jax.tree_util.keystr(path, simple=True, separator="."))
+        parts = [jax.device_get(s.data) for s in leaf.addressable_shards if s.replica_id == 0]
+        words = [part.reshape(-1).view(f"uint{8 * part.itemsize}") for part in parts]
+        sums.append(sum(int(w.sum(dtype=np.uint64)) for w in words) % 2**32)
+    everywhere = np.asarray(sums, np.uint32)[None]
+    if jax.process_count() > 1:
+        everywhere = multihost_utils.process_allgather(everywhere[0])
+    totals = everywhere.sum(axis=0, dtype=np.uint64) % 2**32
+    return dict(zip(names, totals.tolist(), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 
+from liftplace_jax.runtime import Agreement
 from liftplace_jax.training.checkpoints import Checkpoints
 from liftplace_jax.training.metrics_io import MetricsLog, progress
 from liftplace_jax.training.state import TrainState
@@ -68,9 +70,11 @@ def train(
         abstract = jax.eval_shape(lambda: state)
         jax.tree.map(lambda x: x.delete(), state)  # two states at once may not fit
         state = checkpoints.restore(abstract, shardings)
+    _say_where(title, first, checkpoints.unfinished)
     log = MetricsLog(folder, first, tensorboard)
     bar = progress(title, total_steps, first)
     batches = make_batches(first)
+    agreed = Agreement()  # several processes save the same step, whoever got the signal
     try:
         with _Signals() as signals:
             # The order matters for exact resume: batch, step, check, log, save.
@@ -86,20 +90,31 @@ def train(
                     values = _checked(step, metrics)
                     bar.set_postfix_str(f"loss {values['loss']:.4g}", refresh=False)
                     log.write(step, values | dict(on_log(step, state) if on_log else {}))
-                stop = signals.received  # once: one that comes later waits for the next step
+                stop = agreed(signals.received)  # one that comes later waits for the next step
                 if step % checkpoint_every == 0 or step == total_steps or stop:
                     _checked(step, metrics)
                     checkpoints.save(step, state)
                 if stop:
-                    raise Interrupted(f"{title}: {stop} at step {step}")
-            if signals.received:
-                raise Interrupted(f"{title}: {signals.received} after the last step")
+                    raise Interrupted(f"{title}: {signal.Signals(stop).name} at step {step}")
+            agreed(signals.received)
+            if stop := agreed(signals.received):
+                raise Interrupted(f"{title}: {signal.Signals(stop).name} after the last step")
     finally:
         bar.close()
         log.close()
         batches.close()
         checkpoints.close()
     return state
+
+
+def _say_where(title: str, first: int, unfinished: list[str]) -> None:
+    """On stderr, from where a run that was cut off goes on."""
+    if jax.process_index() == 0 and (first or unfinished):
+        line = f"{title}: goes on " + (f"from step {first}" if first else "from the start")
+        if unfinished:
+            steps = ", ".join(name.partition(".")[0] for name in unfinished)
+            line += f"; the checkpoint of step {steps} was not finished and is ignored"
+        print(line, file=sys.stderr)
 
 
 def _checked(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
@@ -118,7 +133,7 @@ class _Signals:
     """Within the block, Ctrl-C and SIGTERM are noted instead of acted upon; twice is at once."""
 
     def __init__(self):
-        self.received: str | None = None
+        self.received = 0  # its number
         self._old: dict[int, Any] = {}
 
     def __enter__(self):
@@ -134,5 +149,5 @@ class _Signals:
     def _note(self, number, frame):
         if self.received:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+        self.received = number
         del frame

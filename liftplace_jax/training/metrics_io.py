@@ -9,11 +9,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import tqdm
+
+from liftplace_jax.files import unwritable
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard event files in a folder."""
+    """Appends to `metrics.jsonl` and TensorBoard event files in a folder; process 0 does."""
 
     def __init__(self, folder: str | os.PathLike, start_step: int, tensorboard: bool):
         """Opens the log; lines after `start_step` (of a run that was cut off) are dropped.
@@ -23,17 +26,20 @@ class MetricsLog:
           start_step: the step from which training goes on.
           tensorboard: whether to write event files too.
         """
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        path = Path(folder) / "metrics.jsonl"
+        self.folder = Path(folder)
+        self._file = self._board = None
+        if jax.process_index() > 0:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "metrics.jsonl"
         kept = [row for row in read_metrics(folder) if row["step"] <= start_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)  # a full disk is noticed at once
         self._step = start_step
         self._seconds = kept[-1]["seconds"] if kept else 0.0
         self._clock = time.monotonic()
-        self._board = None
         if tensorboard:
             # Late: TensorFlow takes seconds to import.
             import tensorflow as tf
@@ -43,7 +49,13 @@ class MetricsLog:
             self._board = metric_writers.SummaryWriter(os.fspath(folder))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line {"step": ..., name: value, ...}, with the run's seconds and its rate."""
+        """Appends one line {"step": ..., name: value, ...}, with the run's seconds and its rate.
+
+        Raises:
+          OSError: it cannot be written; names the file.
+        """
+        if self._file is None:
+            return
         now = time.monotonic()
         self._seconds += now - self._clock
         values = dict(values) | {
@@ -51,14 +63,19 @@ class MetricsLog:
             "steps_per_second": (step - self._step) / (now - self._clock),
         }
         self._clock, self._step = now, step
-        self._file.write(json.dumps({"step": step} | values) + "\n")
-        self._file.flush()
+        try:
+            line = (json.dumps({"step": step} | values) + "\n").encode()
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise unwritable(self._file.name, error) from error
         if self._board is not None:
             self._board.write_scalars(step, values)
 
     def close(self) -> None:
         """Flushes and closes."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -76,9 +93,10 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, float]]:
 
 
 def progress(title: str, total: int, done: int = 0, unit: str = "step") -> tqdm.tqdm:
-    """One live line with rate and ETA; on a log file a line every half minute."""
+    """One live line with rate and ETA; on a log file a line every half minute; of process 0."""
     live = sys.stderr.isatty()
     return tqdm.tqdm(
         total=total, initial=done, desc=title, unit=unit, dynamic_ncols=live,
         mininterval=0.2 if live else 30, maxinterval=0.2 if live else 60,
+        disable=jax.process_index() > 0,
     )  # fmt: skip

@@ -51,8 +51,11 @@ def prepare(
     optimizer, schedule = make_optimizer(fields.optimizer, fields.steps)
     abstract = jax.eval_shape(functools.partial(create_state, optimizer=optimizer), params)
     shardings = sharding.tree_shardings(abstract, rules, mesh)
-    state = jax.device_put(create_state(params, optimizer), shardings)
-    teacher_params = jax.device_put(
+    # Straight into its sharding: no device ever holds all of a state that does not fit on one.
+    state = jax.jit(
+        functools.partial(create_state, optimizer=optimizer), out_shardings=shardings
+    )(sharding.place(params, shardings.params))
+    teacher_params = sharding.place(
         teacher_params, sharding.tree_shardings(teacher_params, rules, mesh)
     )
     step = make_train_step(

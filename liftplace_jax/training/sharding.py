@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
@@ -39,9 +40,18 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if min(sizes) < 1 or np.prod(sizes) != len(devices):
         wanted = " x ".join(f"{a}={shape.get(a, 1)}" for a in AXES)
         raise ValueError(f"mesh {wanted} does not fit {len(devices)} devices")
-    return jax.make_mesh(
-        sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    types = (AxisType.Auto,) * len(AXES)
+    if jax.process_count() == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    return Mesh(np.array(by_process(devices)).reshape(sizes), AXES, axis_types=types)
+
+
+def by_process(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """In the order of processes: each reads a contiguous part of every batch (see `data`).
+
+    A TPU pod's devices are numbered across its hosts.
+    """
+    return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -74,6 +84,33 @@ def tree_shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process has whole, such as just read ones, on the mesh.
+
+    Each process puts its own parts there and nothing is sent, where `jax.device_put` would send
+    all of them to compare them.
+
+    Args:
+      tree: arrays, the same in all processes.
+      shardings: tree of shardings.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def put(x, sharding):
+        return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def gathered(tree: Any) -> Any:
+    """A tree whose arrays can be read in every process: parts that only others have are fetched."""
+    return jax.tree.map(
+        lambda x: x if x.is_fully_addressable or x.is_fully_replicated
+        else multihost_utils.process_allgather(x, tiled=True), tree,
+    )  # fmt: skip
 
 
 def global_batches(batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh) -> Iterable[Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  gives NumPy the name "bfloat16", which safetensors looks up
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from liftplace_jax.files import replacing
@@ -164,7 +165,13 @@ def write_safetensors(
       path: the file; its folder exists.
       tensors: arrays by name.
       metadata: text kept in the file's header.
+
+    Raises:
+      OSError: it cannot be written, or the disk is full; names the path.
     """
     contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     with replacing(path) as temporary:
-        save_file(contiguous, temporary, metadata=dict(metadata or {}) or None)
+        try:
+            save_file(contiguous, temporary, metadata=dict(metadata or {}) or None)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
