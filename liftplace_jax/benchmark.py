@@ -32,6 +32,8 @@ SUITES = {
     "grouping": (),
     "evaluation": (),
     "sizes": (),
+    "scaling": (),
+    "input": (),
     "compression": ("config", "ratios", "batch_size", "workdirs"),
     "capacity_gap": ("config", "workdir"),
 }

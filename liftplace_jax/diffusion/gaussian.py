@@ -247,8 +247,11 @@ class GaussianDiffusion:
         As in "Diff_Pruning runners/diffusion.py": batch // 2 + 1 are drawn, the mirrored ones
         follow, the surplus is cut.
         """
-        t = jax.random.randint(key, (batch // 2 + 1,), 0, self.num_timesteps)
-        return jnp.concatenate([t, self.num_timesteps - 1 - t])[:batch]
+        half = batch // 2 + 1
+        t = jax.random.randint(key, (half,), 0, self.num_timesteps)
+        # Looked up, not joined: devices that share the batch would have to send their part of t.
+        index = jnp.arange(batch)
+        return jnp.where(index < half, t[index % half], self.num_timesteps - 1 - t[index % half])
 
     def uniform_timesteps(self, key: jax.Array, batch: int) -> jax.Array:
         """(batch,) int32 independent uniform timesteps."""

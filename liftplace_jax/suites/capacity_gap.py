@@ -41,6 +41,7 @@ def run(options: Options) -> Result:
     Raises:
       ValueError: a work directory of another config, or a config without Frechet distance.
     """
+    options.need_unet("capacity_gap")
     if not options.config.evaluation.features:
         raise ValueError("capacity_gap compares Frechet distances: set config.evaluation.features")
     if options.config.teacher.checkpoint:

@@ -52,6 +52,7 @@ def run(options: Options) -> Result:
     Raises:
       ValueError: the config, or a work directory of --workdirs, cannot be used.
     """
+    options.need_unet("compression")
     config = options.config.copy_and_resolve_references()
     # Nothing is compared here.
     config.evaluation.update(features=None, weights=None, reference=None, curve_every=0)

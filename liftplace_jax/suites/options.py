@@ -42,3 +42,11 @@ class Options:
     ratios: tuple[float, ...] = ()
     batch_size: int | None = None
     workdirs: tuple[Path, ...] = ()
+
+    def need_unet(self, suite: str) -> None:
+        """Raises a ValueError unless the config's networks are U-Nets, which have channels."""
+        if self.config.model.model != "unet":
+            raise ValueError(
+                f"suite {suite} varies channels: config.model.model must be 'unet', not "
+                f"{self.config.model.model!r}"
+            )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from liftplace_jax.training.state import TrainState
 
@@ -31,24 +33,28 @@ def make_train_step(
       optimizer: optax transformation.
       ema_decay: in [0, 1); warmed up as min(decay, (1 + n) / (10 + n)) after n updates.
       accumulation: over how many parts of the batch gradients are averaged before the update.
-      shardings: of the state (a tree of shardings), None on one device.
+      shardings: of the state (a tree of shardings), None on one device. Devices split the batch,
+        whatever splits the parameters: these are gathered, the images stay where they are.
 
     Raises:
       ValueError: accumulation does not divide the batch (at the first call).
     """
 
     def step(state: TrainState, teacher_params: Any, batch: Any) -> tuple[TrainState, Metrics]:
+        # Said here, or the compiler may send activations to where it finds a part of a kernel.
+        params, teacher_params = whole(state.params), whole(teacher_params)
         grads, metrics = None, None
         for part in range(accumulation):
             # Unrolled: the weight gradient of a convolution inside a scan is slow on CPU.
             # Every part has its own randomness: the steps of a run number the parts.
             (loss, terms), new_grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.params, teacher_params, _part(batch, part, accumulation),
+                params, teacher_params, _part(batch, part, accumulation),
                 state.step * accumulation + part,
             )  # fmt: skip
             grads = _plus(grads, new_grads)
             metrics = _plus(metrics, {"loss": loss} | terms)
         grads, metrics = jax.tree.map(lambda x: x / accumulation, (grads, metrics))
+        grads = split(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
@@ -56,8 +62,21 @@ def make_train_step(
         metrics["grad_norm"] = optax.global_norm(grads)
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
-    out_shardings = None if shardings is None else (shardings, None)
-    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+    if shardings is None:
+        whole = split = _as_it_is
+        return jax.jit(step, donate_argnums=0)
+    replicated = NamedSharding(shardings.step.mesh, PartitionSpec())
+    whole = functools.partial(_constrained, shardings=replicated)
+    split = functools.partial(_constrained, shardings=shardings.params)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _as_it_is(tree):
+    return tree
+
+
+def _constrained(tree, shardings):
+    return jax.lax.with_sharding_constraint(tree, shardings)
 
 
 def _plus(total, new):

@@ -1,0 +1,120 @@
+"""Suites scaling and input: the arithmetic of the prediction, a soak, and that they run."""
+
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from liftplace_jax.suites import input as input_suite
+from liftplace_jax.suites import prediction, weak_scaling
+from liftplace_jax.suites.prediction import PODS, paper_rows, predict, seconds_to_gather
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+ROWS = paper_rows()
+
+
+@functools.cache
+def config_module(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_are_the_configs(name):
+    data, _, ratio = name.partition(" ")
+    if data == "CelebA":
+        config = config_module("celeba64_unet").get_config(f"ratio={ratio}")
+    elif data == "Bedroom":
+        config = config_module("lsun_bedroom256_unet").get_config(f"ratio={ratio}")
+    else:
+        config = config_module("imagenet256_dit").get_config(f"student={name[4:]}")
+    assert (ROWS[name].batch, ROWS[name].steps) == (config.distill.batch_size, config.distill.steps)
+
+
+def test_times_by_hand():
+    """A gigabyte: 15 of 16 parts over half of 0.8 x 200 GB/s; on GPUs, 7 of 8 parts within the
+    host and 7 of 8 parts of an eighth between hosts."""
+    gigabyte = 1e9
+    assert seconds_to_gather(PODS["TPU v5e-16"], gigabyte) == pytest.approx(15 / 16 / 80)
+    assert seconds_to_gather(PODS["TPU v5p-128"], gigabyte) == pytest.approx(63 / 64 / 480)
+    assert seconds_to_gather(PODS["8 H100"], gigabyte) == pytest.approx(7 / 8 / 360)
+    expected = 7 / 8 / 360 + 7 / 8 / 8 / 40
+    assert seconds_to_gather(PODS["64 H100"], gigabyte) == pytest.approx(expected)
+
+
+def test_a_prediction_by_hand():
+    found = predict(ROWS["DiT-D14"], PODS["TPU v5e-256"])
+    flops = 2 * (3 * 59_354_140_672 + 118_688_665_600)
+    compute = 16 * flops / (197e12 * 0.3)
+    sends = 2 * 4 * 340_457_504 * 255 / 256 / 160e9
+    assert found["compute_ms"] == pytest.approx(compute * 1e3)
+    assert found["dp_ms"] == pytest.approx(sends * 1e3)
+    assert found["dp_mb"] == pytest.approx(2 * 4 * 340.457504 * 255 / 256)
+    assert found["dp_efficiency"] == pytest.approx(compute / (compute + sends))
+    assert found["dp_overlapped"] == 1
+    gathered = 4 * (2 * 340.457504 + 675.129632) * 255 / 256
+    assert found["fsdp_mb"] == pytest.approx(gathered)
+    assert found["images_per_s_host"] == pytest.approx(8 * 16 / compute)
+    at_90 = found["batch_for_90"] / 16 * compute
+    assert at_90 / (at_90 + sends) == pytest.approx(0.9)
+
+
+def test_efficiency_falls_with_devices_and_rises_with_overlap():
+    for row in ROWS.values():
+        found = [predict(row, PODS[f"{n} H100"]) for n in (8, 16, 32, 64)]
+        efficiencies = [f["dp_efficiency"] for f in found]
+        assert efficiencies == sorted(efficiencies, reverse=True)
+        assert all(f[f"{w}_efficiency"] <= f[f"{w}_overlapped"] <= 1
+                   for f in found for w in ("dp", "fsdp"))  # fmt: skip
+
+
+def test_every_number_from_outside_is_stated():
+    text = json.dumps(prediction.assumptions())
+    for device in prediction.DEVICES.values():
+        assert device.source in text and f"{device.link / 1e9:g} GB/s" in text
+    assert "30%" in text and "80%" in text
+
+
+def test_memory_is_flat_over_many_batches():
+    """A batch that is not let go takes 0.2 MB: 350 MB in all."""
+    found = input_suite.soak(2000)
+    assert found["batch_mb"] * 1800 > 350
+    before = found["start_mb"] or 0
+    assert max((found["end_mb"] or 0) - before, found["peak_growth_mb"]) < 60
+
+
+def test_images_are_decoded_each_time_and_latents_drawn(tmp_path):
+    cases = {name: source for name, source, _ in input_suite._cases(tmp_path)}
+    celeba, latents = cases["JPEG 178x218, crop, to 64x64"], cases["latents 32x32x4, drawn"]
+    assert len(celeba) == input_suite.LENGTH and celeba._images is None
+    first, again = celeba.get([0, 1]), celeba.get([0, input_suite.FILES])
+    assert first["image"].shape == (2, 64, 64, 3)
+    np.testing.assert_array_equal(first["image"][0], again["image"][1])
+    drawn = latents.get([3], draws=(0, np.array([5])))
+    assert drawn["image"].shape == (1, 32, 32, 4) and drawn["label"].tolist() == [3]
+    assert input_suite.images_per_second(latents, 2, 1, 1) > 0
+
+
+def test_a_process_that_fails_says_why(monkeypatch):
+    monkeypatch.setattr(weak_scaling.sys, "executable", "ls")
+    with pytest.raises(RuntimeError, match="(?s)weak_scaling 2 failed: .*ls"):
+        with weak_scaling.Worker(2, quick=False):
+            raise AssertionError("it cannot start")
+
+
+def test_the_command_scales_over_simulated_devices(tmp_path):
+    command = [sys.executable, "-m", "liftplace_jax.benchmark", "--suite=scaling", "--quick"]
+    subprocess.run([*command, "--repeats=3", f"--out={tmp_path}"], check=True)
+    result = json.loads((tmp_path / "scaling.json").read_text())
+    (row,) = result["rows"]
+    assert (row["devices"], row["batch"]) == (2, 16)
+    assert 0.9 < row["reduced_mb"] / row["parameters_mb"] < 1.01
+    assert len(result["tables"]["predicted"]["rows"]) == len(ROWS) * len(PODS)
+    assert (tmp_path / "scaling_costs.csv").exists()
