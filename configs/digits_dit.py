@@ -27,13 +27,13 @@ def get_config(arg=None):
         dict(model="dit", image_size=8, patch_size=2, in_channels=1, hidden_size=64, depth=8,
              num_heads=4, num_classes=10)
     )  # fmt: skip
-    config.teacher.steps = 5000
+    config.teacher.steps = 4000
     config.distill.steps = 4000
     for run in (config.teacher, config.distill):
         run.batch_size = 32  # of 64, a step no longer fits into the caches of a small CPU
         run.ema_decay = 0.998
         run.optimizer = optimizer_config(
-            name="adamw", learning_rate=1e-3, schedule="cosine", warmup_steps=100
+            name="adamw", learning_rate=3e-3, schedule="cosine", warmup_steps=100
         )
     if args.runlocal:
         config.model.update(hidden_size=32, depth=4)

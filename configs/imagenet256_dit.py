@@ -60,11 +60,13 @@ def get_config(arg=None):
     if args.student not in STUDENTS:
         raise ValueError(f"student must be one of {list(STUDENTS)}, got {args.student!r}")
     config.data.update(
-        name="imagenet2012", test_split="validation", image_size=256, flip=True
+        name="imagenet2012", test_split="validation", image_size=256, flip=True, resize="adm"
     )
     model = PUBLISHED_DITS["DiT-XL/2"].to_dict()
     config.model = ConfigDict({"model": "dit"} | {k: v for k, v in model.items() if v is not None})
     config.compress.depth = STUDENTS[args.student]
+    # The search runs one epoch, as "TinyFusion_EXP/prune_by_learning.py" is started.
+    config.compress.learned.update(batch_size=128, steps=10_009, dtype="bfloat16")
     config.teacher.steps = 7_000_000
     config.distill.steps = 500_000
     config.distill.optimizer.update(schedule="cosine", final_scale=0.5)
@@ -76,6 +78,7 @@ def get_config(arg=None):
     config.teacher.optimizer.learning_rate = 1e-4
     config.evaluation.features = config_dict.placeholder(str)
     config.evaluation.update(
-        num_samples=50_000, sampler="ancestral", sample_steps=250, skip_type="spaced"
-    )
+        num_samples=50_000, sampler="ancestral", sample_steps=250, skip_type="spaced",
+        batch_size=64,  # decoding takes 0.24 GB an image
+    )  # fmt: skip
     return dit_runlocal(config) if args.runlocal else config

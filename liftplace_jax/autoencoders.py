@@ -67,6 +67,14 @@ class AutoencoderNetwork(Network):
         z = from_latents(latents, self.config.shift_factor, self.config.scaling_factor)
         return nnx.merge(self.graphdef, params).decode(z)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its latents depend on, as JSON types."""
+        return {
+            "name": self.name, "sha256": self.sha256,
+            "scaling_factor": self.config.scaling_factor, "shift_factor": self.config.shift_factor,
+        }  # fmt: skip
+
     @functools.cached_property
     def sha256(self) -> str:
         """Digest of names, shapes and values of all weights, whatever file they come from."""
@@ -77,14 +85,13 @@ class AutoencoderNetwork(Network):
         return digest.hexdigest()
 
 
-def load_autoencoder(path: str | os.PathLike, dtype: str = "float32") -> AutoencoderNetwork:
+def load_autoencoder(path: str | os.PathLike) -> AutoencoderNetwork:
     """An autoencoder from its folder.
 
     Args:
       path: a folder of diffusers' `AutoencoderKL`, or of a pipeline with one in "vae"; its
         weights as of `read_weights`, attention also under its names before diffusers 0.12. Or a
         folder of ours (model.safetensors and config.json).
-      dtype: of the computation.
 
     Raises:
       ValueError: no such folder, it holds another network, or files that do not fit; names the
@@ -99,9 +106,9 @@ def load_autoencoder(path: str | os.PathLike, dtype: str = "float32") -> Autoenc
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{found / 'config.json'}: cannot be read: {error}") from error
     if "_class_name" in fields:
-        network = _from_diffusers(fields, found, dtype)
+        network = _from_diffusers(fields, found)
     else:
-        network = load_network(found, dtype)
+        network = load_network(found)
         if not isinstance(network.config, AutoencoderConfig):
             raise ValueError(f"{path} holds a {fields.get('model')!r}, not an autoencoder")
     return AutoencoderNetwork(
@@ -109,7 +116,7 @@ def load_autoencoder(path: str | os.PathLike, dtype: str = "float32") -> Autoenc
     )
 
 
-def _from_diffusers(fields: Mapping[str, Any], folder: Path, dtype: str) -> Network:
+def _from_diffusers(fields: Mapping[str, Any], folder: Path) -> Network:
     try:
         config = config_from_diffusers(fields)
     except ValueError as error:
@@ -119,7 +126,7 @@ def _from_diffusers(fields: Mapping[str, Any], folder: Path, dtype: str) -> Netw
         # Once a 1x1 convolution.
         square = ".attentions." in name and value.ndim == 4 and value.shape[2:] == (1, 1)
         tensors[current_name(name)] = value[:, :, 0, 0] if square else value
-    return from_tensors(config, tensors, folder, dtype)
+    return from_tensors(config, tensors, folder)
 
 
 def config_from_diffusers(fields: Mapping[str, Any]) -> AutoencoderConfig:

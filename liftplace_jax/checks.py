@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
@@ -17,6 +18,7 @@ from liftplace_jax.losses.weighting import DIRECTIONS
 from liftplace_jax.models.layers import REMAT_POLICIES
 from liftplace_jax.training.objective import FEATURE_SCHEDULES, METHODS, REDUCTIONS, WEIGHTS
 from liftplace_jax.training.optimizer import make_optimizer
+from liftplace_jax.training.profiling import TRANSFER_GUARDS, read_profile_steps
 
 DTYPES = ("float32", "bfloat16")
 NORMALISATIONS = {"published": None, "adapted": 2}
@@ -62,6 +64,10 @@ def check_config(config: ConfigDict) -> None:
             f"config.compress.taylor_threshold must be in [0, 1), "
             f"got {config.compress.taylor_threshold}"
         )
+    check_positive(config, "input_threads")
+    if config.transfer_guard is not None:
+        check_choice("transfer_guard", config.transfer_guard, TRANSFER_GUARDS)
+    read_profile_steps(config.profile_steps)
     check_choice("process.timesteps", config.process.timesteps, TIMESTEPS)
     check_choice("process.reduction", config.process.reduction, REDUCTIONS)
     check_choice("distill.feature.reduction", config.distill.feature.reduction, REDUCTIONS)
@@ -124,6 +130,12 @@ def _check_evaluation(config):
             )
     if config.evaluation.clip is not None:
         check_positive(config, "evaluation.clip")
+        if config.latents.autoencoder:
+            raise ValueError("config.evaluation.clip is for pixels: latents have no range, unset")
+    if not 0 <= config.evaluation.guidance < math.inf:
+        raise ValueError(
+            f"config.evaluation.guidance must be a number >= 0, got {config.evaluation.guidance}"
+        )
     if config.evaluation.neighbours >= config.evaluation.num_samples:
         raise ValueError(
             f"config.evaluation.neighbours {config.evaluation.neighbours} must be below "

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from liftplace_jax import compress, data, weights
+from liftplace_jax import compress, data, runtime, weights
 from liftplace_jax.checks import NORMALISATIONS, under
 from liftplace_jax.distillation import make_task
 from liftplace_jax.files import replacing, write_json
@@ -28,6 +28,7 @@ from liftplace_jax.networks import (
     load_network,
     make_apply,
 )
+from liftplace_jax.training import sharding
 from liftplace_jax.training.metrics_io import progress, read_metrics
 from liftplace_jax.training.objective import METHODS, draw_inputs, make_objective
 from liftplace_jax.training.step import LossFn
@@ -55,9 +56,9 @@ def predicted_student(experiment: Experiment) -> Any | None:
       ValueError: a field of config.compress does not fit; names it.
     """
     if experiment.config.compress.checkpoint:
-        if not is_saved(experiment.workdir / "pruned"):
-            _given_student(experiment)
-        return None
+        if is_saved(experiment.workdir / "pruned"):
+            return None
+        return _given_student(experiment).config
     with under("compress."):
         return _family(experiment).predict(experiment)
 
@@ -90,6 +91,11 @@ def _given_student(experiment: Experiment) -> Network:
             raise ValueError(f"{error} (config.compress.entry)") from error
     else:
         student = load_network(path)
+    if type(student.config) not in FAMILIES:
+        raise ValueError(
+            f"config.compress.checkpoint {path} is no network that denoises: "
+            f"{type(student.config).__name__}"
+        )
     for field in ("image_size", "in_channels", "out_channels", "num_classes", "null_label"):
         found, wanted = getattr(student.config, field), getattr(experiment.model_config, field)
         if found != wanted:
@@ -126,11 +132,12 @@ def _prune_unet(experiment: Experiment, teacher: Network):
 
 
 def _taylor_gradients(experiment: Experiment, teacher: Network):
-    """Gradients of the diffusion loss on one batch, timestep after timestep."""
+    """Gradients of the diffusion loss on one batch, timestep after timestep; by every process."""
     fields, seed, process = experiment.config.compress, experiment.config.seed, experiment.process
     batches = data.train_batches(
-        experiment.sources["train"], batch_size=fields.taylor_batch_size, seed=seed
-    )
+        experiment.sources["train"], batch_size=fields.taylor_batch_size, seed=seed,
+        process_index=0, process_count=1,
+    )  # fmt: skip
     images = next(batches)["image"]
     batches.close()
     noise = jax.random.normal(jax.random.key(seed), images.shape)
@@ -141,7 +148,7 @@ def _taylor_gradients(experiment: Experiment, teacher: Network):
     def loss(params, t):
         t = jnp.full(images.shape[:1], t)
         x_t = process.q_sample(images, t, noise)
-        prediction, _ = apply(params, x_t, t, False, None)
+        prediction, _ = process.split(apply(params, x_t, t, False, None)[0])
         return output_kd_loss(prediction, process.target(images, noise, t))
 
     bar = progress("taylor", process.num_timesteps)
@@ -177,7 +184,8 @@ def _predict_dit(experiment: Experiment) -> DiTConfig:
     )
     if fields.layers == "learned":
         _groups(experiment)
-        if fields.learned.batch_size % experiment.mesh.size:
+        finished = is_saved(experiment.workdir / "pruned")  # perhaps on other devices
+        if fields.learned.batch_size % experiment.mesh.size and not finished:
             raise ValueError(
                 f"learned.batch_size {fields.learned.batch_size} is not a multiple of the "
                 f"{experiment.mesh.size} devices of the mesh"
@@ -223,7 +231,7 @@ def _prune_dit(experiment: Experiment, teacher: Network):
         kept, record = compress.most_important(scores, fields.depth), {"scores": scores.tolist()}
     else:
         kept = compress.read_layers(fields.layers)
-    if jax.process_index() == 0:
+    if runtime.is_first():
         write_json(
             experiment.workdir / "pruned" / "layers.json",
             {"layers": fields.layers, "kept": kept, **record},
@@ -263,10 +271,10 @@ def _learned_layers(experiment: Experiment) -> tuple[tuple[int, ...], dict[str, 
         teacher.params, seed, folder, "search", None,
     )  # fmt: skip
     # The averaged gates decide, as published.
-    gates = np.asarray(jax.device_get(state.ema["gates"]), np.float64)
+    gates = np.asarray(sharding.gathered(state.ema["gates"]), np.float64)
     kept = compress.most_probable(gates, groups)
     probabilities = jax.nn.softmax(fields.gate_scale * gates)
-    if jax.process_index() == 0:
+    if runtime.is_first():
         _draw_search(folder, kept)
     return kept, {
         "group": groups.size, "masks": groups.masks.astype(int).tolist(),
@@ -303,17 +311,23 @@ def _search_objective(
     return loss_fn
 
 
+def keep_probabilities(rows: list[dict[str, float]]) -> np.ndarray:
+    """(depth, lines) of a search's metrics, by number of the block: jit sorts them by name."""
+    depth = sum(name.startswith("keep.") for name in rows[0])
+    return np.array([[row[f"keep.{layer}"] for row in rows] for layer in range(depth)])
+
+
 def _draw_search(folder: Path, kept: tuple[int, ...]) -> None:
     """Writes search.png: the probability of each block to stay, over the steps."""
     from matplotlib.figure import Figure  # late: it takes a while to import
 
     rows = read_metrics(folder)
-    names = [name for name in rows[0] if name.startswith("keep.")]
-    figure = Figure(figsize=(6, 1.5 + 0.15 * len(names)), layout="constrained")
+    probabilities = keep_probabilities(rows)
+    figure = Figure(figsize=(6, 1.5 + 0.15 * len(probabilities)), layout="constrained")
     axis = figure.subplots()
     mesh = axis.pcolormesh(
-        [row["step"] for row in rows], range(len(names)),
-        [[row[name] for row in rows] for name in names], vmin=0, vmax=1, shading="nearest",
+        [row["step"] for row in rows], range(len(probabilities)), probabilities, vmin=0, vmax=1,
+        shading="nearest",
     )  # fmt: skip
     axis.set(xlabel="step", ylabel="block (numbered: stays)", yticks=kept)
     axis.invert_yaxis()

@@ -13,6 +13,8 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 SEPARATOR = ","
+SETUP = ("mesh", "input_threads", "profile_steps", "compile_cache", "transfer_guard")
+"""Fields that say where and how a run runs, not what it computes: they may change under way."""
 
 
 def optimizer_config(**changes: Any) -> ConfigDict:
@@ -52,7 +54,8 @@ def default_config() -> ConfigDict:
     config.seeds = (0,)  # one student for each method and seed
 
     config.data = ConfigDict(
-        dict(name="digits", train_split="train", test_split="test", image_size=None, flip=False)
+        dict(name="digits", train_split="train", test_split="test", image_size=None, flip=False,
+             resize="bilinear")  # or "adm", as ImageNet is prepared by ADM and DiT
     )
     config.data.data_dir = config_dict.placeholder(str)  # default: TFDS's own
     config.data.path = config_dict.placeholder(str)  # of the images, with data.name=folder
@@ -73,8 +76,9 @@ def default_config() -> ConfigDict:
     config.teacher = training_config()
     config.teacher.optimizer = optimizer_config()
     # Instead of training one: a folder of ours (model.safetensors and config.json) or of diffusers'
-    # UNet2DModel, or a file of published weights (.safetensors, .pt, .pth, .ckpt, .bin, .npz).
-    # Whichever it is, it must be what config.model says; only dropout is always config.model's.
+    # UNet2DModel or DiTTransformer2DModel, or a file of published weights (.safetensors, .pt, .pth,
+    # .ckpt, .bin, .npz). Whichever it is, it must be what config.model says; only what is no
+    # property of weights (dropout, class_dropout) is always config.model's.
     config.teacher.checkpoint = config_dict.placeholder(str)
     # Where in a file of several state dicts: a key ("ema") or the number of an item ("-1").
     config.teacher.entry = config_dict.placeholder(str)
@@ -118,7 +122,8 @@ def default_config() -> ConfigDict:
         dict(reduction="sum", layers="sum", adapters=True, schedule="constant")
     )
     config.distill.feature.mask_sigma = config_dict.placeholder(float)
-    # {student feature: teacher feature}; default: all, by name. JSON, for the command line's sake.
+    # {student feature: teacher feature}, as JSON for the command line's sake. Default: all, by
+    # name; of DiTs the published map for their depths, whichever blocks the student kept.
     config.distill.layer_map = config_dict.placeholder(str)
     config.distill.loss = ConfigDict(
         dict(variant="pixel", norm=None, eps=None, terms="both", per="channel", group_size=16,
@@ -151,7 +156,13 @@ def default_config() -> ConfigDict:
     config.latents.autoencoder = config_dict.placeholder(str)
     config.latents.path = config_dict.placeholder(str)
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))
-    config.sharding_rules = ()  # (regular expression, partition) pairs; default: replicated
+    # (regular expression, partition) pairs; default: replicated. ((r"kernel", ("fsdp",)),) splits
+    # all kernels by their last dimension. Tables that are looked up (of labels) are best whole.
+    config.sharding_rules = ()
+    config.input_threads = 2  # that make training batches ahead, each process's own
+    config.profile_steps = config_dict.placeholder(str)  # "100:105": a trace into the run's folder
+    config.compile_cache = config_dict.placeholder(str)  # a folder, where programs are kept
+    config.transfer_guard = config_dict.placeholder(str)  # "log" or "disallow", within a step
     config.tensorboard = True
     return config
 

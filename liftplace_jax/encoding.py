@@ -1,7 +1,7 @@
 """A data set through an autoencoder, once: from a config to the shards that training reads.
 
-Every process encodes shards of its own, on its own devices: none waits for another, and what is
-cut off goes on at the first shard that is missing.
+Every process encodes shards of its own, on its own devices: none waits for another but at the end,
+and what is cut off goes on at the first shard that is missing.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from liftplace_jax import data
+from liftplace_jax import data, runtime
 from liftplace_jax.autoencoders import AutoencoderNetwork, load_autoencoder
 from liftplace_jax.data import latent_store
 from liftplace_jax.data.latent_store import Shard
 from liftplace_jax.evaluation.samples import check_batch, replicated
 from liftplace_jax.report import versions
+from liftplace_jax.sources import check_classes, load_split
 from liftplace_jax.training.metrics_io import progress
 
 
@@ -83,6 +84,7 @@ def encode_data(
             for source, shard in todo:
                 chunks = _encoded(run, source, shard, batch_size, sharding)
                 latent_store.write_shard(shard, _counted(chunks, bar))
+    runtime.barrier("encoded")
     return _summary(folder, manifest, sum(not shard.is_whole() for _, shard in plan))
 
 
@@ -90,10 +92,7 @@ def _open_images(config: ConfigDict, autoencoder: AutoencoderNetwork) -> dict[st
     """Split -> its images, which must become what config.model takes."""
     fields, step = config.data, autoencoder.config.downsampling
     sources = {
-        split: data.load_source(
-            fields.name, split, data_dir=fields.data_dir, image_size=fields.image_size,
-            path=fields.path, crop=fields.crop, channels=autoencoder.config.in_channels,
-        )
+        split: load_split(fields, split, autoencoder.config.in_channels)
         for split in dict.fromkeys((fields.train_split, fields.test_split))
     }  # fmt: skip
     wanted = config.model.image_size * step
@@ -110,6 +109,7 @@ def _open_images(config: ConfigDict, autoencoder: AutoencoderNetwork) -> dict[st
             f"{config.latents.autoencoder} makes latents of {autoencoder.config.latent_channels} "
             f"channels, config.model.in_channels is {config.model.in_channels}: change one of them"
         )
+    check_classes(sources, config.model.get("num_classes", 0))
     return sources
 
 
@@ -117,17 +117,14 @@ def _manifest(config, autoencoder, sources, shard_size) -> dict[str, Any]:
     fields, size = config.data, config.model.image_size
     return {
         "data": {
-            "name": fields.name, "image_size": fields.image_size,
+            "name": fields.name, "image_size": fields.image_size, "resize": fields.resize,
             "crop": fields.crop and list(fields.crop),
             "folder": fields.path and Path(fields.path).expanduser().resolve().name,
         },
         "splits": {split: len(source) for split, source in sources.items()},
         "num_classes": next(iter(sources.values())).num_classes,
-        "autoencoder": {
-            "name": autoencoder.name, "sha256": autoencoder.sha256,
-            "scaling_factor": autoencoder.config.scaling_factor,
-            "shift_factor": autoencoder.config.shift_factor,
-        },
+        "classes": list(next(iter(sources.values())).classes),
+        "autoencoder": autoencoder.identity,
         "shape": [size, size, autoencoder.config.latent_channels],
         "dtype": latent_store.DTYPE,
         "shard_size": shard_size,

@@ -19,13 +19,19 @@ from typing import Any
 
 from absl import app, flags
 
-from liftplace_jax.command_line import parse_flags, quieten_libraries, refuse
+from liftplace_jax.command_line import (
+    define_runtime_flags,
+    parse_flags,
+    quieten_libraries,
+    refuse,
+    running,
+)
 
 # Verb -> flags that it needs, and others that it knows beside COMMON.
 VERBS = {
     "ref": (("data", "out"), ("split", "image_size", "num_images", "data_dir")),
-    "gen": (("workdir", "ref"), ("model", "num_samples", "params", "seed", "save_npz", "out",
-                                 "allow_few")),
+    "gen": (("workdir", "ref"), ("model", "num_samples", "params", "seed", "guidance", "save_npz",
+                                 "out", "allow_few")),
     "calc": (("images", "ref"), ("image_size", "out", "allow_few")),
 }  # fmt: skip
 COMMON = ("features", "weights", "batch_size")
@@ -43,6 +49,7 @@ flags.DEFINE_integer("num_samples", 50_000, "gen: how many", lower_bound=2)
 flags.DEFINE_enum("params", "ema", ("ema", "raw"), "gen: averaged parameters, or the last ones")
 flags.DEFINE_integer("seed", None, "gen: of the samples (default: the config's)", lower_bound=0,
                      upper_bound=2**31 - 1)  # fmt: skip
+flags.DEFINE_float("guidance", None, "gen: scale of the guidance (default: the config's)")
 flags.DEFINE_bool("save_npz", False, "gen: also write the images, for the ADM evaluator")
 flags.DEFINE_string("images", None, "calc: a folder of images, or an .npz")
 flags.DEFINE_string("ref", None, "gen, calc: a reference file; calc: or a folder of images")
@@ -52,6 +59,7 @@ flags.DEFINE_string("features", "inception", "feature extractor")
 flags.DEFINE_string("weights", None, "file of the extractor's weights")
 flags.DEFINE_integer("batch_size", 64, "global batch", lower_bound=1)
 flags.DEFINE_bool("debug", False, "show the traceback of a refused input")
+define_runtime_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -59,13 +67,9 @@ def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[1] not in VERBS:
         refuse(f"want one of the verbs {', '.join(VERBS)}, got {argv[1:]}")
     quieten_libraries()
-    try:
+    with running(_FLAGS.debug):
         check_flags(argv[1])
         print({"ref": make_reference, "gen": generate, "calc": calculate}[argv[1]]())
-    except (ValueError, RuntimeError, OSError) as error:
-        if _FLAGS.debug:
-            raise
-        refuse(str(error))
 
 
 def check_flags(verb: str) -> None:
@@ -82,7 +86,7 @@ def check_flags(verb: str) -> None:
 
 def make_reference() -> str:
     """The verb ref."""
-    from liftplace_jax import data, evaluation
+    from liftplace_jax import data, evaluation, runtime
 
     out = Path(_FLAGS.out).expanduser()
     if out.suffix != ".npz" or not out.parent.is_dir():
@@ -104,15 +108,16 @@ def make_reference() -> str:
         samples.extractor.label, "data": path.name, "split": _FLAGS.split, "image_shape":
         list(source.image_shape), "count": int(samples.moments.count), "versions": versions(),
     }  # fmt: skip
-    evaluation.save_reference(
-        out, evaluation.statistics_of(samples), samples.features, info
-    )
+    statistics = evaluation.statistics_of(samples)
+    if runtime.is_first():
+        evaluation.save_reference(out, statistics, samples.features, info)
+    runtime.wait_for(out)
     return f"{out}: {info['count']:,} images of {source.name}, {info['extractor']} features"
 
 
 def generate() -> str:
     """The verb gen: one JSON file for each model."""
-    from liftplace_jax import evaluation
+    from liftplace_jax import evaluation, runtime
     from liftplace_jax.experiment import Experiment
     from liftplace_jax.files import write_json, write_npz
     from liftplace_jax.networks import load_network
@@ -150,9 +155,11 @@ def generate() -> str:
             "model": title, "images_per_second": rate, "versions": versions(), "protocol": wanted,
         }  # fmt: skip
         stem = stems[title]
-        if _FLAGS.save_npz:
+        if _FLAGS.save_npz and runtime.is_first():
             write_npz(out / f"{stem}.npz", {"arr_0": samples.images})
-        write_json(out / f"{stem}.json", result)
+        if runtime.is_first():
+            write_json(out / f"{stem}.json", result)
+        runtime.wait_for(out / f"{stem}.json")
         lines.append(f"{title} ({_FLAGS.params}): {summary(scores)} -> {out / stem}.json")
     return "\n".join(lines)
 
@@ -174,8 +181,7 @@ def read_config(workdir: Path):
         "num_samples": _FLAGS.num_samples, "batch_size": _FLAGS.batch_size, "curve_every": 0,
         "clip": None,
     }  # fmt: skip
-    if _FLAGS.seed is not None:
-        changes["seed"] = _FLAGS.seed
+    changes |= {name: _FLAGS[name].value for name in ("seed", "guidance") if _FLAGS[name].present}
     found["evaluation"] |= changes
     # Nothing is trained: any devices will do.
     found["mesh"] = {"data": -1, "fsdp": 1}
@@ -186,7 +192,7 @@ def read_config(workdir: Path):
 
 def calculate() -> str:
     """The verb calc."""
-    from liftplace_jax import evaluation
+    from liftplace_jax import evaluation, runtime
     from liftplace_jax.files import write_json
 
     generated = features_of(open_images(_FLAGS.images))
@@ -203,7 +209,7 @@ def calculate() -> str:
         "images": Path(_FLAGS.images).name, "image_size": _FLAGS.image_size,
         "protocol": protocol | {"reference": name, "precision": "float32"}, "versions": versions(),
     }  # fmt: skip
-    if _FLAGS.out:
+    if _FLAGS.out and runtime.is_first():
         write_json(Path(_FLAGS.out).expanduser(), result)
     return summary(scores)
 

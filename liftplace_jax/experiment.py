@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from liftplace_jax import compressing, configuration, data, evaluation, models, weights
+from liftplace_jax import (
+    compressing,
+    configuration,
+    data,
+    evaluation,
+    models,
+    runtime,
+    weights,
+)
 from liftplace_jax.autoencoders import AutoencoderNetwork, load_autoencoder
 from liftplace_jax.checks import check_config, read_layer_map, under
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
@@ -39,7 +49,8 @@ from liftplace_jax.networks import (
     match_features,
 )
 from liftplace_jax.sampling import Sampler, make_sampler
-from liftplace_jax.training import sharding
+from liftplace_jax.sources import check_classes, open_images, open_latents
+from liftplace_jax.training import profiling, sharding
 from liftplace_jax.training.loop import train
 from liftplace_jax.training.metrics_io import progress
 from liftplace_jax.training.objective import (
@@ -77,6 +88,7 @@ class Experiment:
 
     def __init__(self, config: ConfigDict, workdir: Path, claim: bool = True):
         self.config, self.workdir = config, Path(workdir)
+        self._samplers: dict[Any, Sampler] = {}
         check_config(config)
         self.mesh = sharding.make_mesh(config.mesh)
         self.batch_sharding = sharding.batch_sharding(self.mesh)
@@ -135,7 +147,9 @@ class Experiment:
                 config.evaluation, self.process, model,
                 lambda params, x, *_: (jnp.concatenate(parts * [x], axis=-1), {}),
             )  # fmt: skip
-            jax.eval_shape(sampler, None, keys)
+            latents = jax.eval_shape(sampler, None, keys)
+        if self.autoencoder:
+            jax.eval_shape(self.autoencoder.decode, self.autoencoder.params, latents)
         methods = [METHODS[run.method] for run in self.runs]
         for method in methods:
             if method.output in OUTPUT_LOSSES:
@@ -164,8 +178,9 @@ class Experiment:
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path} is no config of a work directory: {error}") from error
             full = configuration.completed(old)
-            # The mesh may change: a run goes on on other hardware.
-            lines = configuration.differences(full | {"mesh": None}, new | {"mesh": None})
+            # A run may go on on other hardware.
+            setup = dict.fromkeys(configuration.SETUP)
+            lines = configuration.differences(full | setup, new | setup)
             # Alone, it is from a run that was refused before it made anything.
             alone = found == [path.name] and old.keys() == new.keys()
             if lines and not alone:
@@ -179,9 +194,13 @@ class Experiment:
                 f"{self.workdir} is not empty and has no config.json: it is no work directory. "
                 "Choose another --workdir."
             )
-        if jax.process_index() == 0:
-            self.workdir.mkdir(parents=True, exist_ok=True)
-            write_json(path, new)
+        runtime.barrier("claim")  # all have looked
+        if runtime.is_first():
+            try:
+                write_json(path, new)
+            except OSError as error:
+                raise OSError(f"the work directory cannot be written: {error}") from error
+        runtime.wait_for(path)
 
     @property
     def runs(self) -> list[Run]:
@@ -222,8 +241,12 @@ class Experiment:
     @functools.cached_property
     def autoencoder(self) -> AutoencoderNetwork | None:
         """Between images and what the network sees; None if those are the images."""
-        path = self.config.latents.autoencoder
-        return load_autoencoder(Path(path).expanduser()) if path else None
+        fields = self.config.latents
+        if not fields.autoencoder:
+            return None
+        autoencoder = load_autoencoder(Path(fields.autoencoder).expanduser())
+        data.check_autoencoder(Path(fields.path).expanduser(), autoencoder.identity)
+        return autoencoder
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -236,7 +259,13 @@ class Experiment:
 
     def sampler(self, graphdef: nnx.GraphDef, clip: float | None = None) -> Sampler:
         """The config's sampler of a network; see `make_sampler`, and `sampler_params`."""
-        return _sampler(self, graphdef, clip)
+        # One function, and so one compiled program, for all students of an architecture.
+        if (graphdef, clip) not in self._samplers:
+            self._samplers[graphdef, clip] = make_sampler(
+                self.config.evaluation, self.process, self.model_config, make_apply(graphdef), clip,
+                self.autoencoder and self.autoencoder.decode,
+            )  # fmt: skip
+        return self._samplers[graphdef, clip]
 
     def sampler_params(self, params: Any) -> Any:
         """What `sampler` takes as parameters: the network's, and the decoder's if there is one."""
@@ -248,48 +277,19 @@ class Experiment:
 
         The images, or their latents.
         """
-        if not self.autoencoder:
-            sources = self.images
+        if self.autoencoder:
+            sources = open_latents(self.config, self.model_config)
+            if self.extractor and not self.config.evaluation.reference:
+                _ = self.images  # found wanting now, not at the evaluation
         else:
-            fields, model = self.config.data, self.model_config
-            sources = {
-                use: data.load_latents(self.config.latents.path, fields[f"{use}_split"])
-                for use in ("train", "test")
-            }
-            for source in sources.values():
-                source.check_autoencoder(self.autoencoder.sha256)
-            expected = (model.image_size, model.image_size, model.in_channels)
-            if sources["train"].image_shape != expected:
-                raise ValueError(
-                    f"the latents of {self.config.latents.path} are "
-                    f"{sources['train'].image_shape}, the model takes {expected}: change "
-                    "config.model, or encode the data anew"
-                )
-        found, wanted = sources["train"].num_classes, self.model_config.num_classes
-        if wanted and found != wanted:
-            raise ValueError(
-                f"{sources['train'].name} has {found or 'no'} classes, config.model.num_classes is "
-                f"{wanted}"
-            )
+            sources = self.images
+        check_classes(sources, self.model_config.num_classes)
         return sources
 
     @functools.cached_property
     def images(self) -> dict[str, data.Source]:
         """Images by use; prepared on first use."""
-        fields = self.config.data
-        sources = {
-            use: data.load_source(
-                fields.name, fields[f"{use}_split"], data_dir=fields.data_dir,
-                image_size=fields.image_size, path=fields.path, crop=fields.crop,
-                channels=self.image_shape[-1],
-            )
-            for use in ("train", "test")
-        }  # fmt: skip
-        if sources["train"].image_shape != self.image_shape:
-            raise ValueError(
-                f"data set {fields.name} has images {sources['train'].image_shape}, the model "
-                f"takes {self.image_shape}: set config.data.image_size or config.model"
-            )
+        sources = open_images(self.config.data, self.image_shape)
         fields, count = self.config.evaluation, len(sources["train"])
         few = self.extractor and count < self.extractor.dim
         if few and not fields.reference and fields.num_samples > self.extractor.dim:
@@ -411,26 +411,30 @@ class Experiment:
         def make_batches(first: int) -> Iterator[Any]:
             batches = data.train_batches(
                 source, batch_size=fields.batch_size, seed=seed, start_step=first,
-                flip=self.config.data.flip,
+                flip=self.config.data.flip, prefetch=self.config.input_threads,
             )  # fmt: skip
             return sharding.global_batches(batches, self.mesh)
 
-        return train(
-            run.step, run.state, run.teacher_params, make_batches, total_steps=fields.steps,
-            folder=folder, title=title, shardings=run.shardings, log_every=fields.log_every,
-            checkpoint_every=fields.checkpoint_every, tensorboard=self.config.tensorboard,
-            on_log=on_log,
-        )  # fmt: skip
+        print(profiling.memory_line(title, run.state, run.teacher_params), file=sys.stderr)
+        with profiling.watched(run.step, self.config, folder) as step:
+            return train(
+                step, run.state, run.teacher_params, make_batches, total_steps=fields.steps,
+                folder=folder, title=title, shardings=run.shardings, log_every=fields.log_every,
+                checkpoint_every=fields.checkpoint_every, tensorboard=self.config.tensorboard,
+                on_log=on_log,
+            )  # fmt: skip
 
     def _curve(self, graphdef) -> Callable[[Any], float]:
         """Parameters -> Frechet distance of few samples, in float32 and in-graph."""
         fields, sample = self.config.evaluation, self.sampler(graphdef)
         real = evaluation.moments_of(self.real)
         distance = jax.jit(evaluation.frechet_distance_in_graph)
+        # Whole on each device: split parameters would send the samples around instead.
+        whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
         def curve(params) -> float:
             samples = evaluation.collect(
-                sample, self.sampler_params(params), fields.curve_samples,
+                sample, whole(self.sampler_params(params)), fields.curve_samples,
                 batch_size=fields.batch_size, extractor=self.extractor, seed=fields.seed,
                 sharding=self.batch_sharding,
             )  # fmt: skip
@@ -439,20 +443,12 @@ class Experiment:
         return curve
 
     def _save_trained(self, folder: Path, config: Any, state: TrainState) -> None:
-        if jax.process_index() == 0:
-            weights.save_raw(folder, state.params["student"])
-        self._save(folder, config, state.ema)
+        raw, ema = sharding.gathered((state.params["student"], state.ema))
+        if runtime.is_first():
+            weights.save_raw(folder, raw)
+        self._save(folder, config, ema)
 
     def _save(self, folder: Path, config: Any, params: Any) -> None:
-        if jax.process_index() == 0:
+        if runtime.is_first():
             weights.save_model(folder, models.config_to_dict(config), params)
-
-
-@functools.lru_cache(maxsize=8)
-def _sampler(experiment: Experiment, graphdef: nnx.GraphDef, clip: float | None) -> Sampler:
-    """One function, and so one compiled program, for all students of an architecture."""
-    autoencoder = experiment.autoencoder
-    return make_sampler(
-        experiment.config.evaluation, experiment.process, experiment.model_config,
-        make_apply(graphdef), clip, autoencoder and autoencoder.decode,
-    )  # fmt: skip
+        runtime.wait_for(folder / "config.json")

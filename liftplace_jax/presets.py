@@ -92,6 +92,8 @@ def dit_config(
 
 def dit_runlocal(config: ConfigDict) -> ConfigDict:
     """The same experiment on 16x16 images (latents of 4x4), with a small network and few steps."""
+    if config.compress.layers[0].isdigit():
+        raise ValueError("runlocal has 4 blocks: leave the numbers of layers=... out")
     share = 4 / config.model.depth
     config.compress.depth = max(1, round(share * config.compress.depth))
     config.model.update(image_size=4, hidden_size=32, depth=4, num_heads=2)

@@ -31,7 +31,11 @@ MEASURES = (
     "frechet", "precision", "recall", "frechet_clipped", "precision_clipped", "recall_clipped",
     "output_error", "images_per_second", "train_seconds",
 )  # fmt: skip
-CURVES = ("loss", "diffusion", "output_kd", "coarse", "fine", "weight", "slope", "intercept")
+# Drawn where a method has them; on a logarithmic axis but for the last three.
+CURVES = (
+    "loss", "diffusion", "vb", "output_kd", "vb_kd", "coarse", "fine", "feature_kd", "weight",
+    "slope", "intercept",
+)  # fmt: skip
 
 
 def is_reported(experiment: Experiment) -> bool:
@@ -224,12 +228,19 @@ def _show_samples(axis: plt.Axes, folder: Path, suffix: str, side: int) -> None:
 
 def curves_figure(experiment: Experiment) -> plt.Figure:
     """Every logged term over steps, one line for each method (seed by seed)."""
-    figure, axes = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
+    metrics = [(run, read_metrics(run.folder)) for run in experiment.runs]
+    names = [name for name in CURVES if any(name in row for _, rows in metrics for row in rows)]
+    columns = -(-len(names) // 2)
+    figure, axes = plt.subplots(
+        2, columns, figsize=(3.5 * columns, 6), layout="constrained", squeeze=False
+    )
     methods = list(dict.fromkeys(run.method for run in experiment.runs))
     colors = dict(zip(methods, plt.get_cmap("tab10").colors, strict=False))
-    for axis, name in zip(axes.flat, CURVES, strict=True):
-        for run in experiment.runs:
-            points = [(r["step"], r[name]) for r in read_metrics(run.folder) if name in r]
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, names, strict=False):
+        for run, rows in metrics:
+            points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
                 first = run.seed == experiment.config.seeds[0]
                 axis.plot(*zip(*points, strict=True), color=colors[run.method], lw=1.2, alpha=0.8,

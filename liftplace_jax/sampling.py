@@ -51,6 +51,10 @@ def make_sampler(
             f"guidance {fields.guidance} needs a class-conditional network: set it to 1"
         )
 
+    channels = fields.guidance_channels
+    if channels is not None and not 1 <= channels <= model.in_channels:
+        raise ValueError(f"guidance_channels must be in 1..{model.in_channels}, not {channels}")
+
     def start(key):
         return jax.random.normal(jax.random.fold_in(key, 0), shape)
 

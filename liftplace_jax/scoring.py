@@ -19,11 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from jax.sharding import NamedSharding, PartitionSpec
 
-from liftplace_jax import evaluation, models
+from liftplace_jax import evaluation, models, runtime
 from liftplace_jax.experiment import Experiment
 from liftplace_jax.files import write_json, write_npz
 from liftplace_jax.networks import Network, load_network, make_apply
+from liftplace_jax.training import sharding
 from liftplace_jax.training.metrics_io import progress
 
 KEPT_IMAGES = 64
@@ -54,9 +56,10 @@ def evaluate(experiment: Experiment) -> None:
         result["parameters"] = models.count_parameters(network.params)
         result["protocol"] = protocol(experiment)
         result["seconds"] = time.monotonic() - started
-        if jax.process_index() == 0:
+        if runtime.is_first():
             write_npz(folder / "samples.npz", images)
             write_json(folder / "evaluation.json", result)
+        runtime.wait_for(folder / "evaluation.json")
 
 
 def model_folders(experiment: Experiment) -> dict[str, Path]:
@@ -74,6 +77,8 @@ def protocol(experiment: Experiment, params: str = "ema") -> dict[str, Any]:
     if isinstance(experiment.real, evaluation.Reference):
         file = {"file": Path(fields.reference).name, "sha256": experiment.real.digest}
         found["reference"] = dict(experiment.real.info) | file
+    if experiment.autoencoder:
+        found["autoencoder"] = experiment.autoencoder.identity
     if experiment.extractor:
         found["extractor"] = dict(experiment.extractor.info)
     return found
@@ -112,7 +117,7 @@ def _class_images(experiment: Experiment, network: Network) -> dict[str, Any]:
     classes = np.unique(np.linspace(0, count - 1, CLASS_COLUMNS).round().astype(np.int32))
     labels = np.tile(classes, CLASS_ROWS)
     samples = evaluation.collect(
-        experiment.sampler(network.graphdef), experiment.sampler_params(network.params),
+        experiment.sampler(network.graphdef), _placed_params(experiment, network),
         len(labels), batch_size=fields.batch_size, extractor=None, seed=fields.seed,
         sharding=experiment.batch_sharding, keep_images=len(labels), labels=labels,
     )  # fmt: skip
@@ -143,12 +148,19 @@ def draw(
         bar.update(before + done - bar.n)
 
     samples = evaluation.collect(
-        experiment.sampler(network.graphdef, clip), experiment.sampler_params(network.params),
+        experiment.sampler(network.graphdef, clip), _placed_params(experiment, network),
         fields.num_samples, batch_size=fields.batch_size, extractor=experiment.extractor,
         seed=fields.seed, sharding=experiment.batch_sharding, keep_images=keep_images,
         progress=update,
     )  # fmt: skip
     return samples, _rate(fields, ends)
+
+
+def _placed_params(experiment: Experiment, network: Network) -> Any:
+    """What the sampler takes as parameters, on every device once and not at every batch."""
+    whole = NamedSharding(experiment.mesh, PartitionSpec())
+    params = experiment.sampler_params(network.params)
+    return sharding.place(params, jax.tree.map(lambda _: whole, params))
 
 
 def _rate(fields, ends: list[float]) -> float | None:

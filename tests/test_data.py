@@ -431,6 +431,18 @@ def test_images_of_a_folder_are_cropped_and_resized_as_those_of_tfds(tmp_path):
         ours.get([0, 1])
 
 
+def test_images_are_prepared_as_adm_does(tmp_path):
+    image = np.random.default_rng(1).integers(0, 256, (70, 96, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "1.png")
+    # 70 >= 2 * 16, and 35 too: 2x2 means, twice; then bicubic to a side of 16, and the centre.
+    twice = Image.fromarray(image).resize((48, 35), Image.BOX).resize((24, 17), Image.BOX)
+    small = np.asarray(twice.resize((23, 16), Image.BICUBIC))
+    found = load_source("folder", "train", path=tmp_path, image_size=16, resize="adm").get([0])
+    assert np.array_equal(found["image"][0], small[:, 3:19])
+    with pytest.raises(ValueError, match="unknown resize 'nearest'; known: .'bilinear', 'adm'"):
+        load_source("folder", "train", path=tmp_path, image_size=16, resize="nearest")
+
+
 def test_unreadable_images_are_named_when_they_are_read(tmp_path):
     for name in "abc":
         picture(tmp_path / f"{name}.png", 5, size=(64, 64))

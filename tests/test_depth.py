@@ -34,6 +34,7 @@ from liftplace_jax.compress import (
     uniform_layers,
 )
 from liftplace_jax.compress.learned_depth import merge_lora, sample_gates
+from liftplace_jax.compressing import keep_probabilities
 from liftplace_jax.experiment import Experiment
 from liftplace_jax.models.dit_config import DiTConfig
 from liftplace_jax.networks import from_tensors, load_network, make_apply
@@ -481,3 +482,9 @@ def test_published_weights_of_a_pruned_start(tmp_path, teacher, constructed):
         Experiment(
             tiny(compress__checkpoint=str(teacher), model__class_dropout=0.0), tmp_path / "bad"
         )
+
+
+def test_the_picture_of_a_search_has_its_blocks_in_order():
+    rows = [dict(sorted((f"keep.{i}", i / 12 + step) for i in range(12))) for step in (0, 1)]
+    expected = np.stack([np.arange(12) / 12, np.arange(12) / 12 + 1], axis=1)
+    np.testing.assert_allclose(keep_probabilities(rows), expected)

@@ -118,6 +118,7 @@ def test_folders_of_one_and_of_many_students(tmp_path):
     ("mesh.data", 3, "mesh data=3 x fsdp=1 does not fit 8 devices"),
     ("model.ch_mult", (), "config.model: .*ch_mult"),
     ("model.num_groups", 3, "config.model: "),
+    ("data.image_size", 16, "images of config.data.image_size 16 do not fit: .* takes 8x8"),
     ("model.out_channels", 2, "config.model: .* 2 channels .* of 1; .*variance=fixed needs 1"),
     ("model.model", "dit2", "config.model: unknown model 'dit2'"),
     ("model.in_channels", 3, "config.model: the network predicts 1 channels .* of 3"),

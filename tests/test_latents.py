@@ -18,7 +18,7 @@ from liftplace_jax import encoding, models, weights
 from liftplace_jax.autoencoders import load_autoencoder
 from liftplace_jax.configuration import default_config
 from liftplace_jax.data import eval_batches, latent_store, load_latents, load_source, train_batches
-from liftplace_jax.data.latent_store import normal
+from liftplace_jax.data.latent_store import check_autoencoder, normal
 from liftplace_jax.models import AutoencoderConfig
 from liftplace_jax.training import sharding
 
@@ -351,10 +351,23 @@ def test_a_truncated_shard_is_made_anew(copy, encoded, data_dir, autoencoder):
     assert shards(copy) == shards(encoded)
 
 
-def test_another_autoencoder_than_that_of_the_latents(source, autoencoder):
-    source.check_autoencoder(load_autoencoder(autoencoder).sha256)
-    with pytest.raises(ValueError, match=r"was encoded by another autoencoder \(tiny, sha256 "):
-        source.check_autoencoder("0" * 64)
+def test_another_autoencoder_than_that_of_the_latents(encoded, autoencoder, tmp_path):
+    identity = load_autoencoder(autoencoder).identity
+    check_autoencoder(encoded, identity | {"name": "a copy of it"})
+    check_autoencoder(tmp_path, identity)  # nothing encoded yet
+    for change in ({"sha256": "0" * 64}, {"scaling_factor": 1.0}, {"shift_factor": 0.1}):
+        message = rf"was encoded by another autoencoder \(tiny\)(.|\n)*{[*change][0]}: "
+        with pytest.raises(ValueError, match=message):
+            check_autoencoder(encoded, identity | change)
+
+
+def test_labels_that_are_no_class_are_refused_where_labels_are_used(copy):
+    edit(copy, num_classes=3)
+    source = load_latents(copy, TRAIN)
+    assert source.get(np.arange(43))["label"].max() > 2
+    source.check_labels = True
+    with pytest.raises(ValueError, match="label . is no class, there are 3 from 0"):
+        source.get(np.arange(43))
 
 
 # The command --------------------------------------------------------------------------------------

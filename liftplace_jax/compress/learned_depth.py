@@ -7,7 +7,9 @@ prune_by_learning.py. The trained parameters are {"gates": (G, C), "lora": {...}
   masks have a categorical distribution, softmax(scale * gates), drawn by straight-through
   Gumbel-softmax, one draw a step.
 - A low-rank update of each block's linear layers stands for the fine-tuning that will follow, so
-  that what is learnt is how well a choice recovers. It is thrown away with the search.
+  that what is learnt is how well a choice recovers. It is thrown away with the search. (The
+  published script updates the embedders and the final layer too, and trains the gates at ten times
+  the others' learning rate, which is part of the gates' scale here.)
 """
 
 from __future__ import annotations

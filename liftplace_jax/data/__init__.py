@@ -1,7 +1,15 @@
 """Data sets by name, and batches whose order is a function of (seed, step) alone."""
 
-from liftplace_jax.data.latent_store import LatentSource, load_latents
+from liftplace_jax.data.latent_store import LatentSource, check_autoencoder, load_latents
 from liftplace_jax.data.named import load_source
 from liftplace_jax.data.pipeline import Source, eval_batches, train_batches
 
-__all__ = ["LatentSource", "Source", "eval_batches", "load_latents", "load_source", "train_batches"]
+__all__ = [
+    "LatentSource",
+    "Source",
+    "check_autoencoder",
+    "eval_batches",
+    "load_latents",
+    "load_source",
+    "train_batches",
+]

@@ -99,7 +99,9 @@ def claim(folder: Path, manifest: Mapping[str, Any], process_index: int) -> None
                 + "\n  ".join(lines)
                 + "\nChoose another config.latents.path, or go back to those settings."
             )
-    elif folder.exists() and any(file.name[0] != "." for file in folder.iterdir()):
+    elif folder.exists() and any(
+        file.name[0] != "." and file.name != _MANIFEST for file in folder.iterdir()
+    ):  # by now another process may have written it
         raise ValueError(
             f"{folder} is not empty and has no {_MANIFEST}: choose another config.latents.path"
         )
@@ -146,13 +148,18 @@ class LatentSource:
       name: name used in error messages.
       image_shape: (h, w, C) of every latent.
       num_classes: number of classes, or None if there are no labels.
+      classes: their names, if known; those of every split.
+      check_labels: as of `Source`.
     """
+
+    check_labels = False
 
     def __init__(self, name: str, shards: list[Shard], manifest: Mapping[str, Any]):
         """See `load_latents`."""
         self.name = name
         self.image_shape = tuple(manifest["shape"])
         self.num_classes = manifest["num_classes"]
+        self.classes = tuple(manifest.get("classes", ()))
         self._autoencoder = dict(manifest["autoencoder"])
         self._shards = shards
         self._shard_size = manifest["shard_size"]
@@ -179,6 +186,12 @@ class LatentSource:
         """
         indices = np.asarray(indices)
         records = self._read(indices)
+        outside = (records["label"] < 0) | (records["label"] >= (self.num_classes or 0))
+        if self.check_labels and outside.any():
+            raise ValueError(
+                f"{self.name}, example {indices[outside][0]}: label {records['label'][outside][0]} "
+                f"is no class, there are {self.num_classes} from 0; this split may be unlabelled"
+            )
         flips = np.zeros(len(indices), int) if mirrored is None else np.asarray(mirrored, int)
         moments = records["moments"][np.arange(len(indices)), flips].astype(np.float32)
         latents = moments[:, 0]
@@ -192,16 +205,6 @@ class LatentSource:
             "label": records["label"].astype(np.int32),
         }
 
-    def check_autoencoder(self, sha256: str) -> None:
-        """Raises a ValueError unless the latents are of the autoencoder of this digest."""
-        if sha256 != self._autoencoder["sha256"]:
-            raise ValueError(
-                f"{self.name} was encoded by another autoencoder "
-                f"({self._autoencoder['name']}, sha256 {self._autoencoder['sha256'][:12]}) than "
-                f"config.latents.autoencoder (sha256 {sha256[:12]}): set it to that one, or "
-                "encode the data anew into another config.latents.path"
-            )
-
     def _read(self, indices):
         records = np.empty(len(indices), self._dtype)
         numbers, offsets = np.divmod(indices, self._shard_size)
@@ -214,6 +217,29 @@ class LatentSource:
                 reason = (str(error).splitlines() or [""])[0]
                 raise ValueError(f"{_damaged(path)} ({reason})") from error
         return records
+
+
+def check_autoencoder(folder: Path, autoencoder: Mapping[str, Any]) -> None:
+    """Checks that a folder's latents, if there are any yet, are of an autoencoder.
+
+    Args:
+      folder: config.latents.path.
+      autoencoder: its identity, as latents.json has it: name, sha256, scaling_factor and
+        shift_factor.
+
+    Raises:
+      ValueError: they are of another one; says the difference.
+    """
+    if not (folder / _MANIFEST).exists():
+        return
+    old = read_manifest(folder)["autoencoder"]
+    lines = differences(dict(old) | {"name": None}, dict(autoencoder) | {"name": None})
+    if lines:
+        raise ValueError(
+            f"{folder} was encoded by another autoencoder ({old['name']}) than "
+            f"config.latents.autoencoder ({autoencoder['name']}):\n  " + "\n  ".join(lines)
+            + "\nSet it to that one, or encode the data anew into another config.latents.path."
+        )
 
 
 def load_latents(path: str | os.PathLike, split: str) -> LatentSource:

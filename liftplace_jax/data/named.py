@@ -2,7 +2,8 @@
 
 import importlib.util
 import os
-from pathlib import Path
+
+from etils import epath
 
 from liftplace_jax.data.folder import ImageFolder
 from liftplace_jax.data.pipeline import Source
@@ -21,20 +22,23 @@ _BY_HAND = {
 
 
 def load_source(
-    name, split, *, data_dir=None, image_size=None, path=None, channels=3, crop=None
-):
+    name, split, *, data_dir=None, image_size=None, path=None, channels=3, crop=None,
+    resize="bilinear",
+):  # fmt: skip
     """Opens a split of a TFDS data set, prepared on first use, or of a folder of images.
 
     Args:
       name: "folder", "digits" (embedded, needs no network) or any TFDS image data set, such as
         "cifar10", "celeb_a" (published crop to 128x128 first) or "lsun/bedroom".
       split: TFDS split, such as "train", "test" or "train[:90%]"; for a folder see `ImageFolder`.
-      data_dir: directory of prepared data; default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      data_dir: directory of prepared data, gs://... too; default $TFDS_DATA_DIR or
+        ~/tensorflow_datasets.
       image_size: optional side to resize and centre-crop to.
       path: the folder, if that is the name.
       channels: of the images of a folder, 1 or 3.
       crop: optional (left, upper, right, lower) in pixels, cut out first; default: the data set's
         published crop, if it has one.
+      resize: how images are resized, of `pipeline.RESIZES`.
 
     Returns:
       A `Source`.
@@ -51,13 +55,13 @@ def load_source(
         records = ImageFolder(path, split, channels)
         return Source(
             f"{path} ({split})", records, image_shape=records.image_shape, crop=crop,
-            image_size=image_size, num_classes=len(records.classes) or None,
+            image_size=image_size, num_classes=len(records.classes) or None, resize=resize,
+            classes=records.classes,
         )  # fmt: skip
     import tensorflow_datasets as tfds
 
-    data_dir = str(
-        Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-    )
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    data_dir = os.fspath(epath.Path(data_dir).expanduser())  # gs://... stays what it is
     builder = _prepared_builder(name, data_dir)
     features = builder.info.features
     if not isinstance(features, dict | tfds.features.FeaturesDict) or "image" not in features:
@@ -82,6 +86,8 @@ def load_source(
         num_classes=label.num_classes if isinstance(label, tfds.features.ClassLabel) else None,
         crop=crop,
         image_size=image_size,
+        resize=resize,
+        classes=label.names if isinstance(label, tfds.features.ClassLabel) else (),
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 _CACHE_BYTES = 256 * 2**20
+RESIZES = {"bilinear": Image.Resampling.BILINEAR, "adm": Image.Resampling.BICUBIC}
 
 
 class Source:
@@ -25,7 +26,11 @@ class Source:
       name: name used in error messages.
       image_shape: (H, W, C) of every image, H = W.
       num_classes: number of classes, or None if there are no labels.
+      classes: their names, if known.
+      check_labels: whether a label that is no class is refused; set where labels are used.
     """
+
+    check_labels = False
 
     def __init__(
         self,
@@ -37,6 +42,8 @@ class Source:
         num_classes=None,
         crop=None,
         image_size=None,
+        resize="bilinear",
+        classes=(),
     ):
         """Wraps a random-access sequence of {"image": (H, W, C) array, "label": int, ...}.
 
@@ -49,16 +56,24 @@ class Source:
           dtype: uint8 (0..255), or a floating type (images in [-1, 1] already, never resized).
           num_classes: number of classes, or None: all labels are then 0.
           crop: optional (left, upper, right, lower) in pixels, cut out first.
-          image_size: optional side of the result: the shorter side is resized to it (bilinear,
-            antialiased), then the centre is cropped.
+          image_size: optional side of the result: the shorter side is resized to it, then the
+            centre is cropped.
+          resize: how, of RESIZES: "bilinear" (antialiased), or "adm", as ADM and DiT prepare
+            ImageNet: halved by averaging while twice as large, then bicubic.
+          classes: names of the classes, if known.
 
         Raises:
-          ValueError: no images, a dtype other than these, or a result that is not square.
+          ValueError: no images, a dtype other than these, an unknown resize, or a result that is
+            not square.
         """
         if len(records) == 0:
             raise ValueError(f"data set {name} has no images")
         self.name = name
         self.num_classes = num_classes
+        self.classes = tuple(classes)
+        if resize not in RESIZES:
+            raise ValueError(f"unknown resize {resize!r}; known: {list(RESIZES)}")
+        self._resize = resize
         self._records = records
         self._dtype = np.dtype(dtype)
         self._crop = crop
@@ -128,25 +143,38 @@ class Source:
         if self._crop and (image.shape[1] < self._crop[2] or image.shape[0] < self._crop[3]):
             raise ValueError(f"{where}: the crop {self._crop} is not within {image.shape}")
         if self._crop or self._image_size:
-            image = _crop_and_resize(image, self._crop, self._image_size)
+            image = _crop_and_resize(image, self._crop, self._image_size, self._resize)
         if image.shape != self.image_shape:
             raise ValueError(f"{where}: image has shape {image.shape}, want {self.image_shape}")
         if self._dtype != np.uint8 and not np.isfinite(image).all():
             raise ValueError(f"{where}: image has non-finite values")
-        return image, 0 if self.num_classes is None else int(record["label"])
+        label = 0 if self.num_classes is None else int(record["label"])
+        if self.check_labels and not 0 <= label < (self.num_classes or 0):
+            raise ValueError(
+                f"{where}: label {label} is no class, there are {self.num_classes} from 0; this "
+                "split may be unlabelled"
+            )
+        return image, label
 
 
-def _crop_and_resize(image, crop, size):
-    """Crop, resize of the shorter side, centre crop, as torchvision does on PIL images."""
+def _crop_and_resize(image, crop, size, resize):
+    """Crop, resize of the shorter side, centre crop; bilinear as torchvision does on PIL images."""
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     if crop:
         picture = picture.crop(crop)
     if size and picture.size != (size, size):
+        while resize == "adm" and min(picture.size) >= 2 * size:
+            halved = picture.width // 2, picture.height // 2
+            picture = picture.resize(halved, Image.Resampling.BOX)
         width, height = picture.size
         short = min(width, height)
-        shape = (int(size * width / short), int(size * height / short))
-        picture = picture.resize(shape, Image.Resampling.BILINEAR)
-        left, top = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
+        if resize == "adm":
+            shape = (round(size / short * width), round(size / short * height))
+            left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
+        else:
+            shape = (int(size * width / short), int(size * height / short))
+            left, top = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
+        picture = picture.resize(shape, RESIZES[resize])
         picture = picture.crop((left, top, left + size, top + size))
     return np.asarray(picture).reshape(picture.height, picture.width, image.shape[-1])
 

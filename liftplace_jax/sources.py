@@ -1,0 +1,90 @@
+"""An experiment's data, by use ("train", "test"): images, and the latents of images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from liftplace_jax import data
+
+USES = ("train", "test")
+
+
+def load_split(fields: ConfigDict, split: str, channels: int) -> data.Source:
+    """The images of a split of config.data."""
+    return data.load_source(
+        fields.name, split, data_dir=fields.data_dir, image_size=fields.image_size,
+        path=fields.path, crop=fields.crop, channels=channels, resize=fields.resize,
+    )  # fmt: skip
+
+
+def open_images(fields: ConfigDict, shape: tuple[int, int, int]) -> dict[str, data.Source]:
+    """The images of config.data, by use.
+
+    Args:
+      fields: config.data.
+      shape: (H, W, C) that they must have.
+
+    Raises:
+      ValueError: they have another.
+    """
+    sources = {use: load_split(fields, fields[f"{use}_split"], shape[-1]) for use in USES}
+    if sources["train"].image_shape != shape:
+        raise ValueError(
+            f"data set {fields.name} has images {sources['train'].image_shape}, the model "
+            f"takes {shape}: set config.data.image_size or config.model"
+        )
+    return sources
+
+
+def open_latents(config: ConfigDict, model: Any) -> dict[str, data.LatentSource]:
+    """The latents of config.latents.path, by use.
+
+    Args:
+      config: the experiment's.
+      model: the network's config, whose input they must be.
+
+    Raises:
+      ValueError: they are not encoded yet, or of another shape.
+    """
+    path = config.latents.path
+    sources = {use: data.load_latents(path, config.data[f"{use}_split"]) for use in USES}
+    expected = (model.image_size, model.image_size, model.in_channels)
+    if sources["train"].image_shape != expected:
+        raise ValueError(
+            f"the latents of {path} are {sources['train'].image_shape}, the model takes "
+            f"{expected}: change config.model, or encode the data anew"
+        )
+    return sources
+
+
+def check_classes(sources: Mapping[str, Any], num_classes: int) -> None:
+    """Checks the labels of every split against each other and a model, where labels are used.
+
+    Args:
+      sources: by use or split.
+      num_classes: of the model; 0 if it is unconditional.
+
+    Raises:
+      ValueError: a split has other classes than the model, or than another split.
+    """
+    if not num_classes:
+        return
+    for source in sources.values():
+        if source.num_classes != num_classes:
+            raise ValueError(
+                f"{source.name} has {source.num_classes or 'no'} classes, "
+                f"config.model.num_classes is {num_classes} (the classes of a folder of images are "
+                "the subfolders of each split)"
+            )
+        source.check_labels = True
+    first, *others = sources.values()
+    for other in others:
+        if other.classes != first.classes:
+            differ = sorted(set(first.classes).symmetric_difference(other.classes))
+            raise ValueError(
+                f"{first.name} and {other.name} have different classes: {differ[:5]} are in one of "
+                "them alone"
+            )
