@@ -260,12 +260,14 @@ def test_labels_must_be_classes_in_every_split(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "pictures" / "test" / "d" / "6.png")
     with pytest.raises(ValueError, match="different classes: .'a', 'd'. are in one of them alone"):
         Experiment(config, tmp_path / "run").sources  # noqa: B018
-    unlabelled = Source("x", [{"image": np.zeros((8, 8, 1), np.uint8), "label": -1}],
-                        image_shape=(8, 8, 1), num_classes=3)  # fmt: skip
+    records = [{"image": np.zeros((8, 8, 1), np.uint8), "label": -1}]
+    unlabelled, used = (
+        Source("x", records, image_shape=(8, 8, 1), num_classes=3) for _ in range(2)
+    )
     assert unlabelled.get([0])["label"] == -1  # fine where labels are not used
-    check_classes({"train": unlabelled}, 3)
+    check_classes({"train": used}, 3)
     with pytest.raises(ValueError, match="example 0: label -1 is no class, there are 3 from 0"):
-        unlabelled.get([0])
+        used.get([0])
 
 
 def test_latent_models_on_images_are_refused(tmp_path):
