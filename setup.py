@@ -51,7 +51,7 @@ setup(
             "nbclient>=0.10",
             "nbformat>=5.10",
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "pytorch-fid>=0.3,<0.4",
             "ruff>=0.12",
             # pytorch-fid calls sqrtm(disp=), which 1.18 has no more.
