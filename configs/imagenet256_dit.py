@@ -41,7 +41,7 @@ Arguments after a colon, as in `--config=configs/imagenet256_dit.py:student=D7,l
               python -c "import liftplace_jax.autoencoders as a; a.write_random_autoencoder('ae')"
 
 Without TFDS: `--config.data.name=folder --config.data.path=FOLDER`, images in FOLDER/train/<class>/
-and FOLDER/validation/<class>/.
+and FOLDER/validation/<class>/, with `--config.model.num_classes=N` if there are not 1000 classes.
 """
 
 from ml_collections import ConfigDict, config_dict

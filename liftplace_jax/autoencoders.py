@@ -17,7 +17,7 @@ from flax import nnx
 from liftplace_jax import models, weights
 from liftplace_jax.diffusers_config import DiffusersError
 from liftplace_jax.diffusers_folder import current_name, read_weights
-from liftplace_jax.models.autoencoder_config import AutoencoderConfig
+from liftplace_jax.models.autoencoder_config import AutoencoderConfig, from_latents
 from liftplace_jax.networks import Network, from_tensors, load_network
 
 # diffusers' defaults of the fields that are ours too (0.42 "autoencoder_kl.py"); shift_factor is
@@ -37,16 +37,6 @@ _FIXED = {
 }
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 _IGNORED = ("force_upcast",)  # about float16
-
-
-def to_latents(mean: Any, shift: float, scale: float) -> Any:
-    """What a network sees of what an encoder gives: (mean - shift) * scale."""
-    return (mean - shift) * scale
-
-
-def from_latents(latents: Any, shift: float, scale: float) -> Any:
-    """The inverse of `to_latents`: what a decoder takes."""
-    return latents / scale + shift
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,11 +61,12 @@ def student_objective(
     fields, method = config.distill, METHODS[name]
     layer_map, params = None, {"student": start.params}
     if method.feature:
-        layer_map = read_layer_map(fields.layer_map) or start.config.layer_map(teacher.config)
+        matched = match_features(
+            start, teacher, read_layer_map(fields.layer_map), fields.feature.adapters
+        )
+        layer_map = {student: name for student, (name, _, _) in matched.items()}
         if fields.feature.adapters:
             params["adapters"] = make_adapters(start, teacher, layer_map, seed)
-        else:
-            match_features(start, teacher, layer_map, adapters=False)
     if fields.weight.name == "learnable" and method.output in OUTPUT_LOSSES:
         value = fields.weight.value
         params["weight_logit"] = jnp.float32(math.log(value / (1 - value)))

@@ -195,7 +195,7 @@ def calculate() -> str:
     from liftplace_jax import evaluation, runtime
     from liftplace_jax.files import write_json
 
-    generated = features_of(open_images(_FLAGS.images))
+    generated = features_of(open_images(_FLAGS.images), generated=True)
     reference = Path(_FLAGS.ref).expanduser()
     if reference.is_dir():
         real = features_of(open_images(_FLAGS.ref))
@@ -232,7 +232,7 @@ def open_images(path: str | os.PathLike):
     )
 
 
-def features_of(source, limit: int | None = None):
+def features_of(source, limit: int | None = None, generated: bool = False):
     """`Samples` of the images of a `Source`, over all devices, with progress."""
     from liftplace_jax import evaluation
     from liftplace_jax.training import sharding
@@ -247,7 +247,7 @@ def features_of(source, limit: int | None = None):
         return evaluation.reference(
             source, extractor, batch_size=_FLAGS.batch_size, limit=limit,
             sharding=sharding.batch_sharding(sharding.make_mesh({"data": -1})),
-            progress=lambda done: bar.update(done - bar.n),
+            progress=lambda done: bar.update(done - bar.n), generated=generated,
         )  # fmt: skip
     finally:
         bar.close()

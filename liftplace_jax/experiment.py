@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,23 +22,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from liftplace_jax import (
     compressing,
-    configuration,
     data,
     evaluation,
     models,
     runtime,
     weights,
 )
+from liftplace_jax import workdir as workdirs
 from liftplace_jax.autoencoders import AutoencoderNetwork, load_autoencoder
 from liftplace_jax.checks import check_config, read_layer_map, under
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
 from liftplace_jax.distillation import loss_options, make_task, student_objective
-from liftplace_jax.files import write_json
+from liftplace_jax.evaluation.samples import replicated
 from liftplace_jax.networks import (
     Network,
     is_saved,
@@ -113,7 +111,7 @@ class Experiment:
                 raise ValueError(f"{config.model.model!r} is no network that denoises")
         self._check_later_stages()
         if claim:
-            self._claim_workdir()
+            workdirs.claim(self.workdir, config)
 
     def _check_later_stages(self):
         """Finds now, from shapes alone, what would fail after hours of training."""
@@ -164,43 +162,6 @@ class Experiment:
                 student, teacher, read_layer_map(config.distill.layer_map),
                 config.distill.feature.adapters,
             )  # fmt: skip
-
-    def _claim_workdir(self):
-        new, path = configuration.to_json(self.config), self.workdir / "config.json"
-        # Hidden files do not count: a run killed as it wrote config.json leaves one.
-        found = [
-            child.name for child in (self.workdir.iterdir() if self.workdir.exists() else ())
-            if not child.name.startswith(".")
-        ]  # fmt: skip
-        if path.exists():
-            try:
-                old = dict(json.loads(path.read_text()))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path} is no config of a work directory: {error}") from error
-            full = configuration.completed(old)
-            # A run may go on on other hardware.
-            setup = dict.fromkeys(configuration.SETUP)
-            lines = configuration.differences(full | setup, new | setup)
-            # Alone, it is from a run that was refused before it made anything.
-            alone = found == [path.name] and old.keys() == new.keys()
-            if lines and not alone:
-                raise ValueError(
-                    f"{self.workdir} was made with another config (old -> new):\n  "
-                    + "\n  ".join(lines)
-                    + "\nChoose another --workdir, or go on with the config it was made with."
-                )
-        elif found:
-            raise ValueError(
-                f"{self.workdir} is not empty and has no config.json: it is no work directory. "
-                "Choose another --workdir."
-            )
-        runtime.barrier("claim")  # all have looked
-        if runtime.is_first():
-            try:
-                write_json(path, new)
-            except OSError as error:
-                raise OSError(f"the work directory cannot be written: {error}") from error
-        runtime.wait_for(path)
 
     @property
     def runs(self) -> list[Run]:
@@ -430,7 +391,7 @@ class Experiment:
         real = evaluation.moments_of(self.real)
         distance = jax.jit(evaluation.frechet_distance_in_graph)
         # Whole on each device: split parameters would send the samples around instead.
-        whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+        whole = jax.jit(lambda tree: tree, out_shardings=replicated(self.batch_sharding))
 
         def curve(params) -> float:
             samples = evaluation.collect(

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax.sharding import NamedSharding, PartitionSpec
 
 from liftplace_jax import evaluation, models, runtime
+from liftplace_jax.evaluation.samples import replicated
 from liftplace_jax.experiment import Experiment
 from liftplace_jax.files import write_json, write_npz
 from liftplace_jax.networks import Network, load_network, make_apply
@@ -158,7 +158,7 @@ def draw(
 
 def _placed_params(experiment: Experiment, network: Network) -> Any:
     """What the sampler takes as parameters, on every device once and not at every batch."""
-    whole = NamedSharding(experiment.mesh, PartitionSpec())
+    whole = replicated(experiment.batch_sharding)
     params = experiment.sampler_params(network.params)
     return sharding.place(params, jax.tree.map(lambda _: whole, params))
 

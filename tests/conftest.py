@@ -11,6 +11,8 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import functools
+import importlib.util
 import json
 from pathlib import Path
 
@@ -52,6 +54,16 @@ def one_device():
         jax.clear_caches()
         yield
     jax.clear_caches()
+
+
+@functools.cache
+def config_module(name):
+    """The module configs/<name>.py."""
+    path = GOLDEN.parents[1] / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def nhwc(array):

@@ -19,11 +19,10 @@ from torch_unet import randomise
 from liftplace_jax import models, weights
 from liftplace_jax.autoencoders import (
     config_from_diffusers,
-    from_latents,
     load_autoencoder,
-    to_latents,
 )
 from liftplace_jax.models import AutoencoderConfig
+from liftplace_jax.models.autoencoder_config import from_latents, to_latents
 from liftplace_jax.training import sharding
 
 # config.json of stabilityai/sd-vae-ft-mse, and of "vae" in stabilityai/stable-diffusion-3-medium.

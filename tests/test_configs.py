@@ -1,7 +1,5 @@
 """The published experiments: their numbers, and each one in miniature from teacher to report."""
 
-import functools
-import importlib.util
 import json
 import os
 import re
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from conftest import GOLDEN
+from conftest import config_module as module
 from PIL import Image
 
 from liftplace_jax import models
@@ -35,14 +34,6 @@ CONFIGS = {
     "cifar10_unet": ("cifar10", {0.3: 100_000, 0.5: 100_000, 0.9: 100_000}),
 }  # fmt: skip
 NAMES = pytest.mark.parametrize("name", CONFIGS)
-
-
-@functools.cache
-def module(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 def get_config(name, arg=None):

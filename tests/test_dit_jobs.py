@@ -1,7 +1,6 @@
 """The DiT experiments: their published settings, and each in miniature from teacher to report."""
 
 import functools
-import importlib.util
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from conftest import config_module as module
 from PIL import Image
 
 from liftplace_jax import models
@@ -28,14 +28,6 @@ from liftplace_jax.training.metrics_io import read_metrics
 ROOT = Path(__file__).parent.parent
 FACTS = json.loads((GOLDEN / "dit_facts.json").read_text())
 STUDENTS = {"D19": 19, "D14": 14, "D7": 7, "D4": 4}
-
-
-@functools.cache
-def module(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 def imagenet(arg=None):

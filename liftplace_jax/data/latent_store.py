@@ -23,6 +23,7 @@ import numpy as np
 
 from liftplace_jax.configuration import differences
 from liftplace_jax.files import replacing, write_json
+from liftplace_jax.models.autoencoder_config import to_latents
 
 SHARD_SIZE = 8192
 """Examples in a shard: what is lost when encoding is cut off, 270 MB of latents of (32, 32, 4)."""
@@ -201,7 +202,7 @@ class LatentSource:
             latents += np.exp(0.5 * moments[:, 1]) * np.stack(noise)
         shift, scale = (self._autoencoder[f] for f in ("shift_factor", "scaling_factor"))
         return {
-            "image": (latents - np.float32(shift)) * np.float32(scale),
+            "image": to_latents(latents, np.float32(shift), np.float32(scale)),
             "label": records["label"].astype(np.int32),
         }
 

@@ -24,7 +24,7 @@ class Samples:
 
     Attributes:
       moments: `Moments` of the features.
-      features: (N, D) float32 NumPy array; of real images the first 10,000 rows.
+      features: (N, D) float32 NumPy array; of real images the first REFERENCE_ROWS.
       images: the first images, (M, H, W, C) uint8 NumPy array.
       extractor: the `Extractor` that made the features; None: there are none, D = 0.
       spatial: `Moments` of the spatial features, or None if the extractor has none.
@@ -106,9 +106,10 @@ def collect(
 
 
 def reference(
-    source, extractor, *, batch_size, limit=None, sharding=None, keep_images=0, progress=None
-):
-    """Features of real images.
+    source, extractor, *, batch_size, limit=None, sharding=None, keep_images=0, progress=None,
+    generated=False,
+):  # fmt: skip
+    """Features of real images, or of generated ones that were saved.
 
     Args:
       source: a `liftplace_jax.data.Source`.
@@ -118,6 +119,8 @@ def reference(
       sharding: optional `NamedSharding` of the batch axis; without one, every process reads all.
       keep_images: number of images to return.
       progress: optional function called with the number of images done.
+      generated: whether they are generated images: then, as in `collect`, the rows of all are
+        kept, and their logits.
 
     Returns:
       `Samples` of exactly `limit` images.
@@ -134,7 +137,7 @@ def reference(
 
     shape = (batch_size, *source.image_shape)
     batches = global_batches(source, batch_size, limit, sharding)
-    limits = {"features": REFERENCE_ROWS}
+    limits = dict.fromkeys(ROWS, len(source)) if generated else {"features": REFERENCE_ROWS}
     return _gather(add, batches, shape, extractor, sharding, keep_images, limits, progress)
 
 

@@ -2,8 +2,19 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from liftplace_jax.models.model_config import ModelConfig, check_count
+
+
+def to_latents(mean: Any, shift: float, scale: float) -> Any:
+    """What a network sees of what an encoder gives: (mean - shift) * scale."""
+    return (mean - shift) * scale
+
+
+def from_latents(latents: Any, shift: float, scale: float) -> Any:
+    """The inverse of `to_latents`: what a decoder takes."""
+    return latents / scale + shift
 
 
 @dataclasses.dataclass(frozen=True)
