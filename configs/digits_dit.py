@@ -11,7 +11,7 @@ Arguments after a colon, for example `--config=configs/digits_dit.py:method=outp
     depth     blocks that the student keeps (2)
     layers    which: uniform, similarity, loss, learned, or their numbers, 1+6
     seed      of teacher and student (0); seeds=0+1+2 trains several students
-    runlocal  the same in under a minute
+    runlocal  the same in about a minute
 """
 
 from ml_collections import ConfigDict
