@@ -46,6 +46,8 @@ setup(
     extras_require={
         "test": [
             "diffusers>=0.36,<0.44",
+            "gcp-storage-emulator>=2026.7",
+            "gcsfs>=2025.9",
             "hypothesis>=6.100",
             "ipykernel>=6.29",
             "nbclient>=0.10",
@@ -63,7 +65,8 @@ setup(
         ],
         "torch": ["torch>=2.6"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
-        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "gcs": ["gcsfs>=2025.9"],
+        "tpu": ["jax[tpu]>=0.10,<0.12", "gcsfs>=2025.9"],
     },
     entry_points={"console_scripts": ["liftplace=liftplace_jax.main:entry_point"]},
 )

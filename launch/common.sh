@@ -112,9 +112,9 @@ check_config() {
 
 check_workdir() {
   case $workdir in
-    /*) ;;
-    *) fail "--workdir must be the absolute path of a folder that all hosts share (a bucket:" \
-      "mounted, for example by gcsfuse), got $workdir" ;;
+    /* | gs://?*) ;;
+    *) fail "--workdir must be in a bucket, gs://..., or the absolute path of a folder that all" \
+      "hosts share, got $workdir" ;;
   esac
 }
 

@@ -257,6 +257,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if not (options.logs_dir or options.workdir):
         parser.error("--workdir is needed; --help explains it")
     if not options.logs_dir:
+        if "://" in options.workdir:
+            parser.error("--logs_dir is needed, as the work directory is in a bucket")
         options.logs_dir = options.workdir.rstrip("/") + "-logs"
     return options, argv[split + 1 :]
 

@@ -2,13 +2,13 @@
 # Runs on a Cloud TPU VM: one host or a pod. Makes it, installs there, starts every worker.
 #
 #   launch/tpu_vm.sh --name=lift --zone=us-west4-a --accelerator-type=v5litepod-16 --spot \
-#       --config=configs/celeba64_unet.py:ratio=0.9 --workdir=/mnt/runs/celeba-90 [-- FLAG...]
+#       --config=configs/celeba64_unet.py:ratio=0.9 --workdir=gs://BUCKET/celeba-90 [-- FLAG...]
 #
 # The same command goes on after a preemption or a crash; it makes the TPU anew if need be.
 #
 #   --config FILE[:args]    as of liftplace_jax.main; the file is that of --ref
-#   --workdir FOLDER        absolute path on a disk that all workers mount (Filestore; a bucket by
-#                           gcsfuse)
+#   --workdir FOLDER        in a bucket, gs://..., or the absolute path of a disk that all workers
+#                           mount (such as Filestore)
 #   --name NAME             of the TPU (and of the queued resource)
 #   --zone ZONE             such as us-west4-a
 #   --accelerator-type TYPE such as v5litepod-16; its list: gcloud compute tpus accelerator-types

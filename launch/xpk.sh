@@ -2,13 +2,13 @@
 # Runs on TPUs of a GKE cluster, through xpk (pip install xpk; https://github.com/AI-Hypercomputer/xpk).
 #
 #   launch/xpk.sh --cluster=CLUSTER --name=lift --tpu-type=v5litepod-16 \
-#       --config=configs/celeba64_unet.py:ratio=0.9 --workdir=/mnt/runs/celeba-90 [-- FLAG...]
+#       --config=configs/celeba64_unet.py:ratio=0.9 --workdir=gs://BUCKET/celeba-90 [-- FLAG...]
 #
 # Preempted or crashed workers are restarted by the cluster and go on from the last checkpoint; bad
 # input (status 2) is not tried again.
 #
 #   --config FILE[:args]    as of liftplace_jax.main; the file is that of this folder, or the image
-#   --workdir FOLDER        absolute path on a volume that all pods mount (a bucket: by gcsfuse)
+#   --workdir FOLDER        in a bucket, gs://..., or the absolute path of a volume that all pods mount
 #   --name NAME             of the workload
 #   --cluster CLUSTER       made by: xpk cluster create
 #   --tpu-type TYPE         such as v5litepod-16

@@ -15,6 +15,7 @@ import jax
 from flax import nnx
 
 from liftplace_jax import models, weights
+from liftplace_jax.buckets import as_path
 from liftplace_jax.diffusers_config import DiffusersError
 from liftplace_jax.diffusers_folder import current_name, read_weights
 from liftplace_jax.models.autoencoder_config import AutoencoderConfig, from_latents
@@ -87,7 +88,7 @@ def load_autoencoder(path: str | os.PathLike) -> AutoencoderNetwork:
       ValueError: no such folder, it holds another network, or files that do not fit; names the
         path and every misfit.
     """
-    folder = Path(path)
+    folder = as_path(path)
     found = next((f for f in (folder, folder / "vae") if (f / "config.json").is_file()), None)
     if found is None:
         raise ValueError(f"{path}: no config.json of an autoencoder there, or in vae/")

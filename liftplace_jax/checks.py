@@ -65,6 +65,8 @@ def check_config(config: ConfigDict) -> None:
             f"got {config.compress.taylor_threshold}"
         )
     check_positive(config, "input_threads")
+    if config.memory_cache_mb < 0:
+        raise ValueError(f"config.memory_cache_mb must be >= 0, got {config.memory_cache_mb}")
     if config.transfer_guard is not None:
         check_choice("transfer_guard", config.transfer_guard, TRANSFER_GUARDS)
     read_profile_steps(config.profile_steps)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from liftplace_jax import compress, data, runtime, weights
+from liftplace_jax.buckets import as_path
 from liftplace_jax.checks import NORMALISATIONS, under
 from liftplace_jax.distillation import make_task
 from liftplace_jax.files import replacing, write_json
@@ -81,7 +82,7 @@ def _family(experiment: Experiment) -> Family:
 
 def _given_student(experiment: Experiment) -> Network:
     fields = experiment.config.compress
-    path = Path(fields.checkpoint).expanduser()
+    path = as_path(fields.checkpoint)
     if path.is_file():
         with under("compress."):
             config = _family(experiment).predict(experiment)

@@ -13,7 +13,10 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 SEPARATOR = ","
-SETUP = ("mesh", "input_threads", "profile_steps", "compile_cache", "transfer_guard")
+SETUP = (
+    "mesh", "input_threads", "memory_cache_mb", "data_cache", "profile_steps", "compile_cache",
+    "transfer_guard",
+)  # fmt: skip
 """Fields that say where and how a run runs, not what it computes: they may change under way."""
 
 
@@ -160,6 +163,9 @@ def default_config() -> ConfigDict:
     # all kernels by their last dimension. Tables that are looked up (of labels) are best whole.
     config.sharding_rules = ()
     config.input_threads = 2  # that make training batches ahead, each process's own
+    config.memory_cache_mb = 256  # MiB; splits that take less, decoded, stay in memory
+    # Folder on each host for data that lie in a bucket; default: ~/.cache/liftplace_jax.
+    config.data_cache = config_dict.placeholder(str)
     config.profile_steps = config_dict.placeholder(str)  # "100:105": a trace into the run's folder
     config.compile_cache = config_dict.placeholder(str)  # a folder, where programs are kept
     config.transfer_guard = config_dict.placeholder(str)  # "log" or "disallow", within a step

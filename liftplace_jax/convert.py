@@ -10,8 +10,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -46,13 +44,14 @@ def main(argv: list[str]) -> None:
 
 def convert() -> str:
     """Does what the flags say; returns what was done, as a sentence."""
-    path, out = Path(_MODEL.value).expanduser(), Path(_OUT.value).expanduser()
     # Late, so that --help and a misspelt flag answer at once.
     from liftplace_jax import models, weights
+    from liftplace_jax.buckets import as_path, on_this_machine
     from liftplace_jax.diffusers_folder import write_diffusers
     from liftplace_jax.files import replacing_folder
     from liftplace_jax.networks import load_checkpoint
 
+    path, out = as_path(_MODEL.value), on_this_machine(_OUT.value, "--out")
     config = None
     if _CONFIG.value is not None:
         config = models.config_from_dict(_CONFIG.value.model.to_dict(), partial=True)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from liftplace_jax import diffusers_dit, models, weights
+from liftplace_jax.buckets import as_path
 from liftplace_jax.diffusers_config import (
     DiffusersError,
     config_from_diffusers,
@@ -76,7 +77,7 @@ def read_diffusers(folder: str | os.PathLike) -> tuple[Any, dict[str, np.ndarray
       weights.WeightFileError: a file is missing or damaged.
       weights.WeightMismatchError: tensors do not fit the config; lists all, by their own names.
     """
-    found = find_folder(Path(folder))
+    found = find_folder(as_path(folder))
     if found is None:
         raise DiffusersError(
             f"{folder}: no config.json of {_KNOWN} there, or in {'/ or '.join(PARTS)}/"

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from liftplace_jax import data, runtime
 from liftplace_jax.autoencoders import AutoencoderNetwork, load_autoencoder
+from liftplace_jax.buckets import on_this_machine
 from liftplace_jax.data import latent_store
 from liftplace_jax.data.latent_store import Shard
 from liftplace_jax.evaluation.samples import check_batch, replicated
@@ -62,9 +63,9 @@ def encode_data(
         if not config.latents[field]:
             raise ValueError(f"config.latents.{field} is not set: it must be a folder")
     check_batch(batch_size, sharding)
-    autoencoder = load_autoencoder(Path(config.latents.autoencoder).expanduser())
+    autoencoder = load_autoencoder(config.latents.autoencoder)
     sources = _open_images(config, autoencoder)
-    folder = Path(config.latents.path).expanduser()
+    folder = on_this_machine(config.latents.path, "the folder that latents are written to")
     manifest = _manifest(config, autoencoder, sources, shard_size)
     latent_store.claim(folder, manifest, index)
     plan = [
@@ -92,7 +93,7 @@ def _open_images(config: ConfigDict, autoencoder: AutoencoderNetwork) -> dict[st
     """Split -> its images, which must become what config.model takes."""
     fields, step = config.data, autoencoder.config.downsampling
     sources = {
-        split: load_split(fields, split, autoencoder.config.in_channels)
+        split: load_split(config, split, autoencoder.config.in_channels)
         for split in dict.fromkeys((fields.train_split, fields.test_split))
     }  # fmt: skip
     wanted = config.model.image_size * step

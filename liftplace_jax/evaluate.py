@@ -19,6 +19,7 @@ from typing import Any
 
 from absl import app, flags
 
+from liftplace_jax.buckets import as_path, is_in_bucket, make_folder, on_this_machine
 from liftplace_jax.command_line import (
     define_runtime_flags,
     parse_flags,
@@ -88,10 +89,10 @@ def make_reference() -> str:
     """The verb ref."""
     from liftplace_jax import data, evaluation, runtime
 
-    out = Path(_FLAGS.out).expanduser()
-    if out.suffix != ".npz" or not out.parent.is_dir():
+    out = as_path(_FLAGS.out)
+    if out.suffix != ".npz" or not (is_in_bucket(out) or out.parent.is_dir()):
         raise ValueError(f"--out must be an .npz file in a folder that exists, got {out}")
-    path = Path(_FLAGS.data).expanduser()
+    path = on_this_machine(_FLAGS.data, "a folder of images")
     if path.is_dir():
         source = data.load_source(
             "folder", _FLAGS.split, path=path, image_size=_FLAGS.image_size
@@ -124,7 +125,7 @@ def generate() -> str:
     from liftplace_jax.scoring import draw, model_folders, protocol
     from liftplace_jax.training.metrics_io import progress
 
-    workdir = Path(_FLAGS.workdir).expanduser()
+    workdir = as_path(_FLAGS.workdir)
     experiment = Experiment(read_config(workdir), workdir, claim=False)
     folders = model_folders(experiment)
     if _FLAGS.model is not None:
@@ -136,8 +137,8 @@ def generate() -> str:
         title: load_network(folder, hint="finish the run first", params=_FLAGS.params)
         for title, folder in folders.items()
     }
-    out = Path(_FLAGS.out).expanduser() if _FLAGS.out else workdir / "evaluations"
-    out.mkdir(parents=True, exist_ok=True)
+    out = as_path(_FLAGS.out) if _FLAGS.out else workdir / "evaluations"
+    make_folder(out)
     fields, lines = experiment.config.evaluation, []
     stems = {t: f"{t.replace(' ', '_')}-{_FLAGS.params}-{fields.num_samples}" for t in networks}
     wanted = json.loads(json.dumps(protocol(experiment, _FLAGS.params)))
@@ -196,7 +197,7 @@ def calculate() -> str:
     from liftplace_jax.files import write_json
 
     generated = features_of(open_images(_FLAGS.images), generated=True)
-    reference = Path(_FLAGS.ref).expanduser()
+    reference = as_path(_FLAGS.ref)
     if reference.is_dir():
         real = features_of(open_images(_FLAGS.ref))
         name = {"folder": reference.name, "count": int(real.moments.count)}
@@ -210,7 +211,7 @@ def calculate() -> str:
         "protocol": protocol | {"reference": name, "precision": "float32"}, "versions": versions(),
     }  # fmt: skip
     if _FLAGS.out and runtime.is_first():
-        write_json(Path(_FLAGS.out).expanduser(), result)
+        write_json(_FLAGS.out, result)
     return summary(scores)
 
 
@@ -219,7 +220,7 @@ def open_images(path: str | os.PathLike):
     from liftplace_jax import data
     from liftplace_jax.evaluation.references import read_npz
 
-    path = Path(path).expanduser()
+    path = on_this_machine(path, "images")
     if path.suffix != ".npz":
         return data.load_source("folder", "all", path=path, image_size=_FLAGS.image_size)
     images = read_npz(path, ("arr_0",)).get("arr_0")

@@ -34,6 +34,7 @@ from liftplace_jax import (
 )
 from liftplace_jax import workdir as workdirs
 from liftplace_jax.autoencoders import AutoencoderNetwork, load_autoencoder
+from liftplace_jax.buckets import as_path
 from liftplace_jax.checks import check_config, read_layer_map, under
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
 from liftplace_jax.distillation import loss_options, make_task, student_objective
@@ -76,7 +77,7 @@ class Experiment:
 
     Args:
       config: as of `configuration.default_config`.
-      workdir: the work directory; made if missing.
+      workdir: the work directory, of this machine or a bucket (gs://...); made if missing.
       claim: whether it becomes (or must be) this config's; otherwise it is only read.
 
     Raises:
@@ -85,7 +86,7 @@ class Experiment:
     """
 
     def __init__(self, config: ConfigDict, workdir: Path, claim: bool = True):
-        self.config, self.workdir = config, Path(workdir)
+        self.config, self.workdir = config, as_path(workdir)
         self._samplers: dict[Any, Sampler] = {}
         check_config(config)
         self.mesh = sharding.make_mesh(config.mesh)
@@ -189,7 +190,7 @@ class Experiment:
             return None
         fields = self.config.evaluation
         if fields.reference:
-            return evaluation.load_reference(Path(fields.reference).expanduser())
+            return evaluation.load_reference(fields.reference)
         bar = progress("reference", len(self.images["train"]), unit="image")
         try:
             return evaluation.reference(
@@ -205,8 +206,8 @@ class Experiment:
         fields = self.config.latents
         if not fields.autoencoder:
             return None
-        autoencoder = load_autoencoder(Path(fields.autoencoder).expanduser())
-        data.check_autoencoder(Path(fields.path).expanduser(), autoencoder.identity)
+        autoencoder = load_autoencoder(fields.autoencoder)
+        data.check_autoencoder(fields.path, autoencoder.identity)
         return autoencoder
 
     @property
@@ -250,7 +251,7 @@ class Experiment:
     @functools.cached_property
     def images(self) -> dict[str, data.Source]:
         """Images by use; prepared on first use."""
-        sources = open_images(self.config.data, self.image_shape)
+        sources = open_images(self.config, self.image_shape)
         fields, count = self.config.evaluation, len(sources["train"])
         few = self.extractor and count < self.extractor.dim
         if few and not fields.reference and fields.num_samples > self.extractor.dim:
@@ -275,7 +276,7 @@ class Experiment:
             return
         fields = self.config.teacher
         if fields.checkpoint:
-            path = Path(fields.checkpoint).expanduser()
+            path = as_path(fields.checkpoint)
             try:
                 network = load_checkpoint(path, self.model_config, fields.entry)
             except weights.EntryError as error:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,15 +11,26 @@ from typing import Any
 
 import numpy as np
 
+from liftplace_jax.buckets import as_path, is_in_bucket, make_folder, on_this_machine, upload
+
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Gives a temporary path to write; it takes path's place only if the block succeeds.
 
+    Args:
+      path: a file, also of a bucket; the temporary one is always of this machine.
+
     Raises:
       OSError: it cannot be written, or the disk is full; names the path.
     """
-    path = Path(path)
+    path = as_path(path)
+    if is_in_bucket(path):
+        with tempfile.TemporaryDirectory(prefix="liftplace-") as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            upload(temporary, path)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
@@ -35,8 +47,9 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
 
     Raises:
       FileExistsError: there is something at path, other than an empty folder.
+      ValueError: it is of a bucket.
     """
-    path = Path(path)
+    path = on_this_machine(path, "a folder that is written")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists already: name a new folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -63,7 +76,7 @@ def write_npz(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Writes JSON; its folder is made if missing, once the content has proved to be JSON."""
-    path, text = Path(path), json.dumps(content, indent=2) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, text = as_path(path), json.dumps(content, indent=2) + "\n"
+    make_folder(path.parent)
     with replacing(path) as temporary:
         temporary.write_text(text)

@@ -8,7 +8,6 @@ The same command resumes what was cut off, and says so when all is done.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -23,7 +22,7 @@ from liftplace_jax.command_line import (
 from liftplace_jax.stages import MODES, run
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, FILE.py[:key=value,...]")
-_WORKDIR = flags.DEFINE_string("workdir", None, "work directory; made if missing")
+_WORKDIR = flags.DEFINE_string("workdir", None, "work directory, also gs://...; made if missing")
 _MODE = flags.DEFINE_enum("mode", "all", MODES, "which stage to run; all: whatever is missing")
 _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a refused input")
 define_runtime_flags()
@@ -36,15 +35,11 @@ def main(argv: list[str]) -> None:
     quieten_libraries()
     with running(_DEBUG.value):
         # Late, so that JAX's processes are joined before anything else of it runs.
+        from liftplace_jax.buckets import as_path
         from liftplace_jax.training.loop import Interrupted
 
-        if "://" in _WORKDIR.value:
-            raise ValueError(
-                f"--workdir={_WORKDIR.value}: a bucket must be mounted, for example by gcsfuse; "
-                "name the folder where it is"
-            )
         try:
-            run(_CONFIG.value, Path(_WORKDIR.value).expanduser(), _MODE.value)
+            run(_CONFIG.value, as_path(_WORKDIR.value), _MODE.value)
         except Interrupted as stop:
             print(f"\n{stop}: saved. The same command goes on from there.", file=sys.stderr)
             sys.exit(EXIT_INTERRUPTED)

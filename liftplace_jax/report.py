@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 
 from liftplace_jax import models, runtime
+from liftplace_jax.buckets import local_copy
 from liftplace_jax.data import eval_batches
 from liftplace_jax.experiment import Experiment
 from liftplace_jax.files import replacing, write_json
@@ -209,7 +210,10 @@ def samples_figure(experiment: Experiment, rows: list[dict[str, Any]]) -> plt.Fi
 
 def _show_samples(axis: plt.Axes, folder: Path, suffix: str, side: int) -> None:
     """A square of samples; of a class-conditional network a column for each class."""
-    with np.load(folder / "samples.npz", allow_pickle=False) as file:
+    with (
+        local_copy(folder / "samples.npz") as path,
+        np.load(path, allow_pickle=False) as file,
+    ):
         classes = file["classes"] if "classes" in file and not suffix else None
         if classes is None:
             show(axis, grid(file[f"images{suffix}"][: side**2], side))

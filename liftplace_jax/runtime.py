@@ -2,7 +2,7 @@
 
 Every host of a pod runs the same command. JAX finds the other processes on TPU VMs, GKE, Slurm and
 Open MPI; elsewhere flags say where they are. Files are written by process 0, on a file system that
-all share.
+all share, or in a bucket.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from liftplace_jax.buckets import is_in_bucket
 
 START_TIMEOUT, HEARTBEAT_TIMEOUT = 300, 100
 _SHARED_WITHIN = 60  # seconds in which a file system must show what another host wrote
@@ -175,9 +177,13 @@ def find_cluster(environment: Mapping[str, str]) -> str | None:
 
 
 def log_to(folder: Path) -> None:
-    """From here on, process i > 0 prints to process<i>.log in a folder, made if missing."""
+    """From here on, process i > 0 prints to process<i>.log in a folder, made if missing.
+
+    Nothing changes if the folder is of a bucket, which no file can grow in: the launchers keep what
+    each host prints.
+    """
     index = jax.process_index()
-    if index == 0:
+    if index == 0 or is_in_bucket(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush(), sys.stderr.flush()
@@ -222,7 +228,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.1)  # NFS shows new files late
     raise OSError(
         f"{path}, which process 0 wrote, is not seen by process {jax.process_index()}: the work "
-        "directory must lie on a file system that all hosts share"
+        "directory must lie on a file system that all hosts share, or in a bucket"
     )
 
 

@@ -12,25 +12,28 @@ from liftplace_jax import data
 USES = ("train", "test")
 
 
-def load_split(fields: ConfigDict, split: str, channels: int) -> data.Source:
+def load_split(config: ConfigDict, split: str, channels: int) -> data.Source:
     """The images of a split of config.data."""
+    fields = config.data
     return data.load_source(
         fields.name, split, data_dir=fields.data_dir, image_size=fields.image_size,
         path=fields.path, crop=fields.crop, channels=channels, resize=fields.resize,
+        cache_dir=config.data_cache, memory_mb=config.memory_cache_mb,
     )  # fmt: skip
 
 
-def open_images(fields: ConfigDict, shape: tuple[int, int, int]) -> dict[str, data.Source]:
+def open_images(config: ConfigDict, shape: tuple[int, int, int]) -> dict[str, data.Source]:
     """The images of config.data, by use.
 
     Args:
-      fields: config.data.
+      config: the experiment's.
       shape: (H, W, C) that they must have.
 
     Raises:
       ValueError: they have another.
     """
-    sources = {use: load_split(fields, fields[f"{use}_split"], shape[-1]) for use in USES}
+    fields = config.data
+    sources = {use: load_split(config, fields[f"{use}_split"], shape[-1]) for use in USES}
     if sources["train"].image_shape != shape:
         raise ValueError(
             f"data set {fields.name} has images {sources['train'].image_shape}, the model "
@@ -49,8 +52,8 @@ def open_latents(config: ConfigDict, model: Any) -> dict[str, data.LatentSource]
     Raises:
       ValueError: they are not encoded yet, or of another shape.
     """
-    path = config.latents.path
-    sources = {use: data.load_latents(path, config.data[f"{use}_split"]) for use in USES}
+    path, cache = config.latents.path, config.data_cache
+    sources = {use: data.load_latents(path, config.data[f"{use}_split"], cache) for use in USES}
     expected = (model.image_size, model.image_size, model.in_channels)
     if sources["train"].image_shape != expected:
         raise ValueError(

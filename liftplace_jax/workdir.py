@@ -8,6 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from liftplace_jax import configuration, runtime
+from liftplace_jax.buckets import reaching
 from liftplace_jax.files import write_json
 
 
@@ -23,11 +24,12 @@ def claim(workdir: Path, config: ConfigDict) -> None:
       OSError: it cannot be written.
     """
     new, path = configuration.to_json(config), workdir / "config.json"
-    # Hidden files do not count: a run killed as it wrote config.json leaves one.
-    found = [
-        child.name for child in (workdir.iterdir() if workdir.exists() else ())
-        if not child.name.startswith(".")
-    ]  # fmt: skip
+    with reaching(workdir):
+        # Hidden files do not count: a run killed as it wrote config.json leaves one.
+        found = [
+            child.name for child in (workdir.iterdir() if workdir.exists() else ())
+            if not child.name.startswith(".")
+        ]  # fmt: skip
     if path.exists():
         lines = _changes(path, new, alone=found == [path.name])
         if lines:

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from liftplace_jax.buckets import on_this_machine
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPLITS = ("train", "validation", "val", "test")  # what a subfolder for a split may be called
 _MODES = {1: "L", 3: "RGB"}
@@ -32,7 +34,7 @@ class ImageFolder:
         Raises:
           ValueError: no such folder or split, no images, or the first cannot be read.
         """
-        root = Path(path).expanduser()
+        root = on_this_machine(path, "a folder of images")
         if not root.is_dir():
             raise ValueError(f"there is no folder {root}")
         if channels not in _MODES:

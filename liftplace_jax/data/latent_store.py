@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from liftplace_jax.buckets import as_path, cached, fetched, is_in_bucket
 from liftplace_jax.configuration import differences
 from liftplace_jax.files import replacing, write_json
 from liftplace_jax.models.autoencoder_config import to_latents
@@ -220,17 +221,18 @@ class LatentSource:
         return records
 
 
-def check_autoencoder(folder: Path, autoencoder: Mapping[str, Any]) -> None:
+def check_autoencoder(path: str | os.PathLike, autoencoder: Mapping[str, Any]) -> None:
     """Checks that a folder's latents, if there are any yet, are of an autoencoder.
 
     Args:
-      folder: config.latents.path.
+      path: the folder, config.latents.path.
       autoencoder: its identity, as latents.json has it: name, sha256, scaling_factor and
         shift_factor.
 
     Raises:
       ValueError: they are of another one; says the difference.
     """
+    folder = as_path(path)
     if not (folder / _MANIFEST).exists():
         return
     old = read_manifest(folder)["autoencoder"]
@@ -243,12 +245,16 @@ def check_autoencoder(folder: Path, autoencoder: Mapping[str, Any]) -> None:
         )
 
 
-def load_latents(path: str | os.PathLike, split: str) -> LatentSource:
+def load_latents(
+    path: str | os.PathLike, split: str, cache_dir: str | os.PathLike | None = None
+) -> LatentSource:
     """Opens a split of an encoded data set.
 
     Args:
-      path: the folder, config.latents.path.
+      path: the folder, config.latents.path. That of a bucket is copied to this machine first,
+        but for what is there already.
       split: a split that was encoded, as the config that did it calls it.
+      cache_dir: where to, as of `buckets.fetched`.
 
     Returns:
       A `LatentSource`.
@@ -256,19 +262,23 @@ def load_latents(path: str | os.PathLike, split: str) -> LatentSource:
     Raises:
       ValueError: no such folder or split, or one that is not whole; says what to do.
     """
-    folder = Path(path).expanduser()
+    folder = as_path(path)
     manifest = read_manifest(folder)
     if split not in manifest["splits"]:
         raise ValueError(
             f"{folder} has no latents of the split {split!r}, only {sorted(manifest['splits'])}"
         )
-    shards = list_shards(folder, split, manifest["splits"][split], manifest["shard_size"])
+    count, size = manifest["splits"][split], manifest["shard_size"]
+    shards = list_shards(folder, split, count, size)
     missing = [shard for shard in shards if not shard.path.is_file()]
     if missing:
         raise ValueError(
             f"{folder}: {len(missing)} of {len(shards)} shards of {split!r} are missing, the first "
             f"is {missing[0].path.name}: encoding is not finished; go on with {_COMMAND}"
         )
+    if is_in_bucket(folder):
+        fetched((shard.path for shard in shards), cache_dir)
+        shards = list_shards(cached(folder, cache_dir), split, count, size)
     for shard in shards:
         if not shard.is_whole():
             raise ValueError(_damaged(shard.path))

@@ -2,11 +2,11 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
-from etils import epath
-
+from liftplace_jax.buckets import as_path, cached, fetched, is_in_bucket, reaching
 from liftplace_jax.data.folder import ImageFolder
-from liftplace_jax.data.pipeline import Source
+from liftplace_jax.data.pipeline import MEMORY_MB, Source
 
 # Published crop of CelebA, centre (89, 121) +- 64: left, upper, right, lower
 # (Diff_Pruning datasets/__init__.py, after DDIM).
@@ -23,7 +23,7 @@ _BY_HAND = {
 
 def load_source(
     name, split, *, data_dir=None, image_size=None, path=None, channels=3, crop=None,
-    resize="bilinear",
+    resize="bilinear", cache_dir=None, memory_mb=MEMORY_MB,
 ):  # fmt: skip
     """Opens a split of a TFDS data set, prepared on first use, or of a folder of images.
 
@@ -31,14 +31,17 @@ def load_source(
       name: "folder", "digits" (embedded, needs no network) or any TFDS image data set, such as
         "cifar10", "celeb_a" (published crop to 128x128 first) or "lsun/bedroom".
       split: TFDS split, such as "train", "test" or "train[:90%]"; for a folder see `ImageFolder`.
-      data_dir: directory of prepared data, gs://... too; default $TFDS_DATA_DIR or
-        ~/tensorflow_datasets.
+      data_dir: directory of prepared data; default $TFDS_DATA_DIR or ~/tensorflow_datasets. In a
+        bucket (gs://...) the data must be prepared already; the split's files are copied to this
+        machine first, but for those that are there already.
       image_size: optional side to resize and centre-crop to.
       path: the folder, if that is the name.
       channels: of the images of a folder, 1 or 3.
       crop: optional (left, upper, right, lower) in pixels, cut out first; default: the data set's
         published crop, if it has one.
       resize: how images are resized, of `pipeline.RESIZES`.
+      cache_dir: where data of a bucket are copied to, as of `buckets.fetched`.
+      memory_mb: see `Source`.
 
     Returns:
       A `Source`.
@@ -56,27 +59,26 @@ def load_source(
         return Source(
             f"{path} ({split})", records, image_shape=records.image_shape, crop=crop,
             image_size=image_size, num_classes=len(records.classes) or None, resize=resize,
-            classes=records.classes,
+            classes=records.classes, memory_mb=memory_mb,
         )  # fmt: skip
     import tensorflow_datasets as tfds
 
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    data_dir = os.fspath(epath.Path(data_dir).expanduser())  # gs://... stays what it is
+    if is_in_bucket(data_dir):
+        data_dir = _fetch(name, split, as_path(data_dir), cache_dir)
+    data_dir = os.fspath(Path(data_dir).expanduser())
     builder = _prepared_builder(name, data_dir)
     features = builder.info.features
     if not isinstance(features, dict | tfds.features.FeaturesDict) or "image" not in features:
         raise ValueError(f"data set {name} has no feature 'image', only {sorted(features)}")
     label = features["label"] if "label" in features else None
+    _split_info(name, builder, split)
     try:
         records = builder.as_data_source(split)
     except NotImplementedError as error:
         raise RuntimeError(
             f"data set {name} in {data_dir} was prepared in a format without random access; "
             f"prepare it in another directory: {_command(name, '<directory>')}"
-        ) from error
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"data set {name} has no split {split!r}, only {sorted(builder.info.splits)}"
         ) from error
     return Source(
         f"{name} ({split})",
@@ -88,26 +90,53 @@ def load_source(
         image_size=image_size,
         resize=resize,
         classes=label.names if isinstance(label, tfds.features.ClassLabel) else (),
+        memory_mb=memory_mb,
     )
 
 
-def _prepared_builder(name, data_dir):
+def _fetch(name, split, data_dir, cache_dir):
+    """Copies a split from a bucket; returns the local directory that stands for data_dir."""
+    with reaching(data_dir):
+        builder = _builder(name, data_dir)
+        folder = as_path(builder.data_path)
+        found = sorted(folder.iterdir()) if folder.exists() else []
+    if not found:
+        raise RuntimeError(
+            f"data set {name} is not in {folder}: prepare it on a machine with a disk and upload "
+            f"it: {_command(name, '<directory>')}; gcloud storage cp -r <directory>/* {data_dir}"
+        )
+    wanted = set(_split_info(name, builder, split).filenames)
+    fetched((f for f in found if _FORMAT not in f.name or f.name in wanted), cache_dir)
+    return cached(data_dir, cache_dir)
+
+
+def _split_info(name, builder, split):
+    try:
+        return builder.info.splits[split]
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"data set {name} has no split {split!r}, only {sorted(builder.info.splits)}"
+        ) from error
+
+
+def _builder(name, data_dir):
     import tensorflow_datasets as tfds
 
-    def make():
+    try:
         if name == "digits":
             from liftplace_jax.data.digits import Digits
 
             return Digits(data_dir=data_dir)
         return tfds.builder(name, data_dir=data_dir)
-
-    try:
-        builder = make()
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(
             f"TFDS knows no data set {name!r}; tensorflow_datasets.list_builders() lists them, "
             "'digits' is embedded, and 'folder' is a folder of images"
         ) from error
+
+
+def _prepared_builder(name, data_dir):
+    builder = _builder(name, data_dir)
     try:
         if name.startswith("lsun") and not builder.data_path.exists():
             _need_tensorflow_io()  # before gigabytes are downloaded
@@ -124,7 +153,7 @@ def _prepared_builder(name, data_dir):
                 "Or take the images from a folder: --config.data.name=folder "
                 "--config.data.path=<folder>"
             ) from error
-    return make()  # reads the splits, also when another process has prepared them
+    return _builder(name, data_dir)  # reads the splits, also when another process has prepared them
 
 
 def _need_tensorflow_io():

@@ -13,14 +13,14 @@ import jax
 import numpy as np
 from PIL import Image
 
-_CACHE_BYTES = 256 * 2**20
+MEMORY_MB = 256
 RESIZES = {"bilinear": Image.Resampling.BILINEAR, "adm": Image.Resampling.BICUBIC}
 
 
 class Source:
     """Random access to the images of one split, decoded, cropped and resized.
 
-    A split of less than 256 MiB decoded is kept in memory as it is read.
+    A small split is kept in memory, decoded, as it is read.
 
     Attributes:
       name: name used in error messages.
@@ -44,6 +44,7 @@ class Source:
         image_size=None,
         resize="bilinear",
         classes=(),
+        memory_mb=MEMORY_MB,
     ):
         """Wraps a random-access sequence of {"image": (H, W, C) array, "label": int, ...}.
 
@@ -61,6 +62,7 @@ class Source:
           resize: how, of RESIZES: "bilinear" (antialiased), or "adm", as ADM and DiT prepare
             ImageNet: halved by averaging while twice as large, then bicubic.
           classes: names of the classes, if known.
+          memory_mb: splits that take less decoded, in MiB, are kept in memory.
 
         Raises:
           ValueError: no images, a dtype other than these, an unknown resize, or a result that is
@@ -95,7 +97,7 @@ class Source:
             )
         self.image_shape = (height, width, channels)
         shape = (len(records), *self.image_shape)
-        small = np.prod(shape, dtype=np.int64) * self._dtype.itemsize < _CACHE_BYTES
+        small = np.prod(shape, dtype=np.int64) * self._dtype.itemsize < memory_mb * 2**20
         self._images = np.zeros(shape, self._dtype) if small else None
         self._labels = np.zeros(len(records), np.int32)
         self._cached = np.zeros(len(records), bool)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from liftplace_jax import weights
+from liftplace_jax.buckets import as_path
 from liftplace_jax.evaluation.extractor import Extractor
 from liftplace_jax.evaluation.resize import resize_bilinear
 from liftplace_jax.models.inception import DIMS, IMAGE_SIZE, Inception
@@ -47,7 +48,7 @@ def inception_extractor(name: str, path: str | os.PathLike | None) -> Extractor:
             "of the pytorch-fid project, or weights-inception-2015-12-05-6726825d.pth of "
             "torch-fidelity: ports of the same network"
         )
-    graphdef, params = load_inception(str(Path(path).expanduser()))
+    graphdef, params = load_inception(os.fspath(as_path(path)))
     label, style, zero, scale = PROTOCOLS[name]
 
     def apply(params, images):

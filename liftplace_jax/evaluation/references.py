@@ -12,11 +12,11 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from liftplace_jax.buckets import as_path, local_copy, reaching
 from liftplace_jax.evaluation.frechet import check_statistics
 from liftplace_jax.files import write_npz
 
@@ -74,19 +74,23 @@ def load_reference(path: str | os.PathLike) -> Reference:
       ReferenceError: it is missing, damaged, holds objects (which would have to be unpickled), or
         lacks statistics that fit each other.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = as_path(path)
+    with reaching(path):
+        found = path.is_file()
+    if not found:
         raise ReferenceError(
             f"{path}: no such file; make one with python -m liftplace_jax.evaluate ref"
         )
-    arrays = read_npz(path, ("meta", "features", *sum(KEYS.values(), ())))
+    with local_copy(path) as file:
+        arrays = read_npz(file, ("meta", "features", *sum(KEYS.values(), ())))
+        sha256 = digest(file)
     if not {"mu", "sigma"} <= arrays.keys():
         raise ReferenceError(
             f"{path}: has no mu and sigma; images (an .npz with arr_0) can be compared by "
             "python -m liftplace_jax.evaluate calc"
         )
     try:
-        return Reference(*_contents(arrays), digest(path))
+        return Reference(*_contents(arrays), sha256)
     except (ValueError, TypeError) as error:
         raise ReferenceError(f"{path}: {error}") from error
 
@@ -115,7 +119,7 @@ def read_npz(path: str | os.PathLike, keys: tuple[str, ...] | None = None) -> di
     """Arrays of an .npz file, never unpickled.
 
     Args:
-      path: the file.
+      path: the file, on this machine.
       keys: read no others.
 
     Raises:

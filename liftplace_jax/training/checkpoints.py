@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from liftplace_jax.buckets import as_path, is_in_bucket
 from liftplace_jax.runtime import is_first
 
 
@@ -29,10 +30,9 @@ class Checkpoints:
           folder: where they are.
           keep: how many to keep, at least 1.
         """
-        path = os.fspath(folder)
-        if "://" not in path:
-            path = os.path.abspath(path)  # orbax takes no relative paths
-        self._folder = epath.Path(path)
+        folder = as_path(folder)
+        # orbax takes no relative paths.
+        self._folder = epath.Path(folder if is_in_bucket(folder) else folder.absolute())
         self.unfinished = self._find_unfinished()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
@@ -58,7 +58,8 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             if is_first():
                 for name in self._find_unfinished():  # it would keep a full disk full
-                    shutil.rmtree(self._folder / name, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        (self._folder / name).rmtree()
             kept = "there is none before" if latest is None else f"that of step {latest} is whole"
             raise OSError(
                 f"the checkpoint of step {step} cannot be written to {self._folder}: {error}\n"

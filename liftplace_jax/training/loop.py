@@ -93,6 +93,7 @@ def train(
                 stop = agreed(signals.received)  # one that comes later waits for the next step
                 if step % checkpoint_every == 0 or step == total_steps or stop:
                     _checked(step, metrics)
+                    log.flush()
                     checkpoints.save(step, state)
                 if stop:
                     raise Interrupted(f"{title}: {signal.Signals(stop).name} at step {step}")

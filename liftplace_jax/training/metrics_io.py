@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +13,18 @@ from pathlib import Path
 import jax
 import tqdm
 
+from liftplace_jax.buckets import as_path, is_in_bucket, upload
 from liftplace_jax.files import unwritable
+
+_UPLOAD_SECONDS = 60
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard event files in a folder; process 0 does."""
+    """Appends to `metrics.jsonl` and TensorBoard event files in a folder; process 0 does.
+
+    Files of a bucket cannot grow: they are written on this machine, and uploaded now and then and
+    by `flush`.
+    """
 
     def __init__(self, folder: str | os.PathLike, start_step: int, tensorboard: bool):
         """Opens the log; lines after `start_step` (of a run that was cut off) are dropped.
@@ -26,27 +34,31 @@ class MetricsLog:
           start_step: the step from which training goes on.
           tensorboard: whether to write event files too.
         """
-        self.folder = Path(folder)
-        self._file = self._board = None
+        self.folder = as_path(folder)
+        self._file = self._board = self._scratch = None
         if jax.process_index() > 0:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(folder) if row["step"] <= start_step]
+        local = self.folder
+        if is_in_bucket(self.folder):
+            self._scratch = tempfile.TemporaryDirectory(prefix="liftplace-")
+            local = Path(self._scratch.name)
+        local.mkdir(parents=True, exist_ok=True)
+        path = local / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.folder) if row["step"] <= start_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)
         self._file = path.open("ab", buffering=0)  # a full disk is noticed at once
         self._step = start_step
         self._seconds = kept[-1]["seconds"] if kept else 0.0
-        self._clock = time.monotonic()
+        self._clock = self._uploaded = time.monotonic()
         if tensorboard:
             # Late: TensorFlow takes seconds to import.
             import tensorflow as tf
             from clu import metric_writers
 
             tf.config.set_visible_devices([], "GPU")  # it would take the memory that JAX needs
-            self._board = metric_writers.SummaryWriter(os.fspath(folder))
+            self._board = metric_writers.SummaryWriter(os.fspath(local))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line {"step": ..., name: value, ...}, with the run's seconds and its rate.
@@ -71,6 +83,20 @@ class MetricsLog:
             raise unwritable(self._file.name, error) from error
         if self._board is not None:
             self._board.write_scalars(step, values)
+        if now - self._uploaded > _UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Everything written so far is in the folder, as a checkpoint after it relies on.
+
+        Raises:
+          OSError: a bucket cannot be reached.
+        """
+        if self._board is not None:
+            self._board.flush()
+        if self._scratch is not None:
+            upload(Path(self._scratch.name), self.folder)
+            self._uploaded = time.monotonic()
 
     def close(self) -> None:
         """Flushes and closes."""
@@ -78,11 +104,17 @@ class MetricsLog:
             self._file.close()
         if self._board is not None:
             self._board.close()
+            self._board = None
+        if self._scratch is not None:
+            try:
+                self.flush()
+            finally:
+                self._scratch.cleanup()
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, float]]:
     """The lines of a folder's metrics.jsonl; a last line that was cut off is left out."""
-    path = Path(folder) / "metrics.jsonl"
+    path = as_path(folder) / "metrics.jsonl"
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

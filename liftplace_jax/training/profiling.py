@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,8 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
+
+from liftplace_jax.buckets import as_path, is_in_bucket, upload
 
 TRANSFER_GUARDS = ("log", "disallow")
 _GIGA = 1e9
@@ -40,9 +45,10 @@ def keep_compiled(folder: str | None) -> None:
         $JAX_COMPILATION_CACHE_DIR says.
     """
     if folder:
-        if "://" not in folder:
-            folder = str(Path(folder).expanduser().absolute())
-        jax.config.update("jax_compilation_cache_dir", folder)
+        folder = as_path(folder)
+        if not is_in_bucket(folder):
+            folder = folder.absolute()
+        jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
         compilation_cache.reset_cache()  # or what was compiled before decides that there is none
 
 
@@ -103,7 +109,7 @@ class _Trace:
     """A trace of the steps first..last; of those that are left, where a run goes on among them."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
-        self._steps, self._folder = steps, folder
+        self._steps, self._folder, self._in_bucket = steps, folder, is_in_bucket(folder)
         self._number: int | None = None  # of the step under way
         self._running = False
 
@@ -114,7 +120,9 @@ class _Trace:
         self._number = int(state.step) + 1 if self._number is None else self._number + 1
         if not self._running and self._steps[0] <= self._number <= self._steps[1]:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(self._folder)
+            # JAX writes to this machine alone.
+            self._local = tempfile.mkdtemp(prefix="liftplace-") if self._in_bucket else self._folder
+            jax.profiler.start_trace(self._local)
             self._running = True
 
     def after(self, result: Any) -> None:
@@ -126,3 +134,6 @@ class _Trace:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+            if self._in_bucket:
+                upload(Path(self._local), self._folder)
+                shutil.rmtree(self._local)

@@ -9,12 +9,12 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from liftplace_jax.buckets import as_path, make_folder
 from liftplace_jax.files import write_json
 from liftplace_jax.weights.torch_files import (
     WeightFileError,
@@ -145,10 +145,10 @@ def save_model(folder: str | os.PathLike, config: Mapping[str, Any], params: Any
       config: the model's config as JSON types.
       params: its parameters.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     json.dumps(config)  # what is no JSON is refused before anything is written
     tensors = to_torch(params)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_safetensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", config)
 
@@ -160,8 +160,9 @@ def save_raw(folder: str | os.PathLike, params: Any) -> None:
       folder: made if missing; gets raw.safetensors, whole or not at all.
       params: the parameters.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_safetensors(Path(folder) / "raw.safetensors", to_torch(params))
+    folder = as_path(folder)
+    make_folder(folder)
+    write_safetensors(folder / "raw.safetensors", to_torch(params))
 
 
 def load_model_tensors(
@@ -176,11 +177,12 @@ def load_model_tensors(
     Raises:
       WeightFileError: a file is missing or damaged; names it and the reason.
     """
-    path = Path(folder) / "config.json"
+    folder = as_path(folder)
+    path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise WeightFileError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise WeightFileError(f"{path}: cannot be read: it is no JSON object")
-    return config, read_tensors(Path(folder) / file)
+    return config, read_tensors(folder / file)

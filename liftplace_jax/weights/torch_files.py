@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from liftplace_jax.buckets import as_path, local_copy, reaching
 from liftplace_jax.files import replacing
 
 
@@ -34,8 +35,9 @@ def read_tensors(path: str | os.PathLike, entry: str | int | None = None) -> dic
     name is dropped.
 
     Args:
-      path: a .safetensors, .pt, .pth, .ckpt, .bin (PyTorch, weights only) or .npz file. In an
-        .npz with keys "param/<name>" only those count, without the prefix.
+      path: a .safetensors, .pt, .pth, .ckpt, .bin (PyTorch, weights only) or .npz file, of this
+        machine or a bucket. In an .npz with keys "param/<name>" only those count, without the
+        prefix.
       entry: which entry of a dictionary, or item of a list, to take ("ema", "-1" or -1), if
         there are several state dicts.
 
@@ -45,17 +47,30 @@ def read_tensors(path: str | os.PathLike, entry: str | int | None = None) -> dic
     Raises:
       WeightFileError: the file is missing, damaged, of an unknown kind, or would run code.
       EntryError: it holds no state dict, none at `entry`, or several and entry is None.
+      OSError: a bucket cannot be reached.
     """
-    path = Path(path)
+    path = as_path(path)
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise WeightFileError(
             f"{path}: unknown kind {path.suffix!r} of weight file; known: {sorted(_READERS)}"
         )
-    if not path.is_file():
+    with reaching(path):
+        found = path.is_file()
+    if not found:
         raise WeightFileError(f"{path}: no such file")
+    with local_copy(path) as file:
+        content = _read(path, reader, file)
+    tensors = {name: _to_numpy(value) for name, value in _unwrap(path, content, entry).items()}
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    return tensors
+
+
+def _read(path: Path, reader: Callable[[Path], Any], file: Path) -> Any:
+    """The content of `file`, a copy of path or path itself."""
     try:
-        content = reader(path)
+        return reader(file)
     except WeightFileError:
         raise
     except Exception as error:  # a damaged file can fail anywhere inside a reader
@@ -70,10 +85,6 @@ def read_tensors(path: str | os.PathLike, entry: str | int | None = None) -> dic
         raise WeightFileError(
             f"{path}: cannot be read as weights only: {type(error).__name__}: {reason}"
         ) from error
-    tensors = {name: _to_numpy(value) for name, value in _unwrap(path, content, entry).items()}
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return tensors
 
 
 def _read_torch(path: Path) -> Any:
