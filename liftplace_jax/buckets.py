@@ -22,7 +22,7 @@ os.environ.setdefault("EPATH_USE_TF", "0")
 from etils import epath  # noqa: E402
 
 CACHE = Path("~/.cache/liftplace_jax")
-"""Where data of buckets are kept on each host, unless config.data.cache_dir names a folder."""
+"""Where data of buckets are kept on each host, unless config.data_cache names a folder."""
 
 
 def as_path(path: str | os.PathLike) -> Path:
@@ -152,7 +152,7 @@ def fetched(files: Iterable[Path], cache: str | os.PathLike | None = None) -> No
         if needed > free:
             raise OSError(
                 f"{files[0].parent} takes {needed / 1e9:.3g} GB, {root} has {free / 1e9:.3g} GB "
-                "left: name a folder with more room (config.data.cache_dir), or mount the bucket"
+                "left: name a folder with more room (config.data_cache), or mount the bucket"
             )
         for file, target, _ in missing:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import functools
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -40,6 +42,19 @@ def golden():
         return cache[name]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """"gs://bucket", empty at first; also for programs that tests start."""
+    import bucket
+
+    program = [sys.executable, bucket.__file__]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as server:
+        # For the session: gcsfs reads it once.
+        os.environ.update(bucket.environment(int(server.stdout.readline())))
+        yield "gs://bucket"
+        server.kill()
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,16 @@
 python tests/interrupted_main.py SIGNAL MOMENT --config=... --workdir=...
 
 MOMENT: "teacher metrics 5" (its line 5 was just written), "student checkpoint 6" (all written, but
-not yet in its place), or "scored 3" (the student's first score, after two of the teacher; nothing
-saved). Or, with the signal "none", modes: "teacher compress" runs these, one after the other, in
-one process.
+not yet in its place or, in a bucket, not yet marked as whole), or "scored 3" (the student's first
+score, after two of the teacher; nothing saved). Or, with the signal "none", modes: "teacher
+compress" runs these, one after the other, in one process.
 """
 
 import os
 import signal
 import sys
+
+from orbax.checkpoint._src.path.atomicity import CommitFileTemporaryPath
 
 from liftplace_jax import evaluation, main
 from liftplace_jax.training.metrics_io import MetricsLog
@@ -24,6 +26,7 @@ def send_signal_at(number, moment):
         os.kill(os.getpid(), number)
 
     write, rename, score, scored = MetricsLog.write, os.rename, evaluation.score, []
+    mark = CommitFileTemporaryPath.finalize
 
     def write_then(self, step, values):
         write(self, step, values)
@@ -35,6 +38,11 @@ def send_signal_at(number, moment):
             hit()
         rename(source, target, **options)
 
+    async def hit_then_mark(self, **options):
+        if kind == "checkpoint" and str(self.get_final()).endswith(f"{where}/checkpoints/{count}"):
+            hit()
+        await mark(self, **options)
+
     def score_then(*args, **options):
         scored.append(score(*args, **options))
         if kind == "scored" and len(scored) == int(count):
@@ -42,6 +50,7 @@ def send_signal_at(number, moment):
         return scored[-1]
 
     MetricsLog.write, os.rename, evaluation.score = write_then, hit_then_rename, score_then
+    CommitFileTemporaryPath.finalize = hit_then_mark
 
 
 def run_modes(modes):

@@ -196,9 +196,7 @@ def test_flip_mirrors_about_half_of_the_images():
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_large_data_sets_are_read_again_small_ones_kept(cached, monkeypatch):
-    if not cached:
-        monkeypatch.setattr("liftplace_jax.data.pipeline._CACHE_BYTES", 0)
+def test_large_data_sets_are_read_again_small_ones_kept(cached):
     reads = []
 
     class Records(list):
@@ -207,7 +205,9 @@ def test_large_data_sets_are_read_again_small_ones_kept(cached, monkeypatch):
             return list.__getitem__(self, index)
 
     records = Records({"image": np.full((2, 2, 1), i, np.uint8), "label": i} for i in range(4))
-    source = Source("counted", records, image_shape=(2, 2, 1), num_classes=4)
+    source = Source(
+        "counted", records, image_shape=(2, 2, 1), num_classes=4, memory_mb=256 if cached else 0
+    )
     for _ in range(2):
         got = source.get([3, 1])
         assert got["image"][:, 0, 0, 0].tolist() == got["label"].tolist() == [3, 1]

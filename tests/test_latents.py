@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from liftplace_jax import encoding, models, weights
+from liftplace_jax import buckets, encoding, models, weights
 from liftplace_jax.autoencoders import load_autoencoder
 from liftplace_jax.configuration import default_config
 from liftplace_jax.data import eval_batches, latent_store, load_latents, load_source, train_batches
@@ -103,6 +103,14 @@ def shards(folder):
 
 
 # What is written ----------------------------------------------------------------------------------
+
+
+def test_a_folder_in_a_bucket_is_copied_and_read(encoded, source, autoencoder, bucket, tmp_path):
+    buckets.upload(encoded, buckets.as_path(f"{bucket}/latents"))
+    check_autoencoder(f"{bucket}/latents", load_autoencoder(autoencoder).identity)
+    copied = load_latents(f"{bucket}/latents", TRAIN, tmp_path)
+    for name, values in copied.get(np.arange(43)).items():
+        np.testing.assert_array_equal(values, source.get(np.arange(43))[name])
 
 
 def test_the_folder_says_what_it_holds(encoded, autoencoder):

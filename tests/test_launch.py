@@ -93,12 +93,12 @@ xpk workload create --cluster=pods --zone=us-west4-a --workload=lift --tpu-type=
 exec python -m liftplace_jax.main {CONFIG} --workdir=/mnt/celeba --mode=all'
 """
     # A file that only the image has is not looked for here.
-    out = dry_run(*XPK, "--docker-image=gcr.io/p/i", "--config=inside.py", "--workdir=/mnt/runs")
+    out = dry_run(*XPK, "--docker-image=gcr.io/p/i", "--config=inside.py", "--workdir=gs://b/runs")
     assert out == """\
 xpk workload create --cluster=pods --workload=lift --tpu-type=v5litepod-16 --num-slices=1 \
 --docker-image=gcr.io/p/i --max-restarts=50 \\
   --termination-grace-period-seconds=120 --command='exec python -m liftplace_jax.main \
---config=inside.py --workdir=/mnt/runs'
+--config=inside.py --workdir=gs://b/runs'
 """
 
 
@@ -241,7 +241,8 @@ def test_slurm_requeues_only_what_was_interrupted(code, requeued, stand_ins, tmp
         (["--zone=z", "--name=Lift_1"], "--name must be of a-z, 0-9 and -"),
         (["--zone=z", "--name=a"], "--config is needed;"),
         ([*TPU[1:], "--config=no.py:a=1", "--workdir=/mnt/c"], "--config: no file no.py in"),
-        ([*TPU[1:], CONFIG, "--workdir=runs/a"], "--workdir must be the absolute path"),
+        ([*TPU[1:], CONFIG, "--workdir=runs/a"], "--workdir must be in a bucket, gs://..., or"),
+        ([*TPU[1:], CONFIG, "--workdir=s3://a"], "--workdir must be in a bucket, gs://..., or"),
         (["--zone=z", "--name=a", "--accelerator-type=v9-8", *PLACES],
          "--runtime-version is needed for --accelerator-type=v9-8;"),
     ],
@@ -427,6 +428,7 @@ def test_command_dry_run(program):
         (["--confg=c.py"], "unrecognized arguments: --confg=c.py"),
         (["--workdir=a"], "--config is needed"),
         (["--config=c.py"], "--workdir is needed"),
+        (["--config=c.py", "--workdir=gs://b/a"], "--logs_dir is needed, as the work directory is"),
         (["--workdir=a", "--config=c.py", "--devices=0"], "at least 1 process and 1 device"),
         (["--workdir=a", "--list", "--logs"], "argument --logs: not allowed with argument --list"),
     ],

@@ -22,6 +22,7 @@ import pytest
 import tiny_config
 
 from liftplace_jax import data, files, main, runtime, weights
+from liftplace_jax.buckets import as_path, local_copy
 from liftplace_jax.command_line import EXIT_INTERRUPTED, EXIT_LOST
 from liftplace_jax.training import sharding
 from liftplace_jax.training.checkpoints import Checkpoints
@@ -40,7 +41,7 @@ ENDS_WITHIN = 60  # seconds, on a busy machine: of these HEARTBEAT to notice, th
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start(tmp_path_factory, bucket):
     """(moment, workdir, processes, devices, *flags) -> a `Pod` of pod_main.py, not started."""
     home = tmp_path_factory.mktemp("pods")
     data.load_source("digits", "train", data_dir=home / "tfds")  # prepares them
@@ -59,7 +60,7 @@ def start(tmp_path_factory):
         count = f"--xla_force_host_platform_device_count={devices}"
         return Pod(
             [sys.executable, str(ROOT / "tests" / "pod_main.py"), moment, *flags], processes,
-            devices, f"{workdir}-logs", echo=False, grace=120,
+            devices, home / "logs" / Path(workdir).name, echo=False, grace=120,
             environment=environment | {"XLA_FLAGS": f"{environment['XLA_FLAGS']} {count}"},
         )  # fmt: skip
 
@@ -74,7 +75,7 @@ def run(start):
         with start(*arguments, **options) as pod:
             pod.wait(timeout=300)
             # Process 1 has a file of its own from when it knows the work directory.
-            log = Path(arguments[1]) / "logs" / "process1.log"
+            log = as_path(arguments[1]) / "logs" / "process1.log"
             more = log.read_text().rpartition("--- process")[2] if log.exists() else ""
             printed = [pod.output(i) + (more if i else "") for i in range(pod.processes)]
             return [child.returncode for child in pod.children], printed
@@ -87,7 +88,7 @@ def fsdp(size):
 
 
 def final(workdir):
-    with np.load(workdir / "final.npz") as file:
+    with local_copy(workdir / "final.npz") as path, np.load(path) as file:
         return dict(file)
 
 
@@ -117,6 +118,7 @@ def preempted(run, tmp_path_factory):
     assert statuses == [EXIT_INTERRUPTED, EXIT_INTERRUPTED], printed
     for text in printed:  # both know, at the step after
         assert "teacher: SIGTERM at step 8: saved. The same command goes on from there." in text
+    assert (workdir / "logs" / "process1.log").read_text().count("--- process 1 of 2 on ") == 1
     assert Checkpoints(workdir / "teacher" / "checkpoints").latest_step() == 8
     return workdir
 
@@ -185,6 +187,23 @@ def test_a_pod_cut_off_again_and_again_ends_with_the_same_bits(
     assert [row["step"] for row in rows[0]] == list(range(1, 21))
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
     assert sorted(path.name for path in checkpoints.iterdir()) == ["15", "20"]
+
+
+def test_a_pod_whose_work_directory_is_in_a_bucket_is_cut_off(run, undisturbed, bucket):
+    workdir = as_path(f"{bucket}/cut/run")
+    statuses, printed = run("1 SIGTERM metrics 7", workdir, 2, 4, fsdp(4))
+    assert statuses == [EXIT_INTERRUPTED, EXIT_INTERRUPTED], printed
+    statuses, printed = run("0 SIGKILL checkpoint 15", workdir, 2, 4, fsdp(4))
+    assert statuses[0] == -signal.SIGKILL and "goes on from step 8" in printed[0]
+    assert [row["step"] for row in read_metrics(workdir / "teacher")] == list(range(1, 16))
+    statuses, printed = run("none", workdir, 2, 4, fsdp(4))
+    assert statuses == [0, 0], printed
+    assert (
+        "teacher: goes on from step 10; the checkpoint of step 15 was not finished and is ignored"
+        in printed[0]
+    )
+    equal(final(workdir), final(undisturbed))
+    assert [row["step"] for row in read_metrics(workdir / "teacher")] == list(range(1, 21))
 
 
 SGD = optax.adam(0.1)
@@ -370,15 +389,14 @@ def test_a_single_process_starts_nothing(monkeypatch):
 # Every stage ------------------------------------------------------------------------------------
 
 
-def test_every_stage_runs_on_a_pod(run, tmp_path):
-    workdir = tmp_path / "run"
+def test_every_stage_runs_on_a_pod(run, bucket):
+    workdir = as_path(f"{bucket}/stages/run")
     rules = (("kernel", ("fsdp",)), ("gates", ("fsdp", None)))
     flags = [fsdp(4), f"--config.sharding_rules={rules!r}"]
     config = "tests/tiny_dit_config.py"
     statuses, printed = run("networks", workdir, 2, 4, *flags, config=config)
     assert statuses == [0, 0], printed
     assert "teacher: 100%" in printed[0] and "%|" not in printed[1]  # one of them shows progress
-    assert (workdir / "logs" / "process1.log").read_text().count("--- process 1 of 2 on ") == 1
     assert [row["step"] for row in read_metrics(workdir / "teacher")] == [1, 2, 3, 4]
     assert json.loads((workdir / "pruned" / "layers.json").read_text())["kept"]
     report = json.loads((workdir / "report.json").read_text())
@@ -387,7 +405,7 @@ def test_every_stage_runs_on_a_pod(run, tmp_path):
         assert (row["num_samples"], row["num_reference"]) == (100, 1437)
         assert row["frechet"] > 0
     assert report["rows"][1]["num_examples"] == 360
-    with np.load(workdir / "student" / "samples.npz") as samples:
+    with local_copy(workdir / "student" / "samples.npz") as path, np.load(path) as samples:
         assert samples["images"].shape == (64, 8, 8, 1)
     # One process gets the same numbers of the same model.
     found = workdir / "student" / "evaluation.json"

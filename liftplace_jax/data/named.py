@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 from liftplace_jax.buckets import as_path, cached, fetched, is_in_bucket, reaching
@@ -72,9 +73,9 @@ def load_source(
     if not isinstance(features, dict | tfds.features.FeaturesDict) or "image" not in features:
         raise ValueError(f"data set {name} has no feature 'image', only {sorted(features)}")
     label = features["label"] if "label" in features else None
-    _split_info(name, builder, split)
     try:
-        records = builder.as_data_source(split)
+        with _known_split(name, builder, split):
+            records = builder.as_data_source(split)
     except NotImplementedError as error:
         raise RuntimeError(
             f"data set {name} in {data_dir} was prepared in a format without random access; "
@@ -105,14 +106,16 @@ def _fetch(name, split, data_dir, cache_dir):
             f"data set {name} is not in {folder}: prepare it on a machine with a disk and upload "
             f"it: {_command(name, '<directory>')}; gcloud storage cp -r <directory>/* {data_dir}"
         )
-    wanted = set(_split_info(name, builder, split).filenames)
+    with _known_split(name, builder, split):
+        wanted = set(builder.info.splits[split].filenames)
     fetched((f for f in found if _FORMAT not in f.name or f.name in wanted), cache_dir)
     return cached(data_dir, cache_dir)
 
 
-def _split_info(name, builder, split):
+@contextmanager
+def _known_split(name, builder, split):
     try:
-        return builder.info.splits[split]
+        yield
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"data set {name} has no split {split!r}, only {sorted(builder.info.splits)}"
