@@ -265,7 +265,7 @@ def _learned_layers(experiment: Experiment) -> tuple[tuple[int, ...], dict[str, 
     """(blocks that stay, the learned distribution), from a search in pruned/search."""
     fields, seed = experiment.config.compress.learned, experiment.config.seed
     folder, groups = experiment.workdir / "pruned" / "search", _groups(experiment)
-    teacher = experiment.teacher(fields.dtype, fields.remat)
+    teacher = experiment.teacher(fields.dtype, fields.remat, placed=True)
     start = compress.init_search(jax.random.key(seed), teacher.params, groups, fields.rank)
     state = experiment.run_training(
         fields, _search_objective(experiment, teacher, groups), {"student": start},

@@ -284,8 +284,9 @@ class Experiment:
             self._save(self.teacher_folder, network.config, network.params)
             return
         graphdef, params = models.create(
-            self.model_config, self.config.seed, jnp.dtype(fields.dtype), fields.remat
-        )
+            self.model_config, self.config.seed, jnp.dtype(fields.dtype), fields.remat,
+            self._shardings("params.student."),
+        )  # fmt: skip
         objective = make_objective(
             METHODS["no_kd"], make_apply(graphdef), self.process, self.config.seed,
             task=make_task(self.config, self.model_config),
@@ -296,13 +297,24 @@ class Experiment:
         )  # fmt: skip
         self._save_trained(self.teacher_folder, self.model_config, state)
 
-    def teacher(self, dtype: str = "float32", remat: str | None = None) -> Network:
+    def teacher(
+        self, dtype: str = "float32", remat: str | None = None, placed: bool = False
+    ) -> Network:
         """The finished teacher.
+
+        Args:
+          dtype: of the computation.
+          remat: as of `models.create`.
+          placed: whether its parameters are where training has them, read straight to there;
+            otherwise they are on the default device.
 
         Raises:
           ValueError: there is none yet.
         """
-        return load_network(self.teacher_folder, dtype, "run --mode=teacher first", remat=remat)
+        return load_network(
+            self.teacher_folder, dtype, "run --mode=teacher first", remat=remat,
+            shardings=self._shardings() if placed else None,
+        )  # fmt: skip
 
     # Compress -----------------------------------------------------------------------------------
 
@@ -323,10 +335,11 @@ class Experiment:
 
     def _distill_one(self, run: Run) -> None:
         fields = self.config.distill
-        teacher = self.teacher(fields.dtype)
+        teacher = self.teacher(fields.dtype, placed=True)
         start = load_network(
-            self.workdir / "pruned", fields.dtype, "run --mode=compress first", remat=fields.remat
-        )
+            self.workdir / "pruned", fields.dtype, "run --mode=compress first", remat=fields.remat,
+            shardings=self._shardings("params.student."),
+        )  # fmt: skip
         objective, params = student_objective(
             self.config, self.process, run.method, run.seed, start, teacher
         )
@@ -385,6 +398,12 @@ class Experiment:
                 checkpoint_every=fields.checkpoint_every, tensorboard=self.config.tensorboard,
                 on_log=on_log,
             )  # fmt: skip
+
+    def _shardings(self, prefix: str = "") -> Callable[[Any], Any]:
+        """Parameters -> their shardings; prefix as of `tree_shardings`."""
+        return functools.partial(
+            sharding.tree_shardings, rules=self.config.sharding_rules, mesh=self.mesh, prefix=prefix
+        )
 
     def _curve(self, graphdef) -> Callable[[Any], float]:
         """Parameters -> Frechet distance of few samples, in float32 and in-graph."""

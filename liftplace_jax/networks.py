@@ -16,7 +16,9 @@ from liftplace_jax import models, weights
 from liftplace_jax.configuration import differences
 from liftplace_jax.diffusers_folder import OF_DIFFUSERS, find_folder, read_diffusers
 from liftplace_jax.losses import init_adapters
+from liftplace_jax.training import sharding
 
+Shardings = Callable[[Any], Any]
 PARAMS = {"ema": "model.safetensors", "raw": "raw.safetensors"}
 
 
@@ -56,7 +58,7 @@ def is_saved(folder: Path) -> bool:
 
 def load_network(
     folder: Path, dtype: str = "float32", hint: str = "check the path", params: str = "ema",
-    remat: str | None = None,
+    remat: str | None = None, shardings: Shardings | None = None,
 ) -> Network:  # fmt: skip
     """A model from its folder.
 
@@ -66,6 +68,7 @@ def load_network(
       hint: what to do if there is none, for the error message.
       params: "ema", the averaged ones, or "raw", those that training ended with.
       remat: as of `models.create`.
+      shardings: as of `from_tensors`: this process then never holds more than a few arrays.
 
     Raises:
       ValueError: nothing there, or files that do not fit; names the path.
@@ -77,12 +80,12 @@ def load_network(
             f"{folder} has no {PARAMS[params]}: its model was not trained there (or by a version "
             "that did not write it); take its EMA weights"
         )
-    fields, tensors = weights.load_model_tensors(folder, PARAMS[params])
-    try:
-        config = models.config_from_dict(fields)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    return from_tensors(config, tensors, folder, dtype, remat)
+    with weights.open_model(folder, PARAMS[params]) as (fields, tensors):
+        try:
+            config = models.config_from_dict(fields)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        return from_tensors(config, tensors, folder, dtype, remat, shardings)
 
 
 def load_checkpoint(
@@ -153,7 +156,7 @@ def _check_agreement(path: Path, found: list[dict], wanted: list[dict], said_by:
 
 def from_tensors(
     config: Any, tensors: Mapping[str, np.ndarray], origin: Any = "tensors", dtype: str = "float32",
-    remat: str | None = None,
+    remat: str | None = None, shardings: Shardings | None = None,
 ) -> Network:  # fmt: skip
     """A model of a config from arrays by published name, in PyTorch's layouts.
 
@@ -163,16 +166,24 @@ def from_tensors(
       origin: where they come from, for the error message.
       dtype: of the computation.
       remat: as of `models.create`.
+      shardings: abstract parameters -> their shardings; None: the default device.
 
     Raises:
       ValueError: tensors do not fit; names the origin and every misfit.
     """
     graphdef, abstract = models.abstract(config, jnp.dtype(dtype), remat)
+    places = shardings and jax.tree.leaves(shardings(abstract))
+
+    def put(value, number):
+        array = sharding.place(value, places[number]) if places else jnp.asarray(value)
+        # Or the values on their way would pile up in this process.
+        return array.block_until_ready()
+
     try:
-        params = weights.from_torch(abstract, tensors)
+        params = weights.from_torch(abstract, tensors, put=put)
     except weights.WeightMismatchError as error:
         raise weights.WeightMismatchError(error.misfits, origin) from error
-    return Network(config, graphdef, jax.tree.map(jnp.asarray, params))
+    return Network(config, graphdef, params)
 
 
 def match_features(

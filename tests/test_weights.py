@@ -1,8 +1,10 @@
 """Weight files and the generic rule between PyTorch's parameters and ours."""
 
 import argparse
+import functools
 import os
 import sys
+import tracemalloc
 from collections import OrderedDict
 
 import jax
@@ -14,7 +16,9 @@ from flax import nnx
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch_file
 
-from liftplace_jax import weights
+from liftplace_jax import models, weights
+from liftplace_jax.networks import load_network
+from liftplace_jax.training import sharding
 from liftplace_jax.weights import WeightFileError, WeightMismatchError
 
 
@@ -261,21 +265,72 @@ def test_saved_model_round_trip(tmp_path, abstract, tensors):
     params = weights.from_torch(abstract[1], tensors)
     config = {"model": "small", "widths": {"fc": 5}}
     weights.save_model(tmp_path / "new" / "student", config, params)
-    found, arrays = weights.load_model_tensors(tmp_path / "new" / "student")
-    assert found == config
-    assert_same(arrays, tensors)
+    with weights.open_model(tmp_path / "new" / "student") as (found, arrays):
+        assert found == config
+        assert_same(arrays, tensors)
+        assert "none" not in arrays
     assert sorted(os.listdir(tmp_path / "new" / "student")) == ["config.json", "model.safetensors"]
+
+
+def open_and_read(folder):
+    with weights.open_model(folder) as (_, tensors):
+        return dict(tensors)
+
+
+def test_a_model_is_read_straight_into_its_sharding(tmp_path):
+    config = models.DiTConfig(image_size=8, patch_size=2, in_channels=4,
+                              hidden_size=128, depth=12, num_heads=4, num_classes=10)  # fmt: skip
+    params = models.create(config)[1]
+    weights.save_model(tmp_path, models.config_to_dict(config), params)
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 4})
+    shardings = functools.partial(
+        sharding.tree_shardings, rules=((r"kernel", ("fsdp",)),), mesh=mesh
+    )
+    load_network(tmp_path, shardings=shardings)  # what is imported and compiled counts no more
+    tracemalloc.start()
+    try:
+        loaded = load_network(tmp_path, shardings=shardings).params
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert peak < 0.5 * size
+    wanted = jax.tree.leaves(shardings(params))
+    for one, other, place in zip(*map(jax.tree.leaves, (loaded, params)), wanted, strict=True):
+        assert one.sharding == place
+        np.testing.assert_array_equal(one, other)
+    assert sum(not place.is_fully_replicated for place in wanted) > 50
+
+
+def test_a_model_is_initialised_straight_into_its_sharding():
+    config = models.DiTConfig(image_size=4, patch_size=2, in_channels=1,
+                              hidden_size=32, depth=1, num_heads=2, num_classes=3)  # fmt: skip
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 4})
+    shardings = functools.partial(
+        sharding.tree_shardings, rules=((r"kernel", ("fsdp",)),), mesh=mesh
+    )
+    graphdef, whole = models.create(config, 3)
+    split_graphdef, split = models.create(config, 3, shardings=shardings)
+    assert split_graphdef == graphdef
+    for one, other, place in zip(
+        *map(jax.tree.leaves, (split, whole, shardings(whole))), strict=True
+    ):
+        assert one.sharding == place
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
 
 
 def test_damaged_model_folders_are_refused(tmp_path, abstract, tensors):
     with pytest.raises(WeightFileError, match="config.json: cannot be read"):
-        weights.load_model_tensors(tmp_path)
+        open_and_read(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(WeightFileError, match="config.json: cannot be read"):
-        weights.load_model_tensors(tmp_path)
+        open_and_read(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(WeightFileError, match="model.safetensors: no such file"):
-        weights.load_model_tensors(tmp_path)
+        open_and_read(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"9" * 100)
+    with pytest.raises(WeightFileError, match="model.safetensors: cannot be read as weights only"):
+        open_and_read(tmp_path)
     with pytest.raises(TypeError):
         weights.save_model(tmp_path / "bad", {"f": object()}, abstract[1])
     assert not (tmp_path / "bad").exists()

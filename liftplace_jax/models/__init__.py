@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ def create(
     seed: int | jax.Array = 0,
     dtype: Dtype = jnp.float32,
     remat: str | None = None,
+    shardings: Callable[[nnx.State], Any] | None = None,
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """Initialises a model.
 
@@ -37,6 +38,8 @@ def create(
       seed: an integer or a random key (works under jit and vmap).
       dtype: dtype of the computation; parameters are float32.
       remat: None or one of `layers.REMAT_POLICIES`: what the gradient keeps of each block.
+      shardings: abstract parameters -> their shardings. Where they split a parameter, all are made
+        in parts (by one program: rounding may differ); otherwise all are on the default device.
 
     Returns:
       (graphdef, params); `nnx.merge(graphdef, params)(x, t)` is a pure function of params.
@@ -44,7 +47,16 @@ def create(
     Raises:
       ValueError: the config belongs to no known model, or there is no such policy.
     """
-    return nnx.split(_build(config, nnx.Rngs(seed), dtype, remat))
+
+    def build():
+        return nnx.split(_build(config, nnx.Rngs(seed), dtype, remat))
+
+    if shardings is not None:
+        graphdef, shapes = abstract(config, dtype, remat)
+        places = shardings(shapes)
+        if not all(place.is_fully_replicated for place in jax.tree.leaves(places)):
+            return graphdef, jax.jit(lambda: build()[1], out_shardings=places)()
+    return build()
 
 
 def abstract(

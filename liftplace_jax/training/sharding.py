@@ -59,7 +59,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def tree_shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+def tree_shardings(tree: Any, rules: Rules, mesh: Mesh, prefix: str = "") -> Any:
     """A sharding for each leaf of a tree of arrays or `jax.ShapeDtypeStruct`.
 
     Args:
@@ -70,10 +70,12 @@ def tree_shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
         None: ("fsdp",) splits the last dimension. A dimension that its axis does not divide stays
         whole.
       mesh: of `make_mesh`.
+      prefix: of all names, such as "params.student." for what will be there in a `TrainState`.
     """
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        name = prefix + name
         spec = [None] * len(leaf.shape)
         for pattern, partition in rules:
             if re.search(pattern, name):
@@ -93,13 +95,15 @@ def place(tree: Any, shardings: Any) -> Any:
     all of them to compare them.
 
     Args:
-      tree: arrays, the same in all processes.
+      tree: arrays, the same in all processes; those that are in their place stay there.
       shardings: tree of shardings.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 
     def put(x, sharding):
+        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
+            return x
         return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
 
     return jax.tree.map(put, tree, shardings)

@@ -8,7 +8,8 @@ and bare parameters keep their name and layout.
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from liftplace_jax.buckets import as_path, make_folder
 from liftplace_jax.files import write_json
 from liftplace_jax.weights.torch_files import (
     WeightFileError,
-    read_tensors,
+    open_tensors,
     write_safetensors,
 )
 
@@ -87,10 +88,12 @@ def find_misfits(
         expected = _published_shape(leaf, is_kernel)
         if name not in tensors:
             misfits.append((name, f"missing, the model needs {expected}"))
-        elif tuple(tensors[name].shape) != expected:
-            found = tuple(tensors[name].shape)
+            continue
+        value = tensors[name]
+        if tuple(value.shape) != expected:
+            found = tuple(value.shape)
             misfits.append((name, f"has shape {found}, the model needs {expected}"))
-        elif not np.isfinite(tensors[name]).all():
+        elif not np.isfinite(value).all():
             misfits.append((name, "has values that are not finite"))
     for name in tensors.keys() - used:
         if not any(re.fullmatch(pattern, name) for pattern in ignore):
@@ -98,7 +101,10 @@ def find_misfits(
     return sorted(misfits)
 
 
-def from_torch(params: Any, tensors: Mapping[str, np.ndarray], *, ignore: Iterable[str] = ()):
+def from_torch(
+    params: Any, tensors: Mapping[str, np.ndarray], *, ignore: Iterable[str] = (),
+    put: Callable[[np.ndarray, int], Any] | None = None,
+):  # fmt: skip
     """Published tensors as parameters.
 
     Args:
@@ -106,9 +112,11 @@ def from_torch(params: Any, tensors: Mapping[str, np.ndarray], *, ignore: Iterab
         `nnx.split` or `nnx.eval_shape`. Only names, shapes and dtypes are read.
       tensors: arrays by published name, in PyTorch's layouts.
       ignore: regular expressions of published names that may be left over.
+      put: (array, number of the leaf) -> what takes the leaf's place, such as the array on its
+        devices, before the next one is read.
 
     Returns:
-      The same tree with NumPy arrays of the parameters' dtypes (put on devices by the caller).
+      The same tree with NumPy arrays of the parameters' dtypes, or what `put` made of them.
 
     Raises:
       WeightMismatchError: names or shapes differ, or values are not finite; lists all.
@@ -118,12 +126,13 @@ def from_torch(params: Any, tensors: Mapping[str, np.ndarray], *, ignore: Iterab
         raise WeightMismatchError(misfits)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     values = []
-    for path, leaf in leaves:
+    for number, (path, leaf) in enumerate(leaves):
         name, is_kernel = _published_name(path)
         value = tensors[name]
         if is_kernel:
             value = np.transpose(value, np.argsort(_torch_axes(value.ndim)))
-        values.append(value.astype(leaf.dtype, order="C"))
+        value = value.astype(leaf.dtype, order="C")
+        values.append(put(value, number) if put else value)
     return jax.tree_util.tree_unflatten(treedef, values)
 
 
@@ -165,14 +174,18 @@ def save_raw(folder: str | os.PathLike, params: Any) -> None:
     write_safetensors(folder / "raw.safetensors", to_torch(params))
 
 
-def load_model_tensors(
+@contextmanager
+def open_model(
     folder: str | os.PathLike, file: str = "model.safetensors"
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Reads a folder of `save_model`: the config as JSON types, and the published tensors.
+) -> Iterator[tuple[dict[str, Any], Mapping[str, np.ndarray]]]:
+    """Opens a folder of `save_model`, each of whose tensors is read when it is asked for.
 
     Args:
       folder: the folder.
       file: the weights in it; "raw.safetensors" are those of `save_raw`.
+
+    Yields:
+      The config as JSON types, and the published tensors by name.
 
     Raises:
       WeightFileError: a file is missing or damaged; names it and the reason.
@@ -185,4 +198,5 @@ def load_model_tensors(
         raise WeightFileError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise WeightFileError(f"{path}: cannot be read: it is no JSON object")
-    return config, read_tensors(folder / file)
+    with open_tensors(folder / file) as tensors:
+        yield config, tensors

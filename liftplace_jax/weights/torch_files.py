@@ -6,13 +6,14 @@ Files are data: nothing in a file is run, whatever it asks for.
 import argparse
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  gives NumPy the name "bfloat16", which safetensors looks up
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from liftplace_jax.buckets import as_path, local_copy, reaching
@@ -55,16 +56,55 @@ def read_tensors(path: str | os.PathLike, entry: str | int | None = None) -> dic
         raise WeightFileError(
             f"{path}: unknown kind {path.suffix!r} of weight file; known: {sorted(_READERS)}"
         )
-    with reaching(path):
-        found = path.is_file()
-    if not found:
-        raise WeightFileError(f"{path}: no such file")
-    with local_copy(path) as file:
+    with _existing(path) as file:
         content = _read(path, reader, file)
     tensors = {name: _to_numpy(value) for name, value in _unwrap(path, content, entry).items()}
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     return tensors
+
+
+@contextmanager
+def open_tensors(path: str | os.PathLike) -> Iterator[Mapping[str, np.ndarray]]:
+    """Opens a .safetensors file, each of whose tensors is read when it is asked for.
+
+    Yields:
+      Arrays by name, as of `read_tensors`.
+
+    Raises:
+      WeightFileError: the file is missing or damaged.
+      OSError: a bucket cannot be reached.
+    """
+    path = as_path(path)
+    with _existing(path) as file, _read(path, lambda file: safe_open(file, "numpy"), file) as found:
+        yield _OnDisk(found)
+
+
+class _OnDisk(Mapping):
+    def __init__(self, file: Any):
+        self._file, self._names = file, file.keys()
+
+    def __getitem__(self, name):
+        if name not in self._names:
+            raise KeyError(name)
+        return _to_numpy(self._file.get_tensor(name))
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self):
+        return len(self._names)
+
+
+@contextmanager
+def _existing(path: Path) -> Iterator[Path]:
+    """The file on this machine."""
+    with reaching(path):
+        found = path.is_file()
+    if not found:
+        raise WeightFileError(f"{path}: no such file")
+    with local_copy(path) as file:
+        yield file
 
 
 def _read(path: Path, reader: Callable[[Path], Any], file: Path) -> Any:
