@@ -34,6 +34,7 @@ SUITES = {
     "sizes": (),
     "scaling": (),
     "input": (),
+    "loading": (),
     "compression": ("config", "ratios", "batch_size", "workdirs"),
     "capacity_gap": ("config", "workdir"),
 }

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from liftplace_jax.suites import input as input_suite
-from liftplace_jax.suites import prediction, weak_scaling
+from liftplace_jax.suites import loading, prediction, weak_scaling
+from liftplace_jax.suites.options import Options
 from liftplace_jax.suites.prediction import PODS, paper_rows, predict, seconds_to_gather
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -118,3 +119,11 @@ def test_the_command_scales_over_simulated_devices(tmp_path):
     assert 0.9 < row["reduced_mb"] / row["parameters_mb"] < 1.01
     assert len(result["tables"]["predicted"]["rows"]) == len(ROWS) * len(PODS)
     assert (tmp_path / "scaling_costs.csv").exists()
+
+
+def test_loading_is_measured_in_processes_of_their_own(monkeypatch):
+    for case in ("one device", "checkpoint"):
+        monkeypatch.delitem(loading.CASES, case)
+    plain, split = loading.run(Options(quick=True))["rows"]
+    assert plain["size_gb"] == split["size_gb"] > 0.01
+    assert plain["over_size"] > 0.8 and split["seconds"] > 0
