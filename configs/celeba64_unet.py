@@ -46,6 +46,7 @@ def get_config(arg=None):
         steps={0.3: 100_000, 0.5: 200_000, 0.7: 240_000, 0.9: 500_000},
     )  # fmt: skip
     config.data.name = "celeb_a"
+    config.memory_cache_mb = 2560  # all of it, decoded
     config.teacher.steps = 500_000
     for run in (config.teacher, config.distill):
         run.batch_size = 96
