@@ -154,6 +154,20 @@ def test_devices_of_a_pod_stand_in_the_order_of_its_processes():
 # Faults -----------------------------------------------------------------------------------------
 
 
+def assert_ends_as(run, workdir, undisturbed):
+    """A run whose checkpoint of step 15 is unfinished goes on to the same bits."""
+    statuses, printed = run("none", workdir, 2, 4, fsdp(4))
+    assert statuses == [0, 0], printed
+    assert (
+        "teacher: goes on from step 10; the checkpoint of step 15 was not finished and is ignored"
+        in printed[0]
+    )
+    equal(final(workdir), final(undisturbed))
+    rows = [read_metrics(d / "teacher") for d in (workdir, undisturbed)]
+    assert [row["step"] for row in rows[0]] == list(range(1, 21))
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+
+
 def test_a_pod_cut_off_again_and_again_ends_with_the_same_bits(
     run, undisturbed, preempted, tmp_path
 ):
@@ -176,16 +190,7 @@ def test_a_pod_cut_off_again_and_again_ends_with_the_same_bits(
     assert "the leader task was preempted/died" in printed[1]
     assert any(path.name.startswith("15.") for path in checkpoints.iterdir())
 
-    statuses, printed = run("none", workdir, 2, 4, fsdp(4))
-    assert statuses == [0, 0], printed
-    assert (
-        "teacher: goes on from step 10; the checkpoint of step 15 was not finished and is ignored"
-        in printed[0]
-    )
-    equal(final(workdir), final(undisturbed))
-    rows = [read_metrics(d / "teacher") for d in (workdir, undisturbed)]
-    assert [row["step"] for row in rows[0]] == list(range(1, 21))
-    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    assert_ends_as(run, workdir, undisturbed)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["15", "20"]
 
 
@@ -196,14 +201,7 @@ def test_a_pod_whose_work_directory_is_in_a_bucket_is_cut_off(run, undisturbed, 
     statuses, printed = run("0 SIGKILL checkpoint 15", workdir, 2, 4, fsdp(4))
     assert statuses[0] == -signal.SIGKILL and "goes on from step 8" in printed[0]
     assert [row["step"] for row in read_metrics(workdir / "teacher")] == list(range(1, 16))
-    statuses, printed = run("none", workdir, 2, 4, fsdp(4))
-    assert statuses == [0, 0], printed
-    assert (
-        "teacher: goes on from step 10; the checkpoint of step 15 was not finished and is ignored"
-        in printed[0]
-    )
-    equal(final(workdir), final(undisturbed))
-    assert [row["step"] for row in read_metrics(workdir / "teacher")] == list(range(1, 21))
+    assert_ends_as(run, workdir, undisturbed)
 
 
 SGD = optax.adam(0.1)

@@ -1,6 +1,7 @@
 """The networks, by name: a model is its config (JSON friendly) and its arrays."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -63,6 +64,12 @@ def abstract(
     config: Any, dtype: Dtype = jnp.float32, remat: str | None = None
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """As `create`, with shapes and dtypes (`jax.ShapeDtypeStruct`) in place of arrays."""
+    graphdef, params = _abstract(config, dtype, remat)
+    return graphdef, jax.tree.map(lambda leaf: leaf, params)  # a tree of the caller's own
+
+
+@functools.lru_cache(maxsize=32)  # a second or more for each
+def _abstract(config, dtype, remat):
     return nnx.split(nnx.eval_shape(lambda: _build(config, nnx.Rngs(0), dtype, remat)))
 
 

@@ -72,7 +72,7 @@ def run(options: Options) -> Result:
             "slower than this file cache are not measured.",
             "needs: what the hungriest student of the paper with such data asks of one host (suite "
             "scaling, with its assumptions); threads: how many of these cores that would take, "
-            "if they scale. Data sets below config.memory_cache_mb (default 256 MiB) decoded are kept "
+            "if they scale. Data sets below config.memory_cache_mb (256 MiB) decoded are kept "
             "in memory after one epoch.",
             "Soak: a source in memory, batches placed on a device and let go; resident memory "
             "of the process after the first tenth, and at the end; peak_growth_mb: by how much the "
