@@ -360,6 +360,22 @@ def test_reference_on_eight_devices(digits, batch_sharding):
     assert abs(frechet_from_moments(one.moments, eight.moments)) < 1e-3
 
 
+def test_saved_samples_keep_all_rows_and_logits_as_drawn_ones_do(digits, monkeypatch):
+    monkeypatch.setattr("liftplace_jax.evaluation.samples.REFERENCE_ROWS", 50)
+
+    def apply(params, images):
+        return {"features": images.reshape(-1, 64), "logits": images[:, 0, :, 0]}
+
+    extractor = dataclasses.replace(feature_extractor("digits"), apply=apply)
+    options = {"batch_size": 40, "limit": 90}
+    real = reference(digits["test"], extractor, **options)
+    saved = reference(digits["test"], extractor, **options, generated=True)
+    assert real.features.shape == (50, 64) and saved.features.shape == (90, 64)
+    assert real.logits is None and saved.logits.shape == (90, 8)
+    np.testing.assert_array_equal(saved.features[:50], real.features)
+    assert score(saved, saved, allow_few=True)["inception_score"] > 1
+
+
 def test_real_digits_score_well_and_noise_does_not(digits):
     extractor = feature_extractor("digits")
     images = digits["train"].get(np.arange(1437))["image"]
