@@ -18,6 +18,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
+from liftplace_jax.buckets import on_this_machine
 from liftplace_jax.command_line import (
     EXIT_INTERRUPTED,
     parse_flags,
@@ -102,8 +103,8 @@ def read_options():
         if flags.FLAGS[name].value is None:
             raise ValueError(f"--suite={suite} needs --{name}")
     return Options(
-        quick=_QUICK.value, repeats=_REPEATS.value, out=Path(_OUT.value).expanduser(),
-        workdir=Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None,
+        quick=_QUICK.value, repeats=_REPEATS.value, out=on_this_machine(_OUT.value, "--out"),
+        workdir=on_this_machine(_WORKDIR.value, "--workdir") if _WORKDIR.value else None,
         config=_CONFIG.value, ratios=tuple(map(_ratio, _RATIOS.value)),
         batch_size=_BATCH_SIZE.value,
         workdirs=tuple(path for pattern in _WORKDIRS.value for path in _directories(pattern)),
@@ -118,7 +119,7 @@ def _ratio(text: str) -> float:
 
 
 def _directories(pattern: str) -> list[Path]:
-    paths = sorted(Path(p) for p in glob.glob(str(Path(pattern).expanduser())))
+    paths = sorted(map(Path, glob.glob(str(on_this_machine(pattern, "--workdirs")))))
     found = [path for path in paths if path.is_dir()]
     if not found:
         raise ValueError(f"--workdirs: no directory matches {pattern!r}")

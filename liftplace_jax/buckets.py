@@ -6,18 +6,25 @@ methods. An object of a bucket appears whole or not at all, and can be replaced 
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # Otherwise etils takes TensorFlow's file systems wherever TensorFlow is installed: seconds to
-# import, and their errors are no OSErrors.
+# import, and with errors of their own.
 os.environ.setdefault("EPATH_USE_TF", "0")
+# Otherwise gcsfs asks another service of Google's what kind a bucket is, at each call if it may not
+# know; all kinds but zonal ones are used in the same way.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 from etils import epath  # noqa: E402
 
@@ -34,6 +41,8 @@ def as_path(path: str | os.PathLike) -> Path:
     text = os.fspath(path)
     scheme, separator, _ = text.partition("://")
     if not separator:
+        if text.startswith("gs:"):
+            raise ValueError(f"{text}: a bucket's paths begin with gs://, which pathlib spoils")
         return Path(text).expanduser()
     if scheme != "gs":
         raise ValueError(f"{text}: paths are those of this machine or gs://, not {scheme}://")
@@ -69,29 +78,90 @@ def on_this_machine(path: str | os.PathLike, what: str) -> Path:
     return Path(path).expanduser()
 
 
+class UnreachableError(OSError):
+    """A bucket cannot be reached now; trying again may help."""
+
+
 def make_folder(path: Path) -> None:
     """Makes a folder if missing; in a bucket there are none (and gcsfs would make the bucket)."""
     if not is_in_bucket(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
+def listed(folder: Path) -> list[Path]:
+    """What is in a folder, in order; nothing if there is none."""
+    if not is_in_bucket(folder):
+        return sorted(folder.iterdir()) if folder.exists() else []
+    return sorted(folder / name for name in _facts(folder))
+
+
+def _facts(folder: Path) -> dict[str, dict[str, Any]]:
+    """What gcsfs knows of each entry of a bucket's folder, by name."""
+    own = os.fspath(folder).removeprefix("gs://").rstrip("/")
+    try:
+        found = _store().ls(own, detail=True)
+    except FileNotFoundError:
+        return {}
+    # The console and gcsfuse mark a folder by an object of its name.
+    entries = {entry["name"].rstrip("/"): entry for entry in found}
+    return {name.rpartition("/")[2]: entry for name, entry in entries.items() if name != own}
+
+
+def _store() -> Any:
+    import fsspec
+
+    return fsspec.filesystem("gcs")
+
+
 @contextmanager
 def reaching(path: str | os.PathLike) -> Iterator[None]:
     """Whatever goes wrong with a bucket in the block becomes an OSError that names the path.
 
-    A ValueError, of what was found there, stays as it is.
+    A ValueError, of what was found there, and what is wrong with this machine's disk stay.
+
+    Raises:
+      UnreachableError: trying again may help.
+      OSError: it will not: no such bucket, no permission.
     """
     try:
         yield
-    except Exception as error:  # gcsfs and google.auth have errors of their own
-        if isinstance(error, ValueError) or not is_in_bucket(path):
+    except Exception as error:
+        local = isinstance(error, OSError) and error.errno in _OF_DISKS
+        if local or isinstance(error, ValueError | UnreachableError) or not is_in_bucket(path):
             raise
         bucket = os.fspath(path).split("/")[2]
-        raise OSError(
+        kind = UnreachableError if may_pass(error) else OSError
+        raise kind(
             f"{os.fspath(path)} cannot be reached: {type(error).__name__}: {error}\nIs there a "
             f"bucket {bucket}, and may this account use it? Log in with: gcloud auth "
             "application-default login (a TPU VM has its service account)"
         ) from error
+
+
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
+# TensorStore, which reads and writes checkpoints, has ValueErrors for all that goes wrong.
+_PASSING = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|HTTP response code: (429|5\d\d)")
+_LASTING = re.compile(r"UNAUTHENTICATED|PERMISSION_DENIED|HTTP response code: 40[13]")
+
+
+def is_of_bucket(error: BaseException) -> bool:
+    """Whether an error says that a bucket could not be used, not what was found in it."""
+    theirs = type(error).__module__.partition(".")[0] in ("gcsfs", "aiohttp", "google")
+    lasting = isinstance(error, ValueError) and bool(_LASTING.search(str(error)))
+    return theirs or lasting or may_pass(error)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error is of a bucket and may be gone when it is tried again."""
+    if isinstance(error, UnreachableError | TimeoutError | ConnectionError):
+        return True
+    if isinstance(error, ValueError) and _PASSING.search(str(error)):
+        return True
+    if find_spec("gcsfs") is None:
+        return False
+    from gcsfs.retry import is_retriable
+
+    return is_retriable(error) or type(error).__module__.startswith("aiohttp")
 
 
 @contextmanager
@@ -107,7 +177,7 @@ def local_copy(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="liftplace-") as folder:
         target = Path(folder) / path.name
         with reaching(path):
-            path.copy(target)
+            _store().get_file(os.fspath(path), os.fspath(target))
         yield target
 
 
@@ -120,14 +190,16 @@ def upload(source: Path, target: Path) -> None:
     files = [source] if source.is_file() else [f for f in source.rglob("*") if f.is_file()]
     with reaching(target):
         for file in sorted(files):
-            epath.Path(file).copy(target / file.relative_to(source), overwrite=True)
+            place = os.fspath(target / file.relative_to(source))
+            # Not by writing to an open file: one that is cut off would be closed, and so be there.
+            _store().put_file(os.fspath(file), place, consistency="md5")
 
 
 def fetched(files: Iterable[Path], cache: str | os.PathLike | None = None) -> None:
     """Copies files of a bucket to this machine, but for those that are there already.
 
-    For data that never change: a file of the same size is taken for the same. Processes of one
-    host share the copies.
+    Processes of one host share the copies. A file that has changed in the bucket, by its checksum,
+    is copied anew.
 
     Args:
       files: of a bucket.
@@ -136,33 +208,52 @@ def fetched(files: Iterable[Path], cache: str | os.PathLike | None = None) -> No
     Raises:
       OSError: they cannot be read, or there is too little room; names the path.
     """
-    files = list(files)
+    folders: dict[Path, list[str]] = {}
+    for file in files:
+        folders.setdefault(file.parent, []).append(file.name)
     root = cached("", cache)
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # others of this host wait, and find them there
-        missing = []
-        for file in files:
-            with reaching(file):
-                size = file.stat().length
-            target = cached(file, cache)
-            if not target.exists() or target.stat().st_size != size:
-                missing.append((file, target, size))
-        needed, free = sum(size for *_, size in missing), shutil.disk_usage(root).free
-        if needed > free:
-            raise OSError(
-                f"{files[0].parent} takes {needed / 1e9:.3g} GB, {root} has {free / 1e9:.3g} GB "
-                "left: name a folder with more room (config.data_cache), or mount the bucket"
-            )
-        for file, target, _ in missing:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.{os.getpid()}")
-            try:
-                with reaching(file):
-                    file.copy(temporary)
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
+        for folder, names in folders.items():
+            with reaching(folder):
+                _fetch(folder, names, cached(folder, cache))
+
+
+_TOGETHER = 16  # files that are copied at a time
+
+
+def _fetch(folder: Path, names: list[str], target: Path) -> None:
+    facts = _facts(folder)
+    for name in names:
+        if name not in facts:
+            raise FileNotFoundError(f"{folder / name}: no such file")
+    record = target / ".fetched.json"
+    known = json.loads(record.read_text()) if record.exists() else {}
+    missing = [
+        name for name in names
+        if known.get(name) != facts[name]["crc32c"] or not (target / name).exists()
+    ]  # fmt: skip
+    target.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(facts[name]["size"] for name in missing), shutil.disk_usage(target).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{needed / 1e9:.3g} GB are needed, there are {free / 1e9:.3g} GB: name a folder with "
+            "more room (config.data_cache), or mount the bucket", os.fspath(target),
+        )  # fmt: skip
+    for first in range(0, len(missing), _TOGETHER):
+        now = missing[first : first + _TOGETHER]
+        parts = [target / f".{name}.part" for name in now]
+        _store().get([os.fspath(folder / name) for name in now], [os.fspath(p) for p in parts])
+        for name, part in zip(now, parts, strict=True):
+            if part.stat().st_size != facts[name]["size"]:
+                raise UnreachableError(f"{folder / name} was cut off while it was copied")
+            os.replace(part, target / name)
+            known[name] = facts[name]["crc32c"]
+        part = target / ".fetched.json.part"
+        part.write_text(json.dumps(known))
+        os.replace(part, record)
 
 
 def cached(path: str | os.PathLike, cache: str | os.PathLike | None = None) -> Path:
@@ -172,5 +263,5 @@ def cached(path: str | os.PathLike, cache: str | os.PathLike | None = None) -> P
       path: of the bucket; "": the folder of all.
       cache: folder on this machine, default `CACHE`.
     """
-    root = Path(cache or CACHE).expanduser() / "gs"
+    root = on_this_machine(cache or CACHE, "config.data_cache") / "gs"
     return root / os.fspath(path).removeprefix("gs://")

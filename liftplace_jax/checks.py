@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from liftplace_jax import evaluation
+from liftplace_jax.buckets import on_this_machine
 from liftplace_jax.compress import IMPORTANCES
 from liftplace_jax.configuration import check_choice, check_positive
 from liftplace_jax.diffusion import SAMPLERS, TIMESTEPS
@@ -65,6 +66,8 @@ def check_config(config: ConfigDict) -> None:
             f"got {config.compress.taylor_threshold}"
         )
     check_positive(config, "input_threads")
+    if config.data_cache:
+        on_this_machine(config.data_cache, "config.data_cache")
     if config.memory_cache_mb < 0:
         raise ValueError(f"config.memory_cache_mb must be >= 0, got {config.memory_cache_mb}")
     if config.transfer_guard is not None:

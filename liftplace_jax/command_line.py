@@ -6,14 +6,16 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 from absl import flags, logging
 
-# Launchers start again after the last two; 134 is also that of a process that JAX ends itself.
-EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_LOST = 2, 130, 134
+# A fault of the program itself is 1. What is neither is worth another try; 134 is also the status
+# of a process that JAX ends itself.
+EXIT_BAD_INPUT, EXIT_UNREACHABLE, EXIT_INTERRUPTED, EXIT_LOST = 2, 75, 130, 134
 
 
 def define_runtime_flags() -> None:
@@ -37,6 +39,7 @@ def running(debug: bool) -> Iterator[None]:
     """
     # Late, so that --help and a misspelt flag answer at once.
     from liftplace_jax import runtime
+    from liftplace_jax.buckets import is_of_bucket, may_pass
 
     given = flags.FLAGS
     try:
@@ -51,11 +54,20 @@ def running(debug: bool) -> Iterator[None]:
         print(file=sys.stderr)  # below the progress line
         runtime.say("Interrupted. The same command goes on from what is saved.")
         runtime.leave(EXIT_INTERRUPTED, stop)
-    except (ValueError, RuntimeError, OSError) as error:
-        if debug:
+    except Exception as error:
+        known = isinstance(error, ValueError | RuntimeError | OSError) or is_of_bucket(error)
+        if debug or (not known and runtime.is_alone()):
             raise
+        if not known:
+            traceback.print_exc()
         runtime.say(f"error: {error}" + runtime.advice(error))
-        runtime.leave(EXIT_LOST if runtime.is_of_others(error) else EXIT_BAD_INPUT, error)
+        if runtime.is_of_others(error):
+            status = EXIT_LOST
+        elif may_pass(error):
+            status = EXIT_UNREACHABLE
+        else:
+            status = EXIT_BAD_INPUT if known else 1
+        runtime.leave(status, error)
 
 
 def quieten_libraries() -> None:

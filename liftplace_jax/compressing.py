@@ -24,7 +24,7 @@ from liftplace_jax.models.unet_config import UNetConfig
 from liftplace_jax.networks import (
     Network,
     from_tensors,
-    is_saved,
+    is_finished,
     load_checkpoint,
     load_network,
     make_apply,
@@ -57,7 +57,7 @@ def predicted_student(experiment: Experiment) -> Any | None:
       ValueError: a field of config.compress does not fit; names it.
     """
     if experiment.config.compress.checkpoint:
-        if is_saved(experiment.workdir / "pruned"):
+        if is_finished(experiment.workdir / "pruned"):
             return None
         return _given_student(experiment).config
     with under("compress."):
@@ -185,7 +185,7 @@ def _predict_dit(experiment: Experiment) -> DiTConfig:
     )
     if fields.layers == "learned":
         _groups(experiment)
-        finished = is_saved(experiment.workdir / "pruned")  # perhaps on other devices
+        finished = is_finished(experiment.workdir / "pruned")  # perhaps on other devices
         if fields.learned.batch_size % experiment.mesh.size and not finished:
             raise ValueError(
                 f"learned.batch_size {fields.learned.batch_size} is not a multiple of the "

@@ -41,7 +41,7 @@ from liftplace_jax.distillation import loss_options, make_task, student_objectiv
 from liftplace_jax.evaluation.samples import replicated
 from liftplace_jax.networks import (
     Network,
-    is_saved,
+    is_finished,
     load_checkpoint,
     load_network,
     make_apply,
@@ -272,7 +272,7 @@ class Experiment:
 
     def train_teacher(self) -> None:
         """Trains the teacher, or loads the one of config.teacher.checkpoint."""
-        if is_saved(self.teacher_folder):
+        if is_finished(self.teacher_folder):
             return
         fields = self.config.teacher
         if fields.checkpoint:
@@ -321,7 +321,7 @@ class Experiment:
     def compress(self) -> None:
         """Makes what every student starts from: the pruned teacher, or a given network."""
         folder = self.workdir / "pruned"
-        if not is_saved(folder):
+        if not is_finished(folder):
             student = compressing.make_student(self)
             self._save(folder, student.config, student.params)
 
@@ -330,7 +330,7 @@ class Experiment:
     def distill(self) -> None:
         """Trains every student of the config."""
         for run in self.runs:
-            if not is_saved(run.folder):
+            if not is_finished(run.folder):
                 self._distill_one(run)
 
     def _distill_one(self, run: Run) -> None:

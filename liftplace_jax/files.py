@@ -28,7 +28,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     if is_in_bucket(path):
         with tempfile.TemporaryDirectory(prefix="liftplace-") as folder:
             temporary = Path(folder) / path.name
-            yield temporary
+            try:
+                yield temporary
+            except OSError as error:
+                raise unwritable(temporary, error) from error
             upload(temporary, path)
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from liftplace_jax import models, weights
+from liftplace_jax import models, runtime, weights
 from liftplace_jax.configuration import differences
 from liftplace_jax.diffusers_folder import OF_DIFFUSERS, find_folder, read_diffusers
 from liftplace_jax.losses import init_adapters
@@ -54,6 +54,11 @@ def make_apply(graphdef: nnx.GraphDef) -> Callable[..., tuple[jax.Array, dict]]:
 def is_saved(folder: Path) -> bool:
     """Whether a finished model lies in a folder (config.json is written last)."""
     return (folder / "model.safetensors").exists() and (folder / "config.json").exists()
+
+
+def is_finished(folder: Path) -> bool:
+    """`is_saved` as process 0 sees it; for decisions that all processes must make alike."""
+    return runtime.told_by_first(lambda: is_saved(folder))
 
 
 def load_network(

@@ -41,7 +41,8 @@ CURVES = (
 
 def is_reported(experiment: Experiment) -> bool:
     """Whether all files of the report are there."""
-    return all((experiment.workdir / name).exists() for name in FILES)
+    workdir = experiment.workdir
+    return runtime.told_by_first(lambda: all((workdir / name).exists() for name in FILES))
 
 
 def write_report(experiment: Experiment) -> None:

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -29,7 +29,6 @@ from liftplace_jax.buckets import is_in_bucket
 START_TIMEOUT, HEARTBEAT_TIMEOUT = 300, 100
 _SHARED_WITHIN = 60  # seconds in which a file system must show what another host wrote
 _LAST_WORDS = 3  # seconds that process 0, without which all end, leaves the others to say why
-
 
 
 class OthersError(RuntimeError):
@@ -230,6 +229,18 @@ def wait_for(path: Path) -> None:
         f"{path}, which process 0 wrote, is not seen by process {jax.process_index()}: the work "
         "directory must lie on a file system that all hosts share, or in a bucket"
     )
+
+
+def told_by_first(ask: Callable[[], bool]) -> bool:
+    """What `ask` answers in process 0, for all: a file may appear between two processes' looks."""
+    if jax.process_count() == 1:
+        return ask()
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(is_first() and ask())))
+
+
+def is_alone() -> bool:
+    """Whether this process has joined, and tried to join, no others."""
+    return not _State.joining
 
 
 def barrier(name: str) -> None:

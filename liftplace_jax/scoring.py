@@ -43,7 +43,10 @@ def evaluate(experiment: Experiment) -> None:
       ValueError: a model is missing, or samples are not finite.
     """
     folders = model_folders(experiment)
-    missing = {k: f for k, f in folders.items() if not (f / "evaluation.json").exists()}
+    missing = {
+        title: folder for title, folder in folders.items()
+        if not runtime.told_by_first((folder / "evaluation.json").exists)
+    }  # fmt: skip
     if not missing:
         return
     teacher = experiment.teacher()

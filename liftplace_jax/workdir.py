@@ -8,7 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from liftplace_jax import configuration, runtime
-from liftplace_jax.buckets import reaching
+from liftplace_jax.buckets import listed, reaching
 from liftplace_jax.files import write_json
 
 
@@ -26,10 +26,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     new, path = configuration.to_json(config), workdir / "config.json"
     with reaching(workdir):
         # Hidden files do not count: a run killed as it wrote config.json leaves one.
-        found = [
-            child.name for child in (workdir.iterdir() if workdir.exists() else ())
-            if not child.name.startswith(".")
-        ]  # fmt: skip
+        found = [path.name for path in listed(workdir) if not path.name.startswith(".")]
     if path.exists():
         lines = _changes(path, new, alone=found == [path.name])
         if lines:

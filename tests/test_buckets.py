@@ -1,5 +1,6 @@
 """Files of a bucket: as those of this machine. (Whole jobs: test_pods.)"""
 
+import errno
 import json
 import os
 import tempfile
@@ -7,15 +8,22 @@ import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
+import aiohttp
+import gcsfs
+import jax
 import numpy as np
+import optax
 import pytest
 import tiny_config
+from absl import flags
 
-from liftplace_jax import buckets, data, files, main, weights
+from liftplace_jax import buckets, command_line, data, files, main, weights
 from liftplace_jax.buckets import as_path
 from liftplace_jax.evaluation import load_reference, save_reference
+from liftplace_jax.training.checkpoints import Checkpoints
 from liftplace_jax.training.metrics_io import MetricsLog, read_metrics
 from liftplace_jax.training.profiling import watched
+from liftplace_jax.training.state import create_state
 
 
 @pytest.fixture
@@ -40,6 +48,8 @@ def test_paths_of_this_machine_stay_what_they_are():
     assert as_path("~/runs") == Path.home() / "runs"
     assert isinstance(as_path("runs/digits"), Path)
     assert os.fspath(as_path("gs://bucket/runs") / "a") == "gs://bucket/runs/a"
+    with pytest.raises(ValueError, match="gs:/bucket/runs: a bucket's paths begin with gs://"):
+        as_path(Path("gs://bucket/runs"))
 
 
 def test_other_stores_and_a_missing_package_are_refused(monkeypatch):
@@ -69,6 +79,42 @@ def test_a_file_that_fails_leaves_the_one_before(folder):
         temporary.write_text("[2")
         raise RuntimeError
     assert json.loads((folder / "a.json").read_text()) == [1]
+
+
+def test_an_upload_that_is_cut_off_leaves_the_file_before(folder, monkeypatch):
+    files.write_npz(folder / "a.npz", {"a": np.zeros(1)})
+    monkeypatch.setattr("gcsfs.core.upload_chunk", cut_off)
+    large = np.random.default_rng(0).normal(size=800_000)  # more than one request
+    with pytest.raises(OSError, match="(?s)a.npz cannot be reached.*cut off"):
+        files.write_npz(folder / "a.npz", {"a": large})
+    assert weights.read_tensors(folder / "a.npz")["a"].shape == (1,)
+
+
+def cut_off(*args, **kwargs):
+    raise ConnectionError("cut off")
+
+
+def test_a_full_disk_of_this_machine_is_not_blamed_on_the_bucket(folder, monkeypatch):
+    files.write_json(folder / "a.json", [1])
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", "here")
+
+    monkeypatch.setattr(buckets._store(), "get_file", full)
+    with pytest.raises(OSError, match="No space left on device: 'here'$"):
+        with buckets.local_copy(folder / "a.json"):
+            pass
+    with pytest.raises(OSError, match="cannot be written .No space left"):
+        with files.replacing(folder / "a.json"):
+            full()
+
+
+def test_folders_that_the_console_made_are_empty(monkeypatch):
+    entries = [{"name": "bucket/run/"}, {"name": "bucket/run/logs/"}, {"name": "bucket/run/a"}]
+    store = SimpleNamespace(ls=lambda path, detail: entries)
+    monkeypatch.setattr(buckets, "_store", lambda: store)
+    found = buckets.listed(as_path("gs://bucket/run"))
+    assert [os.fspath(path) for path in found] == ["gs://bucket/run/a", "gs://bucket/run/logs"]
 
 
 def test_a_reference_file_has_the_same_digest(folder, tmp_path):
@@ -117,6 +163,51 @@ def test_metrics_are_uploaded_by_flush_and_now_and_then(folder, monkeypatch):
     assert any(".tfevents." in path.name for path in folder.iterdir())
 
 
+def test_a_bucket_that_is_away_for_a_while_ends_no_run(folder, monkeypatch, capsys):
+    monkeypatch.setattr("liftplace_jax.training.metrics_io._UPLOAD_SECONDS", 0)
+    log = MetricsLog(folder, 0, tensorboard=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(buckets, "_store", cut_off)
+        log.write(1, {"loss": 1.0})
+        assert "metrics were not uploaded: gs://" in capsys.readouterr().err
+        with pytest.raises(buckets.UnreachableError):  # a checkpoint would lack them
+            log.flush()
+    log.write(2, {"loss": 0.5})
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(buckets, "_store", cut_off)
+        log.close()  # nothing is new
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [
+    ValueError("UNAVAILABLE: error reading gs://b"), gcsfs.retry.HttpError({"code": 503}),
+    aiohttp.ClientConnectionError(),
+])  # fmt: skip
+def test_a_checkpoint_that_cannot_be_reached_is_not_called_damaged(
+    folder, monkeypatch, error, capsys
+):
+    checkpoints = Checkpoints(folder / "checkpoints")
+    state = create_state({"student": jax.numpy.zeros(2)}, optax.sgd(1.0))
+    checkpoints.save(1, state)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(checkpoints._manager, "restore", fail)
+    with pytest.raises(buckets.UnreachableError, match="cannot be read now: (.|\n)*tries again"):
+        checkpoints.restore(state)
+    monkeypatch.setattr(checkpoints._manager, "save", fail)
+    with pytest.raises(buckets.UnreachableError, match="step 2 cannot be written(.|\n)*step 1 is"):
+        checkpoints.save(2, state)
+    # The command says so in one line, with a status that is worth another try.
+    flags.FLAGS.mark_as_parsed()
+    with pytest.raises(SystemExit) as ended, command_line.running(debug=False):
+        raise error
+    assert ended.value.code == command_line.EXIT_UNREACHABLE
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_a_trace_is_uploaded(folder):
     config = tiny_config.get_config()
     config.profile_steps = "1:1"
@@ -148,19 +239,23 @@ def test_a_data_set_is_copied_once(folder, prepared, tmp_path):
     before = copies[0].stat().st_mtime_ns
     assert len(data.load_source("digits", "test", **options)) == 360
     assert copies[0].stat().st_mtime_ns == before
-    copies[0].write_bytes(b"cut off")
-    assert data.load_source("digits", "test", **options).get([0])["image"].shape == (1, 8, 8, 1)
+    content = bytearray(copies[0].read_bytes())
+    content[100] ^= 1  # other data of the same size, in the bucket
+    put_from_elsewhere(folder / "digits" / "1.0.0" / copies[0].name, bytes(content))
+    data.load_source("digits", "test", **options)
+    assert copies[0].read_bytes() == bytes(content)
     with pytest.raises(ValueError, match="has no split 'none', only"):
         data.load_source("digits", "none", **options)
 
 
 def test_a_data_set_that_is_not_there_or_too_large(folder, prepared, tmp_path, monkeypatch):
     options = {"data_dir": os.fspath(folder), "cache_dir": tmp_path / "cache"}
-    with pytest.raises(RuntimeError, match="not in gs://.*/digits/1.0.0: .*gcloud storage cp -r"):
+    with pytest.raises(RuntimeError, match="not in gs://.*/digits/1.0.0: .*gcloud storage rsync"):
         data.load_source("digits", "test", **options)
     buckets.upload(prepared, folder)
     monkeypatch.setattr(buckets.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    with pytest.raises(OSError, match=r"takes .* GB, .* has 0 GB left: .*config.data_cache"):
+    message = r"GB are needed, there are 0 GB: .*config.data_cache.*/digits/1.0.0"
+    with pytest.raises(OSError, match=message):
         data.load_source("digits", "test", **options)
 
 

@@ -109,7 +109,8 @@ mkdir -p runs/logs
 srun --gpu-bind=none --cpus-per-task=8 --kill-on-bad-exit=0 --wait=600 \\
   --open-mode=append --output=runs/logs/%x-%j-%t.log \\
   env A=b python -m liftplace_jax.main {CONFIG} --workdir=/nfs/celeba --mode=all || code=$?
-[ "${{code:-0}}" -ne 130 ] || scontrol requeue "$SLURM_JOB_ID"
+again=$((${{SLURM_RESTART_COUNT:-0}} < 10))
+case ${{code:-0}}:$again in 130:* | 75:1) scontrol requeue "$SLURM_JOB_ID" ;; esac
 ( exit "${{code:-0}}" )
 """
     last = ["--env=A=b", "--", "--mode=all"]
@@ -217,9 +218,12 @@ def test_failed_queued_resource_ends_the_command(stand_ins, tmp_path):
     assert " scp " not in (tmp_path / "calls").read_text()
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (3, False), (130, True)])
-def test_slurm_requeues_only_what_was_interrupted(code, requeued, stand_ins, tmp_path):
+@pytest.mark.parametrize(("code", "restarts", "requeued"), [
+    (0, 0, False), (3, 0, False), (130, 99, True), (75, 9, True), (75, 10, False),
+])  # fmt: skip
+def test_slurm_requeues_what_may_go_on(code, restarts, requeued, stand_ins, tmp_path):
     variables = stand_ins(srun=f"exit {code}", scontrol="")
+    variables["SLURM_RESTART_COUNT"] = str(restarts)
     status, _, _ = launch(*SLURM, *PLACES, SLURM_JOB_ID="7", **variables)
     assert status == code
     assert ("scontrol requeue 7" in (tmp_path / "calls").read_text().splitlines()) == requeued

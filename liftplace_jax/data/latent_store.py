@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from liftplace_jax.buckets import as_path, cached, fetched, is_in_bucket
+from liftplace_jax.buckets import as_path, cached, fetched, is_in_bucket, listed
 from liftplace_jax.configuration import differences
 from liftplace_jax.files import replacing, write_json
 from liftplace_jax.models.autoencoder_config import to_latents
@@ -270,7 +270,8 @@ def load_latents(
         )
     count, size = manifest["splits"][split], manifest["shard_size"]
     shards = list_shards(folder, split, count, size)
-    missing = [shard for shard in shards if not shard.path.is_file()]
+    found = {path.name for path in listed(folder)}
+    missing = [shard for shard in shards if shard.path.name not in found]
     if missing:
         raise ValueError(
             f"{folder}: {len(missing)} of {len(shards)} shards of {split!r} are missing, the first "

@@ -5,7 +5,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from liftplace_jax.buckets import as_path, cached, fetched, is_in_bucket, reaching
+from liftplace_jax.buckets import as_path, cached, fetched, is_in_bucket, listed, reaching
 from liftplace_jax.data.folder import ImageFolder
 from liftplace_jax.data.pipeline import MEMORY_MB, Source
 
@@ -100,11 +100,11 @@ def _fetch(name, split, data_dir, cache_dir):
     with reaching(data_dir):
         builder = _builder(name, data_dir)
         folder = as_path(builder.data_path)
-        found = sorted(folder.iterdir()) if folder.exists() else []
+        found = listed(folder)
     if not found:
         raise RuntimeError(
             f"data set {name} is not in {folder}: prepare it on a machine with a disk and upload "
-            f"it: {_command(name, '<directory>')}; gcloud storage cp -r <directory>/* {data_dir}"
+            f"it: {_command(name, '<directory>')}; gcloud storage rsync -r <directory> {data_dir}"
         )
     with _known_split(name, builder, split):
         wanted = set(builder.info.splits[split].filenames)

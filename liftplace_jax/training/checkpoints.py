@@ -12,7 +12,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from liftplace_jax.buckets import as_path, is_in_bucket
+from liftplace_jax.buckets import (
+    UnreachableError,
+    as_path,
+    is_in_bucket,
+    is_of_bucket,
+    may_pass,
+)
 from liftplace_jax.runtime import is_first
 
 
@@ -55,13 +61,16 @@ class Checkpoints:
         state, sums = state._asdict(), {"sums": _sums(state)}
         try:
             self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=sums)
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            if not (isinstance(error, OSError | ValueError) or is_of_bucket(error)):
+                raise
             if is_first():
                 for name in self._find_unfinished():  # it would keep a full disk full
                     with contextlib.suppress(OSError):
                         (self._folder / name).rmtree()
             kept = "there is none before" if latest is None else f"that of step {latest} is whole"
-            raise OSError(
+            kind = UnreachableError if may_pass(error) else OSError
+            raise kind(
                 f"the checkpoint of step {step} cannot be written to {self._folder}: {error}\n"
                 f"{kept.capitalize()}. Make room, or see to the folder's permissions; the same "
                 "command goes on from there."
@@ -83,7 +92,8 @@ class Checkpoints:
           shardings: tree of shardings, None for the default device.
 
         Raises:
-          ValueError: there is none, or it does not fit the state; names the folder.
+          ValueError: there is none, it is damaged, or it does not fit the state; names the folder.
+      OSError: its bucket cannot be reached.
         """
         step = self.latest_step()
         if step is None:
@@ -102,6 +112,12 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:
             raise  # another process is gone; the checkpoint may be good
         except Exception as error:  # orbax raises all kinds, a bare Exception among them
+            if is_of_bucket(error):
+                kind = UnreachableError if may_pass(error) else OSError
+                raise kind(
+                    f"the checkpoint of step {step} in {self._folder} cannot be read now: "
+                    f"{str(error)[:1000]}\nThe same command tries again."
+                ) from error
             raise ValueError(
                 f"the checkpoint of step {step} in {self._folder} cannot be restored: "
                 f"{str(error)[:1000]}\n"

@@ -36,6 +36,7 @@ class MetricsLog:
         """
         self.folder = as_path(folder)
         self._file = self._board = self._scratch = None
+        self._new = True  # since the last upload
         if jax.process_index() > 0:
             return
         local = self.folder
@@ -83,8 +84,9 @@ class MetricsLog:
             raise unwritable(self._file.name, error) from error
         if self._board is not None:
             self._board.write_scalars(step, values)
+        self._new = True
         if now - self._uploaded > _UPLOAD_SECONDS:
-            self.flush()
+            self._try_to_flush()
 
     def flush(self) -> None:
         """Everything written so far is in the folder, as a checkpoint after it relies on.
@@ -94,22 +96,27 @@ class MetricsLog:
         """
         if self._board is not None:
             self._board.flush()
-        if self._scratch is not None:
-            upload(Path(self._scratch.name), self.folder)
+        if self._scratch is not None and self._new:
             self._uploaded = time.monotonic()
+            upload(Path(self._scratch.name), self.folder)
+            self._new = False
+
+    def _try_to_flush(self) -> None:
+        try:
+            self.flush()
+        except OSError as error:  # no reason to end a run before the next checkpoint
+            print(f"metrics were not uploaded: {error}", file=sys.stderr)
 
     def close(self) -> None:
-        """Flushes and closes."""
+        """Flushes, if it can, and closes."""
         if self._file is not None:
             self._file.close()
         if self._board is not None:
             self._board.close()
             self._board = None
         if self._scratch is not None:
-            try:
-                self.flush()
-            finally:
-                self._scratch.cleanup()
+            self._try_to_flush()
+            self._scratch.cleanup()
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,6 +111,7 @@ class _Trace:
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
         self._steps, self._folder, self._in_bucket = steps, folder, is_in_bucket(folder)
+        self._local = folder
         self._number: int | None = None  # of the step under way
         self._running = False
 
@@ -120,8 +122,8 @@ class _Trace:
         self._number = int(state.step) + 1 if self._number is None else self._number + 1
         if not self._running and self._steps[0] <= self._number <= self._steps[1]:
             jax.block_until_ready(state)
-            # JAX writes to this machine alone.
-            self._local = tempfile.mkdtemp(prefix="liftplace-") if self._in_bucket else self._folder
+            if self._in_bucket:  # JAX writes to this machine alone
+                self._local = Path(tempfile.mkdtemp(prefix="liftplace-"))
             jax.profiler.start_trace(self._local)
             self._running = True
 
@@ -135,5 +137,9 @@ class _Trace:
             self._running = False
             jax.profiler.stop_trace()
             if self._in_bucket:
-                upload(Path(self._local), self._folder)
-                shutil.rmtree(self._local)
+                try:
+                    upload(self._local, self._folder)
+                except OSError as error:  # no reason to end a run
+                    print(f"the trace stays in {self._local}: {error}", file=sys.stderr)
+                else:
+                    shutil.rmtree(self._local)

@@ -77,17 +77,17 @@ def open_tensors(path: str | os.PathLike) -> Iterator[Mapping[str, np.ndarray]]:
     """
     path = as_path(path)
     with _existing(path) as file, _read(path, lambda file: safe_open(file, "numpy"), file) as found:
-        yield _OnDisk(found)
+        yield _OnDisk(path, found)
 
 
 class _OnDisk(Mapping):
-    def __init__(self, file: Any):
-        self._file, self._names = file, file.keys()
+    def __init__(self, path: Path, file: Any):
+        self._path, self._file, self._names = path, file, frozenset(file.keys())
 
     def __getitem__(self, name):
         if name not in self._names:
             raise KeyError(name)
-        return _to_numpy(self._file.get_tensor(name))
+        return _to_numpy(_read(self._path, lambda _: self._file.get_tensor(name), self._path))
 
     def __iter__(self):
         return iter(self._names)
