@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -157,11 +158,10 @@ def may_pass(error: BaseException) -> bool:
         return True
     if isinstance(error, ValueError) and _PASSING.search(str(error)):
         return True
-    if find_spec("gcsfs") is None:
-        return False
-    from gcsfs.retry import is_retriable
-
-    return is_retriable(error) or type(error).__module__.startswith("aiohttp")
+    if type(error).__module__.startswith("aiohttp"):
+        return True
+    retry = sys.modules.get("gcsfs.retry")  # or the error is not its
+    return retry is not None and retry.is_retriable(error)
 
 
 @contextmanager
