@@ -43,7 +43,6 @@ TINY = SD | {
     "sample_size": 8, "scaling_factor": 0.5, "shift_factor": 0.25,
     "up_block_types": 2 * ["UpDecoderBlock2D"],
 }  # fmt: skip
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 RNG = np.random.default_rng(0)
 IMAGES = RNG.uniform(-1, 1, (8, 8, 8, 1)).astype(np.float32)
 LATENTS = RNG.normal(size=(8, 4, 4, 4)).astype(np.float32)
@@ -71,7 +70,7 @@ def copy(folder, tmp_path):
     return Path(shutil.copytree(folder, tmp_path / "autoencoder"))
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def run(graphdef, params, x, z):
     model = nnx.merge(graphdef, params)
     return *model.encode(x), model.decode(z)
@@ -110,7 +109,7 @@ def test_live_outputs_and_gradients(peer, network):
 
     # `decode` takes latents as a network sees them.
     scaled = to_latents(LATENTS, TINY["shift_factor"], TINY["scaling_factor"])
-    gradient = jax.jit(jax.grad(loss), compiler_options=QUICK)(scaled)
+    gradient = jax.jit(jax.grad(loss))(scaled)
     wanted = nhwc(z.grad.numpy()) / TINY["scaling_factor"]
     np.testing.assert_allclose(gradient, wanted, atol=1e-4 * np.abs(wanted).max())
 

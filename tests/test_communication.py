@@ -64,10 +64,7 @@ class Step:
         batch = next(iter(sharding.global_batches(
             [{"image": images, "label": np.zeros(BATCH, np.int32)}], mesh
         )))  # fmt: skip
-        # What crosses devices does not depend on how well the code of each is optimised.
-        self.compiled = run.step.lower(run.state, run.teacher_params, batch).compile(
-            {"xla_backend_optimization_level": 0}
-        )
+        self.compiled = run.step.lower(run.state, run.teacher_params, batch).compile()
         self.sent = collectives(self.compiled)
         self.local_rows = (BATCH // DEVICES, model.in_channels, SIDE**2)
 

@@ -45,7 +45,6 @@ CONFIG = DiTConfig(
     image_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=4, num_heads=2,
     num_classes=10, learn_sigma=False,
 )  # fmt: skip
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +74,7 @@ def gated(graphdef, params, gates):
     return run(graphdef, params, jnp.array(gates, jnp.float32), *inputs())
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def run(graphdef, params, gates, x, t, cond):
     return nnx.merge(graphdef, params)(x, t, cond, gates=gates)
 
@@ -213,8 +212,7 @@ def test_groups_that_do_not_fit_are_named(keep, size):
 def test_draws_are_choices_and_their_gradient_is_the_soft_ones():
     groups = make_groups(2, 3, 7)
     logits = jax.random.normal(jax.random.key(0), (2, 3))
-    draw = jax.jit(jax.vmap(lambda key: sample_gates(key, logits, groups, 0.7)),
-                   compiler_options=QUICK)  # fmt: skip
+    draw = jax.jit(jax.vmap(lambda key: sample_gates(key, logits, groups, 0.7)))
     draws = np.asarray(draw(jax.random.split(jax.random.key(1), 5_000)))
     assert set(np.unique(draws)) == {0.0, 1.0}
     assert (draws[:, :3].sum(1) == 2).all() and (draws[:, 3:6].sum(1) == 2).all()
@@ -268,8 +266,7 @@ def test_a_step_of_the_search_sees_the_drawn_blocks_alone(constructed, start, dt
         gate_scale=1000.0, temperature=0.1,
     )  # fmt: skip
     x, t, cond = inputs()
-    found = jax.jit(lambda key: searched(start, x, t, False, key, cond)[0],
-                    compiler_options=QUICK)  # fmt: skip
+    found = jax.jit(lambda key: searched(start, x, t, False, key, cond)[0])
     seen = set()
     for seed in range(6):
         prediction = found(jax.random.key(seed))
@@ -300,7 +297,7 @@ def test_the_search_drops_the_blocks_that_do_nothing(constructed, start):
 
     optimizer = optax.adam(1e-3)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def train(searched):
         def step(carry, key):
             searched, state = carry

@@ -80,8 +80,7 @@ def torch_output(model, fields):
 
 
 def output(network, x, t=T, features=False):
-    quick = {"xla_backend_optimization_level": 0}  # compiles in half the time
-    run = jax.jit(make_apply(network.graphdef), static_argnums=(3, 4), compiler_options=quick)
+    run = jax.jit(make_apply(network.graphdef), static_argnums=(3, 4))
     y, found = run(network.params, x, t, features, None)
     return (y, found) if features else y
 

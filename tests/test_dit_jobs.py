@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, QUICK_XLA
 from conftest import config_module as module
 from PIL import Image
 
@@ -133,7 +133,7 @@ def finished(tmp_path_factory):
     home = tmp_path_factory.mktemp("dit")
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": QUICK_XLA,
         "PYTHONPATH": str(ROOT),
         "TFDS_DATA_DIR": str(home / "data"),
         "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import QUICK_XLA
 from PIL import Image
 
 from liftplace_jax import data, evaluation
@@ -34,7 +35,7 @@ def home(tmp_path_factory):
 def python(folder, *arguments):
     """Standard output of Python, run in a folder on one device."""
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
+        "XLA_FLAGS": QUICK_XLA,
         "LIFTPLACE_TEST_DATA": "data",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
     }

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_config
+from conftest import QUICK_XLA
 
 from liftplace_jax import data, files, main, runtime, weights
 from liftplace_jax.buckets import as_path, local_copy
@@ -48,7 +49,7 @@ def start(tmp_path_factory, bucket):
     environment = {
         "LIFTPLACE_TEST_DATA": str(home / "tfds"),
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": QUICK_XLA,
         "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
