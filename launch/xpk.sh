@@ -63,10 +63,11 @@ case $action in
     case $command in
       *$'\n'*) fail "xpk takes no line break in the program's flags" ;;
     esac
-    # The time that saving may take; Kubernetes' own 30 seconds are short for a large model.
+    # The time that saving may take; Kubernetes' own 30 seconds are short for a large model. And xpk
+    # starts again after 42 and 127 to 255; 75 is that of a bucket that could not be reached.
     plan="xpk workload create $where --workload=$name $(quote "--tpu-type=$tpu_type" \
       "--num-slices=$num_slices" "$image" "--max-restarts=$max_restarts") \\
-  --termination-grace-period-seconds=120 --command=$(quote "$command")"
+  --termination-grace-period-seconds=120 --restart-on-exit-codes=75 --command=$(quote "$command")"
     ;;
 esac
 carry_out "$plan"
