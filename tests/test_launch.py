@@ -89,7 +89,8 @@ def test_xpk():
     assert out == f"""\
 xpk workload create --cluster=pods --zone=us-west4-a --workload=lift --tpu-type=v5litepod-16 \
 --num-slices=2 --base-docker-image=python:3.11 --max-restarts=50 \\
-  --termination-grace-period-seconds=120 --restart-on-exit-codes=75 --command='pip install --quiet '\\''.[tpu]'\\'' && \
+  --termination-grace-period-seconds=120 --restart-on-exit-codes=75 \
+--command='pip install --quiet '\\''.[tpu]'\\'' && \
 exec python -m liftplace_jax.main {CONFIG} --workdir=/mnt/celeba --mode=all'
 """
     # A file that only the image has is not looked for here.
@@ -97,7 +98,8 @@ exec python -m liftplace_jax.main {CONFIG} --workdir=/mnt/celeba --mode=all'
     assert out == """\
 xpk workload create --cluster=pods --workload=lift --tpu-type=v5litepod-16 --num-slices=1 \
 --docker-image=gcr.io/p/i --max-restarts=50 \\
-  --termination-grace-period-seconds=120 --restart-on-exit-codes=75 --command='exec python -m liftplace_jax.main \
+  --termination-grace-period-seconds=120 --restart-on-exit-codes=75 \
+--command='exec python -m liftplace_jax.main \
 --config=inside.py --workdir=gs://b/runs'
 """
 
