@@ -36,7 +36,7 @@ FOLDER/test, or any images: then both splits are the same. The aligned photograp
 the published crop, which TFDS's celeb_a gets by itself: `--config.data.crop="(25, 57, 153, 185)"`.
 """
 
-from liftplace_jax.presets import pixel_unet_config, unet_runlocal
+from liftplace_jax.experiment.presets import pixel_unet_config, unet_runlocal
 
 
 def get_config(arg=None):

@@ -27,7 +27,7 @@ Without TFDS: `--config.data.name=folder --config.data.path=FOLDER`, images in F
 FOLDER/test, or any images: then both splits are the same.
 """
 
-from liftplace_jax.presets import pixel_unet_config, unet_runlocal
+from liftplace_jax.experiment.presets import pixel_unet_config, unet_runlocal
 
 
 def get_config(arg=None):

@@ -13,7 +13,7 @@ Arguments after a colon, for example `--config=configs/digits.py:method=output_k
     runlocal       the same in under a minute
 """
 
-from liftplace_jax.configuration import experiment_config, optimizer_config
+from liftplace_jax.experiment.configuration import experiment_config, optimizer_config
 
 
 def get_config(arg=None):

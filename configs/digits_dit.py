@@ -16,8 +16,8 @@ Arguments after a colon, for example `--config=configs/digits_dit.py:method=outp
 
 from ml_collections import ConfigDict
 
-from liftplace_jax.configuration import optimizer_config
-from liftplace_jax.presets import dit_config
+from liftplace_jax.experiment.configuration import optimizer_config
+from liftplace_jax.experiment.presets import dit_config
 
 
 def get_config(arg=None):

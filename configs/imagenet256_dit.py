@@ -12,7 +12,7 @@ precision .83, recall .57. Students keep some of its 28 blocks:
 First encode the images, once; then the run, with the teacher of the DiT project:
 
     OPTIONS="--config.latents.autoencoder=sd-vae-ft-ema --config.latents.path=imagenet256-latents"
-    python -m liftplace_jax.data.latents --config=configs/imagenet256_dit.py $OPTIONS
+    python -m liftplace_jax.encode --config=configs/imagenet256_dit.py $OPTIONS
     python -m liftplace_jax.main --config=configs/imagenet256_dit.py:student=D14 $OPTIONS \\
         --config.teacher.checkpoint=DiT-XL-2-256x256.pt --workdir=runs/d14
 
@@ -38,7 +38,7 @@ Arguments after a colon, as in `--config=configs/imagenet256_dit.py:student=D7,l
     runlocal  teacher to report on two CPU cores in a minute or two: 16x16 images, latents of 4x4,
               4 blocks of width 32, 30 steps; its numbers mean nothing. It needs an autoencoder of
               three levels, and a random one will do:
-              python -c "import liftplace_jax.autoencoders as a; a.write_random_autoencoder('ae')"
+              python -c "import liftplace_jax.encoders.autoencoder_folder as a; a.write_random_autoencoder('ae')"
 
 Without TFDS: `--config.data.name=folder --config.data.path=FOLDER`, images in FOLDER/train/<class>/
 and FOLDER/validation/<class>/, with `--config.model.num_classes=N` if there are not 1000 classes.
@@ -46,8 +46,8 @@ and FOLDER/validation/<class>/, with `--config.model.num_classes=N` if there are
 
 from ml_collections import ConfigDict, config_dict
 
-from liftplace_jax.models.published import PUBLISHED_DITS
-from liftplace_jax.presets import dit_config, dit_runlocal
+from liftplace_jax.families.published import PUBLISHED_DITS
+from liftplace_jax.experiment.presets import dit_config, dit_runlocal
 
 STUDENTS = {"D19": 19, "D14": 14, "D7": 7, "D4": 4}
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from liftplace_jax.buckets import on_this_machine
-from liftplace_jax.command_line import (
+from liftplace_jax.host.buckets import on_this_machine
+from liftplace_jax.host.flags import (
     EXIT_INTERRUPTED,
     parse_flags,
     quieten_libraries,

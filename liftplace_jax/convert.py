@@ -13,7 +13,7 @@ from __future__ import annotations
 from absl import app, flags
 from ml_collections import config_flags
 
-from liftplace_jax.command_line import parse_flags, quieten_libraries, refuse
+from liftplace_jax.host.flags import parse_flags, quieten_libraries, refuse
 
 FORMATS = ("published", "diffusers")
 
@@ -45,16 +45,18 @@ def main(argv: list[str]) -> None:
 def convert() -> str:
     """Does what the flags say; returns what was done, as a sentence."""
     # Late, so that --help and a misspelt flag answer at once.
-    from liftplace_jax import models, weights
-    from liftplace_jax.buckets import as_path, on_this_machine
-    from liftplace_jax.diffusers_folder import write_diffusers
-    from liftplace_jax.files import replacing_folder
-    from liftplace_jax.networks import load_checkpoint
+    from liftplace_jax import weights
+    from liftplace_jax.families import registry
+    from liftplace_jax.nn import building
+    from liftplace_jax.host.buckets import as_path, on_this_machine
+    from liftplace_jax.families.loading import write_diffusers
+    from liftplace_jax.host.files import replacing_folder
+    from liftplace_jax.nn.network import load_checkpoint
 
     path, out = as_path(_MODEL.value), on_this_machine(_OUT.value, "--out")
     config = None
     if _CONFIG.value is not None:
-        config = models.config_from_dict(_CONFIG.value.model.to_dict(), partial=True)
+        config = registry.config_from_dict(_CONFIG.value.model.to_dict(), partial=True)
     try:
         network = load_checkpoint(path, config, _ENTRY.value)
     except weights.EntryError as error:
@@ -63,9 +65,9 @@ def convert() -> str:
         write_diffusers(out, network.config, network.params)
     else:
         with replacing_folder(out) as folder:
-            fields = models.config_to_dict(network.config)
+            fields = registry.config_to_dict(network.config)
             weights.save_model(folder, fields, network.params)
-    count = models.count_parameters(network.params)
+    count = building.count_parameters(network.params)
     return f"{out}: {count:,} parameters of {path}, for {_TO.value}"
 
 

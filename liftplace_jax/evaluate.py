@@ -19,8 +19,8 @@ from typing import Any
 
 from absl import app, flags
 
-from liftplace_jax.buckets import as_path, is_in_bucket, make_folder, on_this_machine
-from liftplace_jax.command_line import (
+from liftplace_jax.host.buckets import as_path, is_in_bucket, make_folder, on_this_machine
+from liftplace_jax.host.flags import (
     define_runtime_flags,
     parse_flags,
     quieten_libraries,
@@ -87,7 +87,8 @@ def check_flags(verb: str) -> None:
 
 def make_reference() -> str:
     """The verb ref."""
-    from liftplace_jax import data, evaluation, runtime
+    from liftplace_jax import data, evaluation
+    from liftplace_jax.host import processes
 
     out = as_path(_FLAGS.out)
     if out.suffix != ".npz" or not (is_in_bucket(out) or out.parent.is_dir()):
@@ -110,19 +111,20 @@ def make_reference() -> str:
         list(source.image_shape), "count": int(samples.moments.count), "versions": versions(),
     }  # fmt: skip
     statistics = evaluation.statistics_of(samples)
-    if runtime.is_first():
+    if processes.is_first():
         evaluation.save_reference(out, statistics, samples.features, info)
-    runtime.wait_for(out)
+    processes.wait_for(out)
     return f"{out}: {info['count']:,} images of {source.name}, {info['extractor']} features"
 
 
 def generate() -> str:
     """The verb gen: one JSON file for each model."""
-    from liftplace_jax import evaluation, runtime
-    from liftplace_jax.experiment import Experiment
-    from liftplace_jax.files import write_json, write_npz
-    from liftplace_jax.networks import load_network
-    from liftplace_jax.scoring import draw, model_folders, protocol
+    from liftplace_jax import evaluation
+    from liftplace_jax.host import processes
+    from liftplace_jax.experiment.context import Experiment
+    from liftplace_jax.host.files import write_json, write_npz
+    from liftplace_jax.nn.network import load_network
+    from liftplace_jax.experiment.scoring import draw, model_folders, protocol
     from liftplace_jax.training.metrics_io import progress
 
     workdir = as_path(_FLAGS.workdir)
@@ -156,11 +158,11 @@ def generate() -> str:
             "model": title, "images_per_second": rate, "versions": versions(), "protocol": wanted,
         }  # fmt: skip
         stem = stems[title]
-        if _FLAGS.save_npz and runtime.is_first():
+        if _FLAGS.save_npz and processes.is_first():
             write_npz(out / f"{stem}.npz", {"arr_0": samples.images})
-        if runtime.is_first():
+        if processes.is_first():
             write_json(out / f"{stem}.json", result)
-        runtime.wait_for(out / f"{stem}.json")
+        processes.wait_for(out / f"{stem}.json")
         lines.append(f"{title} ({_FLAGS.params}): {summary(scores)} -> {out / stem}.json")
     return "\n".join(lines)
 
@@ -169,7 +171,7 @@ def read_config(workdir: Path):
     """A work directory's config, with the flags in place of its evaluation's fields."""
     from ml_collections import ConfigDict
 
-    from liftplace_jax.configuration import completed
+    from liftplace_jax.experiment.configuration import completed
 
     path = workdir / "config.json"
     try:
@@ -193,8 +195,9 @@ def read_config(workdir: Path):
 
 def calculate() -> str:
     """The verb calc."""
-    from liftplace_jax import evaluation, runtime
-    from liftplace_jax.files import write_json
+    from liftplace_jax import evaluation
+    from liftplace_jax.host import processes
+    from liftplace_jax.host.files import write_json
 
     generated = features_of(open_images(_FLAGS.images), generated=True)
     reference = as_path(_FLAGS.ref)
@@ -210,7 +213,7 @@ def calculate() -> str:
         "images": Path(_FLAGS.images).name, "image_size": _FLAGS.image_size,
         "protocol": protocol | {"reference": name, "precision": "float32"}, "versions": versions(),
     }  # fmt: skip
-    if _FLAGS.out and runtime.is_first():
+    if _FLAGS.out and processes.is_first():
         write_json(_FLAGS.out, result)
     return summary(scores)
 
@@ -236,7 +239,7 @@ def open_images(path: str | os.PathLike):
 def features_of(source, limit: int | None = None, generated: bool = False):
     """`Samples` of the images of a `Source`, over all devices, with progress."""
     from liftplace_jax import evaluation
-    from liftplace_jax.training import sharding
+    from liftplace_jax.host import sharding
     from liftplace_jax.training.metrics_io import progress
 
     extractor = evaluation.feature_extractor(_FLAGS.features, _FLAGS.weights)
@@ -265,7 +268,7 @@ def check_count(count: int, extractor) -> None:
 
 def refuse_other(path: Path, protocol: dict[str, Any]) -> None:
     """Raises a ValueError if a result is there that was made in another way."""
-    from liftplace_jax.configuration import differences
+    from liftplace_jax.experiment.configuration import differences
 
     if path.exists():
         lines = differences(json.loads(path.read_text())["protocol"], protocol)
@@ -278,14 +281,14 @@ def refuse_other(path: Path, protocol: dict[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
-    from liftplace_jax import report
+    from liftplace_jax.experiment import report
 
     return report.versions()
 
 
 def summary(scores: dict[str, Any]) -> str:
     """A line of the scores."""
-    from liftplace_jax.scoring import SCORES
+    from liftplace_jax.experiment.scoring import SCORES
 
     named = {"frechet": scores["label"], "sfid": "sFID", "kid": "KID"}
     shown = [name for name in SCORES if name in scores and not name.endswith("_std")]

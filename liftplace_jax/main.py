@@ -12,14 +12,14 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from liftplace_jax.command_line import (
+from liftplace_jax.host.flags import (
     EXIT_INTERRUPTED,
     define_runtime_flags,
     parse_flags,
     quieten_libraries,
     running,
 )
-from liftplace_jax.stages import MODES, run
+from liftplace_jax.experiment.stages import MODES, run
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, FILE.py[:key=value,...]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "work directory, also gs://...; made if missing")
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     quieten_libraries()
     with running(_DEBUG.value):
         # Late, so that JAX's processes are joined before anything else of it runs.
-        from liftplace_jax.buckets import as_path
+        from liftplace_jax.host.buckets import as_path
         from liftplace_jax.training.loop import Interrupted
 
         try:

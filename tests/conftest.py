@@ -15,7 +15,7 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK_XLA}"
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# As liftplace_jax.buckets does, where a test imports gcsfs first.
+# As liftplace_jax.host.buckets does, where a test imports gcsfs first.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 import functools

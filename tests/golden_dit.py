@@ -1,7 +1,7 @@
 """The DiTs of the golden arrays: a teacher of four blocks, and a student of three of them."""
 
-from liftplace_jax import models
-from liftplace_jax.networks import from_tensors
+from liftplace_jax.families.dit.config import DiTConfig
+from liftplace_jax.nn.network import from_tensors
 
 SIZES = ("hidden_size", "depth", "num_heads", "num_classes")
 
@@ -10,7 +10,7 @@ def golden_dit(golden, name):
     """The network of a golden file ("dit_d4" or "dit_diffusion_losses")."""
     arrays, meta = golden(name)
     fields = meta.get("config") or meta["student_config"]
-    config = models.DiTConfig(
+    config = DiTConfig(
         image_size=fields["input_size"], patch_size=fields["patch_size"],
         **{field: fields[field] for field in SIZES},
     )  # fmt: skip

@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from liftplace_jax import files, main, runtime
-from liftplace_jax.experiment import Experiment
-from liftplace_jax.training import sharding
+from liftplace_jax import main
+from liftplace_jax.host import files
+from liftplace_jax.host import processes
+from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.host import sharding
 from liftplace_jax.training.state import random_key
 
 
@@ -36,7 +38,7 @@ def run(config, workdir, mode):
     config.teacher.update(steps=20, checkpoint_every=5)
     config.sharding_rules = (("inner", ("fsdp",)), ("outer", ("fsdp", None)))
     experiment = Experiment(config, workdir)
-    runtime.log_to(workdir / "logs")
+    processes.log_to(workdir / "logs")
     keys = jax.random.split(jax.random.key(0))
     student = {"inner": jax.random.normal(keys[0], (64, 16)) / 8,
                "outer": jax.random.normal(keys[1], (16, 64)) / 8}  # fmt: skip
@@ -44,12 +46,12 @@ def run(config, workdir, mode):
         config.teacher, loss_fn, {"student": student}, None, 0, workdir / "teacher", "teacher", None
     )
     leaves = jax.tree_util.tree_flatten_with_path(sharding.gathered(state))[0]
-    if runtime.is_first():
+    if processes.is_first():
         files.write_npz(
             workdir / "final.npz",
             {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves},
         )
-    runtime.wait_for(workdir / "final.npz")
+    processes.wait_for(workdir / "final.npz")
 
 
 if __name__ == "__main__":

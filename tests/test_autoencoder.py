@@ -16,14 +16,17 @@ from diffusers import AutoencoderKL
 from flax import nnx
 from torch_unet import randomise
 
-from liftplace_jax import models, weights
-from liftplace_jax.autoencoders import (
+from liftplace_jax import weights
+from liftplace_jax.families import registry
+from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.nn import building
+from liftplace_jax.encoders.autoencoder_folder import (
     config_from_diffusers,
     load_autoencoder,
 )
-from liftplace_jax.models import AutoencoderConfig
-from liftplace_jax.models.autoencoder_config import from_latents, to_latents
-from liftplace_jax.training import sharding
+from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
+from liftplace_jax.encoders.autoencoder_config import from_latents, to_latents
+from liftplace_jax.host import sharding
 
 # config.json of stabilityai/sd-vae-ft-mse, and of "vae" in stabilityai/stable-diffusion-3-medium.
 SD = {
@@ -87,7 +90,7 @@ def test_golden(golden, tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     weights.write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", tensors)
     network = load_autoencoder(tmp_path)
-    assert models.count_parameters(network.params) == meta["num_params"]
+    assert building.count_parameters(network.params) == meta["num_params"]
     found = run(network.graphdef, network.params, *(nhwc(arrays[f"in/{k}"]) for k in "xz"))
     for key, value in zip(("mean", "logvar", "decoded"), found, strict=True):
         np.testing.assert_allclose(value, nhwc(arrays[f"out/{key}"]), atol=5e-5)
@@ -121,7 +124,7 @@ def test_log_variance_is_limited(network):
 
 
 def test_bfloat16_on_many_devices(network):
-    fast = models.abstract(network.config, jnp.bfloat16)[0]
+    fast = building.abstract(network.config, jnp.bfloat16)[0]
     mesh = sharding.make_mesh({"data": -1})
     inputs = jax.device_put((IMAGES, LATENTS), sharding.batch_sharding(mesh))
     expected = run(network.graphdef, network.params, IMAGES, LATENTS)
@@ -135,7 +138,7 @@ def test_bfloat16_on_many_devices(network):
 @pytest.mark.parametrize("fields, count", [(SD, 83_653_863), (SD3, 83_819_683)])
 def test_published_configs(fields, count):
     config = config_from_diffusers(fields)
-    assert models.count_parameters(models.abstract(config)[1]) == count
+    assert building.count_parameters(building.abstract(config)[1]) == count
     assert config.downsampling == 8
     scales = (config.scaling_factor, config.shift_factor)
     assert scales == ((0.18215, 0.0) if fields is SD else (1.5305, 0.0609))
@@ -204,7 +207,7 @@ def as_pipeline(folder):
 def as_ours(folder):
     network = load_autoencoder(folder)
     path = folder.parent / "ours"
-    weights.save_model(path, models.config_to_dict(network.config), network.params)
+    weights.save_model(path, registry.config_to_dict(network.config), network.params)
     return path
 
 
@@ -257,9 +260,9 @@ def test_every_field_that_cannot_be_is_listed(copy):
 
 
 def write_unet(path):
-    config = models.UNetConfig(image_size=8, ch=8, ch_mult=(1,), num_groups=4)
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), models.abstract(config)[1])
-    weights.save_model(path, models.config_to_dict(config), zeros)
+    config = UNetConfig(image_size=8, ch=8, ch_mult=(1,), num_groups=4)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), building.abstract(config)[1])
+    weights.save_model(path, registry.config_to_dict(config), zeros)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,11 @@ import pytest
 import tiny_config
 from absl import flags
 
-from liftplace_jax import buckets, command_line, data, files, main, weights
-from liftplace_jax.buckets import as_path
+from liftplace_jax import data, main, weights
+from liftplace_jax.host import buckets
+from liftplace_jax.host import flags as host_flags
+from liftplace_jax.host import files
+from liftplace_jax.host.buckets import as_path
 from liftplace_jax.evaluation import load_reference, save_reference
 from liftplace_jax.training.checkpoints import Checkpoints
 from liftplace_jax.training.metrics_io import MetricsLog, read_metrics
@@ -202,9 +205,9 @@ def test_a_checkpoint_that_cannot_be_reached_is_not_called_damaged(
         checkpoints.save(2, state)
     # The command says so in one line, with a status that is worth another try.
     flags.FLAGS.mark_as_parsed()
-    with pytest.raises(SystemExit) as ended, command_line.running(debug=False):
+    with pytest.raises(SystemExit) as ended, host_flags.running(debug=False):
         raise error
-    assert ended.value.code == command_line.EXIT_UNREACHABLE
+    assert ended.value.code == host_flags.EXIT_UNREACHABLE
     assert "Traceback" not in capsys.readouterr().err
 
 

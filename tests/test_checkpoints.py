@@ -13,17 +13,19 @@ import tiny_config
 import torch
 from torch_unet import TorchUNet, randomise
 
-from liftplace_jax import models, weights
-from liftplace_jax.experiment import Experiment
-from liftplace_jax.models import UNetConfig
-from liftplace_jax.networks import load_checkpoint, make_apply
+from liftplace_jax import weights
+from liftplace_jax.families import registry
+from liftplace_jax.nn import building
+from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.nn.network import load_checkpoint, make_apply
 
 FIELDS = dict(
     image_size=8, in_channels=2, out_channels=3, ch=8, ch_mult=(1, 3), num_res_blocks=2,
     attn_resolutions=(4,), num_groups=4,
 )  # fmt: skip
 CONFIG = UNetConfig(**FIELDS)
-TINY = models.config_from_dict({"widths": None} | tiny_config.get_config().model.to_dict())
+TINY = registry.config_from_dict({"widths": None} | tiny_config.get_config().model.to_dict())
 X = np.random.default_rng(0).normal(size=(2, 8, 8, 2)).astype(np.float32)
 T = np.array([3, 977])
 
@@ -41,7 +43,7 @@ def torch_output(model):
 
 @jax.jit
 def apply(params):
-    return make_apply(models.abstract(CONFIG)[0])(params, X, T, False, None)[0]
+    return make_apply(building.abstract(CONFIG)[0])(params, X, T, False, None)[0]
 
 
 def published_checkpoint(model, ema):
@@ -92,7 +94,7 @@ def test_ddpm_checkpoints_compute_what_torch_computes(tmp_path, wrapping):
 def test_what_was_loaded_goes_back_into_torch(tmp_path):
     torch.save(peer().state_dict(), tmp_path / "model.pth")
     network = load_checkpoint(tmp_path / "model.pth", CONFIG)
-    weights.save_model(tmp_path / "saved", models.config_to_dict(CONFIG), network.params)
+    weights.save_model(tmp_path / "saved", registry.config_to_dict(CONFIG), network.params)
     again = TorchUNet(**FIELDS).eval()
     tensors = weights.read_tensors(tmp_path / "saved" / "model.safetensors")
     again.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
@@ -137,7 +139,7 @@ def test_what_lacks_is_asked_for(tmp_path):
 
 
 def tiny_params(config=TINY, seed=0):
-    return models.create(config, seed)[1]
+    return building.create(config, seed)[1]
 
 
 @pytest.fixture
@@ -155,7 +157,7 @@ def run(tmp_path):
 
 
 def save(folder, config=TINY, seed=0):
-    weights.save_model(folder, models.config_to_dict(config), tiny_params(config, seed))
+    weights.save_model(folder, registry.config_to_dict(config), tiny_params(config, seed))
 
 
 def cut(folder):
@@ -217,7 +219,7 @@ def test_bad_folders_are_one_error_and_leave_nothing(tmp_path, run, damage, mess
     # Corrected, the same work directory serves.
     save(tmp_path / "teacher", TINY.replace(dropout=0.3), seed=1)
     folder = run(tmp_path / "teacher")
-    assert json.loads((folder / "config.json").read_text()) == models.config_to_dict(TINY)
+    assert json.loads((folder / "config.json").read_text()) == registry.config_to_dict(TINY)
     for name, value in weights.to_torch(tiny_params(seed=1)).items():
         found = weights.read_tensors(folder / "model.safetensors")[name]
         np.testing.assert_array_equal(found, value)

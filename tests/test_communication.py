@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from liftplace_jax import models
+from liftplace_jax.families import registry
+from liftplace_jax.nn import building
 from liftplace_jax.compress import pruned_config
-from liftplace_jax.configuration import default_config
+from liftplace_jax.experiment.configuration import default_config
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
-from liftplace_jax.distillation import student_objective
-from liftplace_jax.networks import Network
+from liftplace_jax.training.distillation import student_objective
+from liftplace_jax.nn.network import Network
 from liftplace_jax.suites.communication import collectives, sorted_shapes, total_bytes
-from liftplace_jax.training import sharding
+from liftplace_jax.host import sharding
 from liftplace_jax.training.prepare import prepare
 
 BATCH, SIDE, DEVICES = 40, 6, 8  # neither the batch nor a device's part is a parameter's size
@@ -30,7 +31,7 @@ DIT = dict(model="dit", image_size=SIDE, hidden_size=16, depth=2, num_heads=2, n
 
 
 def zeros(config):
-    graphdef, abstract = models.abstract(config)
+    graphdef, abstract = building.abstract(config)
     return Network(config, graphdef, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract))
 
 
@@ -41,7 +42,7 @@ class Step:
         config = default_config()
         config.model = ConfigDict(fields)
         config.distill.batch_size = BATCH
-        model = models.config_from_dict(fields, partial=True)
+        model = registry.config_from_dict(fields, partial=True)
         if fields["model"] == "unet":
             small = pruned_config(model, 0.5)
         else:

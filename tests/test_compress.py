@@ -8,11 +8,11 @@ import pytest
 from conftest import GOLDEN, nhwc
 from flax import nnx
 
-from liftplace_jax import models
+from liftplace_jax.nn import building
 from liftplace_jax.compress import IMPORTANCES, prune_unet, pruned_config, taylor_gradients
-from liftplace_jax.compress.coupling import channel_groups
-from liftplace_jax.models.cost import count_macs
-from liftplace_jax.models.unet_config import UNetConfig
+from liftplace_jax.families.unet.coupling import channel_groups
+from liftplace_jax.families.cost import count_macs
+from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.weights import from_torch, to_torch
 
 
@@ -37,12 +37,12 @@ def test_published_sizes(name):
     """Parameters, MACs and every tensor's shape of teachers and students, to the unit."""
     facts = json.loads((GOLDEN / "ddpm_facts.json").read_text())["models"][name]
     config = unet_config(facts["config"])
-    assert models.count_parameters(models.abstract(config)[1]) == facts["total_params"]
+    assert building.count_parameters(building.abstract(config)[1]) == facts["total_params"]
     assert count_macs(config) == facts["macs"]
     for ratio, expected in facts["pruned"].items():
         assert count_macs(pruned_config(config, float(ratio))) == expected["macs"]
-        student = models.abstract(pruned_config(config, float(ratio)))[1]
-        assert models.count_parameters(student) == expected["total_params"]
+        student = building.abstract(pruned_config(config, float(ratio)))[1]
+        assert building.count_parameters(student) == expected["total_params"]
         shapes = {k: list(v.shape) for k, v in to_torch_shapes(student).items()}
         assert shapes == expected["shapes"]
 
@@ -71,9 +71,9 @@ def test_kept_channels_match_published(golden, importance):
             for side, size in zip(("out", "in"), tensor.shape, strict=False)
         ]
         np.testing.assert_array_equal(pruned.tensors[name], tensor[np.ix_(*keep)])
-    graphdef, abstract = models.abstract(pruned.config)
+    graphdef, abstract = building.abstract(pruned.config)
     params = from_torch(abstract, pruned.tensors)
-    assert models.count_parameters(params) == expected["num_params"]
+    assert building.count_parameters(params) == expected["num_params"]
     model = nnx.merge(graphdef, params)
     y = model(nhwc(arrays["in/x"]), arrays["in/t"])
     np.testing.assert_allclose(y, nhwc(arrays[f"out/{importance}/y"]), atol=5e-5)
@@ -82,9 +82,9 @@ def test_kept_channels_match_published(golden, importance):
 @pytest.mark.parametrize("resamp_with_conv", [True, False])
 def test_any_architecture_prunes_to_a_working_student(resamp_with_conv):
     config = tiny(ch_mult=(1, 2, 2), num_res_blocks=2, resamp_with_conv=resamp_with_conv)
-    graphdef, params = models.create(config)
+    graphdef, params = building.create(config)
     pruned = prune_unet(config, to_torch(params), 0.5, IMPORTANCES["random"](1))
-    graphdef, abstract = models.abstract(pruned.config)
+    graphdef, abstract = building.abstract(pruned.config)
     model = nnx.merge(graphdef, from_torch(abstract, pruned.tensors))
     assert model(np.ones((2, 8, 8, 1), np.float32), np.array([3, 5])).shape == (2, 8, 8, 1)
     covered = {name for group in channel_groups(config) for name in group.outputs}
@@ -93,7 +93,7 @@ def test_any_architecture_prunes_to_a_working_student(resamp_with_conv):
 
 def test_no_pruning_changes_nothing():
     config = tiny()
-    _, params = models.create(config)
+    _, params = building.create(config)
     tensors = to_torch(params)
     pruned = prune_unet(config, tensors, 0.0, IMPORTANCES["magnitude"](0))
     assert pruned.config == config
@@ -112,7 +112,7 @@ def test_normalisation_regimes():
 
 def test_random_importance_follows_the_seed():
     config = tiny()
-    tensors = to_torch(models.create(config)[1])
+    tensors = to_torch(building.create(config)[1])
     one, same, other = (
         prune_unet(config, tensors, 0.5, IMPORTANCES["random"](seed)).kept for seed in (1, 1, 2)
     )
@@ -137,7 +137,7 @@ def test_taylor_gradients_stop_at_the_threshold():
 
 def test_bad_pruning_is_named():
     config = tiny()
-    tensors = to_torch(models.create(config)[1])
+    tensors = to_torch(building.create(config)[1])
     for ratio in (-0.1, 1.0, 1.5):
         with pytest.raises(ValueError, match="ratio must be in"):
             pruned_config(config, ratio)

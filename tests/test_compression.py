@@ -16,14 +16,15 @@ import tiny_config
 from conftest import GOLDEN
 from matplotlib.image import imread
 
-from liftplace_jax import models
+from liftplace_jax.families import registry
+from liftplace_jax.nn import building
 from liftplace_jax.compress import pruned_config
-from liftplace_jax.experiment import Experiment
-from liftplace_jax.files import write_json
-from liftplace_jax.models.cost import config_parameters, count_macs
-from liftplace_jax.models.published import PUBLISHED_UNETS
-from liftplace_jax.models.unet_config import UNetConfig
-from liftplace_jax.report import collect_rows, summarise
+from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.host.files import write_json
+from liftplace_jax.families.cost import config_parameters, count_macs
+from liftplace_jax.families.published import PUBLISHED_UNETS
+from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.experiment.report import collect_rows, summarise
 from liftplace_jax.suites import compression, measuring, sizes
 from liftplace_jax.suites.options import Options
 from liftplace_jax.suites.peaks import PEAK_FLOPS, peak_fraction
@@ -83,7 +84,7 @@ def test_counted_parameters_are_those_of_the_model(resamp_with_conv):
         attn_resolutions=(4,), num_groups=4, resamp_with_conv=resamp_with_conv,
     )  # fmt: skip
     for c in (config, pruned_config(config, 0.5)):
-        assert config_parameters(c) == models.count_parameters(models.abstract(c)[1])
+        assert config_parameters(c) == building.count_parameters(building.abstract(c)[1])
 
 
 def test_sizes_command(tmp_path):
@@ -118,7 +119,7 @@ def make_workdir(folder, ratio, seeds=(0, 1), *, frechet=10.0, changes=()):
     protocol = {"num_samples": config.evaluation.num_samples, "batch_size": 1}
     for path, model, result in folders:
         common = {"parameters": config_parameters(model), "label": "x", "protocol": protocol}
-        write_json(path / "config.json", models.config_to_dict(model))
+        write_json(path / "config.json", registry.config_to_dict(model))
         write_json(path / "evaluation.json", common | result)
     rows = collect_rows(experiment)
     write_json(folder / "report.json", {"rows": rows, "summary": summarise(rows)})
@@ -209,8 +210,8 @@ def test_measured_training(experiment):
     found = measuring.measure_training(experiment, "output_kd", student, teacher, repeats=3)
     np.testing.assert_allclose(found["examples_per_s"], 8e3 / found["step_ms"])
     # Student four times (parameters, their average, Adam's two moments), and the teacher.
-    arrays = 4 * 4 * models.count_parameters(student.params)
-    arrays += 4 * models.count_parameters(teacher.params)
+    arrays = 4 * 4 * building.count_parameters(student.params)
+    arrays += 4 * building.count_parameters(teacher.params)
     assert arrays < found["memory_mb"] * 1e6 < 10 * arrays
     assert found["device_peak_mb"] is None, "a CPU does not tell"
     for leaf in jax.tree.leaves((student.params, teacher.params)):

@@ -12,9 +12,10 @@ from PIL import Image
 from liftplace_jax import evaluation
 from liftplace_jax.data import load_source
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
-from liftplace_jax.models import DiTConfig, UNetConfig
-from liftplace_jax.sampling import make_sampler
-from liftplace_jax.training.sharding import batch_sharding, make_mesh
+from liftplace_jax.families.dit.config import DiTConfig
+from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.evaluation.sampling import make_sampler
+from liftplace_jax.host.sharding import batch_sharding, make_mesh
 
 CLASSES = 5
 MODEL = DiTConfig(image_size=2, patch_size=1, hidden_size=4, depth=1, num_heads=1, in_channels=2,

@@ -15,11 +15,11 @@ from conftest import GOLDEN, QUICK_XLA
 from conftest import config_module as module
 from PIL import Image
 
-from liftplace_jax import models
-from liftplace_jax.checks import check_config
+from liftplace_jax.families import registry
+from liftplace_jax.experiment.checks import check_config
 from liftplace_jax.compress import pruned_config
-from liftplace_jax.experiment import Experiment
-from liftplace_jax.models.cost import config_parameters, count_macs
+from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.families.cost import config_parameters, count_macs
 
 ROOT = Path(__file__).parent.parent
 FACTS = json.loads((GOLDEN / "ddpm_facts.json").read_text())["models"]
@@ -41,7 +41,7 @@ def get_config(name, arg=None):
 
 
 def unet(config):
-    return models.config_from_dict(config.model.to_dict(), partial=True)
+    return registry.config_from_dict(config.model.to_dict(), partial=True)
 
 
 # The published numbers ------------------------------------------------------------------------

@@ -16,7 +16,9 @@ from conftest import nhwc
 from flax import nnx
 from ml_collections import ConfigDict
 
-from liftplace_jax import data, models, weights
+from liftplace_jax import data, weights
+from liftplace_jax.families import registry
+from liftplace_jax.nn import building
 from liftplace_jax.compress import (
     LAYER_IMPORTANCES,
     annealed,
@@ -34,10 +36,10 @@ from liftplace_jax.compress import (
     uniform_layers,
 )
 from liftplace_jax.compress.learned_depth import merge_lora, sample_gates
-from liftplace_jax.compressing import keep_probabilities
-from liftplace_jax.experiment import Experiment
-from liftplace_jax.models.dit_config import DiTConfig
-from liftplace_jax.networks import from_tensors, load_network, make_apply
+from liftplace_jax.experiment.compressing import keep_probabilities
+from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.families.dit.config import DiTConfig
+from liftplace_jax.nn.network import from_tensors, load_network, make_apply
 from liftplace_jax.training.metrics_io import read_metrics
 from liftplace_jax.weights import to_torch
 
@@ -50,7 +52,7 @@ CONFIG = DiTConfig(
 @pytest.fixture(scope="module")
 def constructed():
     """A DiT of random weights, blocks 1 and 3 of which do nothing: their gates are zero."""
-    graphdef, abstract = models.abstract(CONFIG)
+    graphdef, abstract = building.abstract(CONFIG)
     rng = np.random.default_rng(0)
 
     def drawn(path, leaf):
@@ -95,8 +97,8 @@ def test_the_student_is_the_teacher_without_the_other_blocks(constructed):
     graphdef, params = constructed
     config, tensors = prune_depth(CONFIG, to_torch(params), (0, 1, 3))
     assert (config.depth, config.kept_layers) == (3, (0, 1, 3))
-    assert config == models.config_from_dict(models.config_to_dict(config))
-    student, abstract = models.abstract(config)
+    assert config == registry.config_from_dict(registry.config_to_dict(config))
+    student, abstract = building.abstract(config)
     found = gated(student, weights.from_torch(abstract, tensors), [1, 1, 1])
     np.testing.assert_allclose(found, gated(graphdef, params, [1, 1, 0, 1]), atol=1e-5)
 
@@ -109,7 +111,7 @@ def test_blocks_of_the_published_model_keep_their_outputs(golden):
     teacher = DiTConfig(**fields)
     tensors = {k[6:]: v for k, v in arrays.items() if k.startswith("param/")}
     config, pruned = prune_depth(teacher, tensors, (0, 1))
-    graphdef, abstract = models.abstract(config)
+    graphdef, abstract = building.abstract(config)
     params = weights.from_torch(abstract, pruned)
     x, t, labels = nhwc(arrays["in/x"]), arrays["in/t"], arrays["in/y"].astype(np.int32)
     apply = jax.jit(make_apply(graphdef), static_argnums=(3, 4))
@@ -124,7 +126,7 @@ def test_blocks_of_the_published_model_keep_their_outputs(golden):
         1 - np.mean((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1))
         for a, b in itertools.pairwise(tokens)
     ]
-    graphdef, abstract = models.abstract(teacher)
+    graphdef, abstract = building.abstract(teacher)
     params = weights.from_torch(abstract, tensors)
     batches = [(x, t, labels, x)] * 2
     found = layer_scores("similarity", graphdef, params, iter(batches))
@@ -262,7 +264,7 @@ def test_updates_are_of_the_blocks_linear_layers_and_start_at_zero(constructed, 
 def test_a_step_of_the_search_sees_the_drawn_blocks_alone(constructed, start, dtype, tolerance):
     graphdef, params = constructed
     searched = searched_apply(
-        models.abstract(CONFIG, jnp.dtype(dtype))[0], params, make_groups(1, 2, 4), lora_scale=2.0,
+        building.abstract(CONFIG, jnp.dtype(dtype))[0], params, make_groups(1, 2, 4), lora_scale=2.0,
         gate_scale=1000.0, temperature=0.1,
     )  # fmt: skip
     x, t, cond = inputs()
@@ -324,7 +326,7 @@ def test_the_search_drops_the_blocks_that_do_nothing(constructed, start):
 
 def tiny(**changes):
     config = tiny_config.get_config()
-    config.model = ConfigDict(dict(models.config_to_dict(CONFIG)) | {"kept_layers": None})
+    config.model = ConfigDict(dict(registry.config_to_dict(CONFIG)) | {"kept_layers": None})
     config.evaluation.features = None
     config.compress.depth = 2
     config.compress.update(score_batches=2, score_batch_size=16)
@@ -337,7 +339,7 @@ def tiny(**changes):
 @pytest.fixture(scope="module")
 def teacher(constructed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
-    weights.save_model(folder, models.config_to_dict(CONFIG), constructed[1])
+    weights.save_model(folder, registry.config_to_dict(CONFIG), constructed[1])
     return folder
 
 
@@ -378,7 +380,7 @@ def test_students_of_the_stage(tmp_path, teacher, layers, kept):
 def test_a_search_that_was_cut_ends_as_one_that_was_not(tmp_path, constructed):
     student, tensors = prune_depth(CONFIG, to_torch(constructed[1]), (0, 1))
     small = from_tensors(student.replace(kept_layers=None), tensors)
-    weights.save_model(tmp_path / "teacher", models.config_to_dict(small.config), small.params)
+    weights.save_model(tmp_path / "teacher", registry.config_to_dict(small.config), small.params)
     teacher = tmp_path / "teacher"
     changes = dict(compress__layers="learned",
                    compress__depth=1, model__depth=2)  # fmt: skip

@@ -17,16 +17,18 @@ from conftest import nhwc
 from diffusers import UNet2DModel
 from torch_unet import randomise
 
-from liftplace_jax import models, weights
+from liftplace_jax import weights
+from liftplace_jax.families import registry
+from liftplace_jax.nn import building
 from liftplace_jax.compress import pruned_config
-from liftplace_jax.diffusers_config import (
+from liftplace_jax.families.unet.diffusers import (
     DiffusersError,
     config_from_diffusers,
     config_to_diffusers,
 )
-from liftplace_jax.diffusers_folder import read_diffusers, write_diffusers
-from liftplace_jax.models import UNetConfig
-from liftplace_jax.networks import load_checkpoint, make_apply
+from liftplace_jax.families.loading import read_diffusers, write_diffusers
+from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.nn.network import load_checkpoint, make_apply
 
 ROOT = Path(__file__).parent.parent
 # config.json of google/ddpm-cifar10-32, as published: fields of diffusers 0.0.4.
@@ -119,7 +121,7 @@ def test_outputs_of_the_golden_network(golden, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     weights.write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", tensors)
     network = load_checkpoint(tmp_path)
-    assert models.count_parameters(network.params) == meta["num_params"]
+    assert building.count_parameters(network.params) == meta["num_params"]
     y, features = output(
         network, nhwc(arrays["in/sample"]), arrays["in/timestep"].astype(np.int32), features=True
     )
@@ -199,8 +201,8 @@ def test_configs_of_published_folders():
     lsun = UNetConfig(image_size=256, ch_mult=(1, 1, 2, 2, 4, 4))
     assert config_from_diffusers(CIFAR10) == cifar10
     assert config_from_diffusers(LSUN) == lsun
-    assert models.count_parameters(models.abstract(cifar10)[1]) == 35_746_307
-    assert models.count_parameters(models.abstract(lsun)[1]) == 113_673_219
+    assert building.count_parameters(building.abstract(cifar10)[1]) == 35_746_307
+    assert building.count_parameters(building.abstract(lsun)[1]) == 113_673_219
     for fields, config in ((CIFAR10, cifar10), (LSUN, lsun)):
         written = config_to_diffusers(config)
         assert {key: written[key] for key in fields if key != "_diffusers_version"} == {
@@ -329,7 +331,7 @@ def test_irregular_networks_are_refused_with_their_layers(tmp_path):
     widths = dict(config.widths) | {"mid.attn_1.q": 8, "down.0.block.0.conv1": 4}
     changed = config.replace(widths=widths)
     with pytest.raises(DiffusersError, match="no UNet2DModel is equal to it") as error:
-        write_diffusers(tmp_path / "unet", changed, models.abstract(changed)[1])
+        write_diffusers(tmp_path / "unet", changed, building.abstract(changed)[1])
     assert str(error.value).splitlines()[1:] == [
         "  down.0.block.0.conv1: 4 channels, must be 8", "  mid.attn_1.q: 8 channels, must be 16",
     ]  # fmt: skip
@@ -358,7 +360,7 @@ def test_a_failed_write_leaves_nothing(network, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("liftplace_jax.diffusers_folder.write_json", fail)
+    monkeypatch.setattr("liftplace_jax.families.loading.write_json", fail)
     with pytest.raises(OSError, match="disk full"):
         write_diffusers(tmp_path / "unet", network.config, network.params)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
@@ -386,10 +388,10 @@ def test_the_command_there_and_back(folder, network, tmp_path):
     tensors = weights.to_torch(network("tiny").params)
     torch.save([{}, {k: torch.from_numpy(v.copy()) for k, v in tensors.items()}], file)
     config = tmp_path / "config.py"
-    fields = models.config_to_dict(network("tiny").config)
+    fields = registry.config_to_dict(network("tiny").config)
     model = {key: value for key, value in fields.items() if key != "widths"}
     config.write_text(
-        "from liftplace_jax.configuration import default_config\n\n"
+        "from liftplace_jax.experiment.configuration import default_config\n\n"
         f"def get_config(arg=None):\n    config = default_config()\n    config.model = {model}\n"
         "    config.model.image_size = 64\n    return config\n"
     )

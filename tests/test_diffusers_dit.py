@@ -11,12 +11,13 @@ import torch
 from conftest import nhwc
 from diffusers import DiTTransformer2DModel
 
-from liftplace_jax import models, weights
-from liftplace_jax.diffusers_config import DiffusersError
-from liftplace_jax.diffusers_folder import read_diffusers, write_diffusers
-from liftplace_jax.models import DiTConfig
-from liftplace_jax.models.dit import position_embedding
-from liftplace_jax.networks import load_checkpoint, make_apply
+from liftplace_jax import weights
+from liftplace_jax.nn import building
+from liftplace_jax.families.unet.diffusers import DiffusersError
+from liftplace_jax.families.loading import read_diffusers, write_diffusers
+from liftplace_jax.families.dit.config import DiTConfig
+from liftplace_jax.families.dit.model import position_embedding
+from liftplace_jax.nn.network import load_checkpoint, make_apply
 
 WEIGHTS = "diffusion_pytorch_model"
 FIELDS = {
@@ -174,7 +175,7 @@ def test_what_diffusers_cannot_be_is_refused_and_nothing_written(saved, tmp_path
         class_dropout=0.0,
     )  # fmt: skip
     with pytest.raises(DiffusersError, match="no DiTTransformer2DModel is equal") as error:
-        write_diffusers(tmp_path / "out", published, models.create(published)[1])
+        write_diffusers(tmp_path / "out", published, building.create(published)[1])
     for field in ("frequency_shift 0: must be 1, ", "mlp_ratio 2.0: must be 4", "class_dropout 0"):
         assert f"\n  {field}" in str(error.value)
     network = load_checkpoint(saved[True])

@@ -10,7 +10,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from liftplace_jax import models, weights
+from liftplace_jax import weights
+from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.nn import building
 from liftplace_jax.diffusion import (
     SAMPLERS,
     GaussianDiffusion,
@@ -34,14 +36,14 @@ def arrays(golden):
 def predict(golden):
     arrays, meta = golden("ddpm_unet_u16")
     model = meta["config"]["model"]
-    config = models.UNetConfig(
+    config = UNetConfig(
         image_size=16,
         ch=model["ch"],
         ch_mult=model["ch_mult"],
         num_res_blocks=model["num_res_blocks"],
         attn_resolutions=model["attn_resolutions"],
     )
-    graphdef, params = models.abstract(config)
+    graphdef, params = building.abstract(config)
     tensors = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
     loaded = weights.from_torch(params, tensors)
     return lambda x, t: nnx.merge(graphdef, loaded)(x, t)

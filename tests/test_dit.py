@@ -14,16 +14,20 @@ from conftest import GOLDEN, nhwc
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from liftplace_jax import models, weights
-from liftplace_jax.models import DiT, DiTConfig, UNetConfig
-from liftplace_jax.models.cost import config_parameters, count_macs
-from liftplace_jax.models.dit import position_embedding
-from liftplace_jax.models.dit_config import published_layer_map
-from liftplace_jax.models.layers import REMAT_POLICIES, sinusoidal_embedding
-from liftplace_jax.models.published import PUBLISHED_DITS
-from liftplace_jax.networks import load_checkpoint
+from liftplace_jax import weights
+from liftplace_jax.families import registry
+from liftplace_jax.nn import building
+from liftplace_jax.families.dit.model import DiT
+from liftplace_jax.families.dit.config import DiTConfig
+from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.families.cost import config_parameters, count_macs
+from liftplace_jax.families.dit.model import position_embedding
+from liftplace_jax.families.dit.config import published_layer_map
+from liftplace_jax.nn.layers import REMAT_POLICIES, sinusoidal_embedding
+from liftplace_jax.families.published import PUBLISHED_DITS
+from liftplace_jax.nn.network import load_checkpoint
 from liftplace_jax.suites import sizes
-from liftplace_jax.training.sharding import make_mesh
+from liftplace_jax.host.sharding import make_mesh
 
 NAMES = ("dit_d4", "dit_d2p4")
 FACTS = json.loads((GOLDEN / "dit_facts.json").read_text())
@@ -48,7 +52,7 @@ def published(golden):
     def load(name):
         arrays, meta = golden(name)
         config = published_config(meta["config"])
-        graphdef, params = models.abstract(config)
+        graphdef, params = building.abstract(config)
         tensors = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
         return config, graphdef, weights.from_torch(params, tensors), arrays, meta
 
@@ -63,7 +67,7 @@ def apply(graphdef, params, x, t, cond, **options):
 @functools.cache
 def tiny(**changes):
     """A tiny model with random parameters: a new one predicts zero."""
-    graphdef, params = models.create(TINY.replace(**changes))
+    graphdef, params = building.create(TINY.replace(**changes))
     leaves, treedef = jax.tree.flatten(params)
     rng = np.random.default_rng(1)
     drawn = [0.2 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
@@ -120,7 +124,7 @@ def test_embeddings(published, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_published_names_and_parameter_count(published, name):
     config, _, params, arrays, meta = published(name)
-    assert models.count_parameters(params) == config_parameters(config) == meta["num_params"]
+    assert building.count_parameters(params) == config_parameters(config) == meta["num_params"]
     written = weights.to_torch(params)
     assert {f"param/{key}" for key in written} == {k for k in arrays if k.startswith("param/")}
     for key, value in written.items():
@@ -132,7 +136,7 @@ def test_published_names_and_parameter_count(published, name):
 
 def test_initial_weights_are_the_published_ones_and_blocks_the_identity():
     config = TINY.replace(hidden_size=64, num_classes=50)
-    graphdef, params = models.create(config, 1)
+    graphdef, params = building.create(config, 1)
     tensors = weights.to_torch(params)
     for name, fans in {
         "x_embedder.proj": (4, 64), "blocks.1.attn.qkv": (64, 192), "blocks.0.attn.proj": (64, 64),
@@ -146,7 +150,7 @@ def test_initial_weights_are_the_published_ones_and_blocks_the_identity():
     zero = re.compile(r"(.*adaLN_modulation.*|final_layer.linear.*|.*bias)$")
     for name, value in tensors.items():
         assert np.any(value) != bool(zero.match(name)), name
-    assert len(tensors) == len(jax.tree.leaves(models.abstract(config)[1]))
+    assert len(tensors) == len(jax.tree.leaves(building.abstract(config)[1]))
     y, features = apply(graphdef, params, X, T, LABELS, return_features=True)
     tokens = nnx.merge(graphdef, params).embed(X)
     np.testing.assert_array_equal(y, np.zeros((2, 4, 4, 2)))
@@ -176,21 +180,21 @@ def test_gates_say_how_far_a_block_acts():
 
 @pytest.mark.parametrize("config, labels", [(TINY, LABELS), (UNET, None)], ids=["dit", "unet"])
 def test_remat_gives_the_same_gradients_and_positions_are_not_trained(config, labels):
-    params = tiny()[1] if config is TINY else models.create(config)[1]
+    params = tiny()[1] if config is TINY else building.create(config)[1]
 
     def gradients(remat):
-        graphdef = models.abstract(config, remat=remat)[0]
+        graphdef = building.abstract(config, remat=remat)[0]
 
         def loss(params):
             return jnp.square(nnx.merge(graphdef, params)(X, T, labels)).mean()
 
         kept = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
         gradient = jax.jit(jax.grad(loss))(params)
-        return weights.to_torch(gradient), models.count_parameters(kept)
+        return weights.to_torch(gradient), building.count_parameters(kept)
 
     expected, all_kept = gradients(None)
     found, kept = gradients("nothing_saveable")
-    own = models.count_parameters(params)
+    own = building.count_parameters(params)
     assert kept - own < 0.5 * (all_kept - own)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
@@ -201,13 +205,13 @@ def test_remat_gives_the_same_gradients_and_positions_are_not_trained(config, la
 @pytest.mark.parametrize("config", [TINY, UNET], ids=["dit", "unet"])
 def test_an_unknown_policy_is_named(config):
     for policy in REMAT_POLICIES:
-        assert models.abstract(config, remat=policy)[0] != models.abstract(config)[0]
+        assert building.abstract(config, remat=policy)[0] != building.abstract(config)[0]
     with pytest.raises(ValueError, match="remat must be None or one of .*'nothing_sav.*'all'"):
-        models.create(config, remat="all")
+        building.create(config, remat="all")
 
 
 def test_bfloat16_stays_close_with_float32_parameters_and_output():
-    graphdef, abstract = models.abstract(TINY, dtype=jnp.bfloat16)
+    graphdef, abstract = building.abstract(TINY, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {np.dtype(np.float32)}
     expected = apply(*tiny(), X, T, LABELS)
     found, features = apply(graphdef, tiny()[1], X, T, LABELS, return_features=True)
@@ -232,17 +236,17 @@ def test_samples_are_independent_on_any_devices_and_seeds_can_be_mapped_over():
     expected = apply(*tiny(), X, T, LABELS)
     np.testing.assert_allclose(found, np.tile(expected, (4, 1, 1, 1)), rtol=1e-4, atol=1e-5)
     keys = jax.random.split(jax.random.key(0), 2)
-    mapped = jax.jit(jax.vmap(lambda key: models.create(TINY, key)[1]))(keys)
+    mapped = jax.jit(jax.vmap(lambda key: building.create(TINY, key)[1]))(keys)
     table = mapped["y_embedder"]["embedding_table"]["embedding"][...]
     assert table.shape == (2, 4, 16) and np.abs(table[0] - table[1]).max() > 0.01
-    assert models.create(TINY, 0)[0] == models.abstract(TINY)[0]
+    assert building.create(TINY, 0)[0] == building.abstract(TINY)[0]
 
 
 def test_each_block_can_have_its_own_embedders():
     config = TINY.replace(embedders="per_block", depth=3)
-    params = models.create(config)[1]
+    params = building.create(config)[1]
     tensors = weights.to_torch(params)
-    assert models.count_parameters(params) == config_parameters(config)
+    assert building.count_parameters(params) == config_parameters(config)
     assert "blocks.2.t_embedder.mlp.0.weight" in tensors and not any(
         name.startswith(("t_embedder", "y_embedder")) for name in tensors
     )
@@ -252,7 +256,7 @@ def test_each_block_can_have_its_own_embedders():
     for name in [n for n in tensors if n.startswith(("t_embedder", "y_embedder"))]:
         value = tensors.pop(name)
         tensors |= {f"blocks.{index}.{name}": value for index in range(2)}
-    graphdef, params = models.abstract(TINY.replace(embedders="per_block"))
+    graphdef, params = building.abstract(TINY.replace(embedders="per_block"))
     found = apply(graphdef, weights.from_torch(params, tensors), X, T, LABELS)
     np.testing.assert_allclose(found, apply(*tiny(), X, T, LABELS), atol=1e-6)
 
@@ -273,7 +277,7 @@ def test_wrong_inputs_name_what_is_wrong():
         model(X, T, LABELS + 1)
     with pytest.raises(ValueError, match="got -1"):
         model(X, T, LABELS - 1)
-    no_null = nnx.merge(*models.create(TINY.replace(class_dropout=0.0)))
+    no_null = nnx.merge(*building.create(TINY.replace(class_dropout=0.0)))
     with pytest.raises(ValueError, match=r"labels must be in 0..2, got 3"):
         no_null(X, T, LABELS)
     with pytest.raises(ValueError, match=r"gates must have shape \(2,\), one per block"):
@@ -310,9 +314,9 @@ def test_bad_configs_name_the_field(changes, message):
 
 def test_json_round_trip_and_contract():
     for config in (TINY, TINY.replace(kept_layers=[0, 5], learn_sigma=False)):
-        found = models.config_from_dict(json.loads(json.dumps(models.config_to_dict(config))))
+        found = registry.config_from_dict(json.loads(json.dumps(registry.config_to_dict(config))))
         assert found == config and hash(found) == hash(config)
-    assert models.MODELS["dit"] == (DiTConfig, DiT)
+    assert registry.MODELS["dit"] == (DiTConfig, DiT)
     assert (TINY.out_channels, TINY.null_label) == (2, 3)
     plain = TINY.replace(learn_sigma=False, class_dropout=0.0)
     assert (plain.out_channels, plain.null_label) == (1, None)
@@ -329,7 +333,7 @@ def test_published_sizes_to_the_unit():
         if fact["paper_params"]:
             assert sizes.PAPER_DITS[name][0] == fact["paper_params"]
             assert f"{count_macs(config) / 1e9:.1f}G" == sizes.PAPER_DITS[name][1]
-    assert models.count_parameters(models.abstract(PUBLISHED_DITS["DiT-XL/2"])[1]) == 675_129_632
+    assert building.count_parameters(building.abstract(PUBLISHED_DITS["DiT-XL/2"])[1]) == 675_129_632
     # Peebles & Xie 2023, table 4: parameters in millions, and Gflops, which leave out the norms.
     table = {"S/2": (33, 6.06), "S/4": (33, 1.41), "S/8": (33, 0.36), "B/2": (130, 23.01),
              "B/4": (130, 5.56), "B/8": (131, 1.42), "L/2": (458, 80.71), "L/4": (458, 19.70),
@@ -403,7 +407,7 @@ def test_other_misfits_are_listed_and_folders_must_agree(file, tmp_path):
         tensors["blocks.1.attn.q_norm.weight"] = np.zeros(8, np.float32)
         weights.write_safetensors(tmp_path / "odd.safetensors", tensors)
         load_checkpoint(tmp_path / "odd.safetensors", TINY)
-    weights.save_model(tmp_path / "own", models.config_to_dict(TINY), tiny()[1])
+    weights.save_model(tmp_path / "own", registry.config_to_dict(TINY), tiny()[1])
     wanted = TINY.replace(class_dropout=0.2)
     assert load_checkpoint(tmp_path / "own", wanted).config == wanted
     with pytest.raises(ValueError, match="own is not what .*\n  depth: 2 -> 3\nSet config.model"):

@@ -16,13 +16,13 @@ from conftest import GOLDEN, QUICK_XLA
 from conftest import config_module as module
 from PIL import Image
 
-from liftplace_jax import models
-from liftplace_jax.autoencoders import write_random_autoencoder
-from liftplace_jax.checks import check_config
+from liftplace_jax.families import registry
+from liftplace_jax.encoders.autoencoder_folder import write_random_autoencoder
+from liftplace_jax.experiment.checks import check_config
 from liftplace_jax.data import Source, load_source
-from liftplace_jax.experiment import Experiment
-from liftplace_jax.models.cost import config_parameters
-from liftplace_jax.sources import check_classes
+from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.families.cost import config_parameters
+from liftplace_jax.experiment.sources import check_classes
 from liftplace_jax.training.metrics_io import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +39,7 @@ def imagenet(arg=None):
 
 def test_imagenet_is_as_published():
     config = imagenet()
-    model = models.config_from_dict(config.model.to_dict(), partial=True)
+    model = registry.config_from_dict(config.model.to_dict(), partial=True)
     assert config_parameters(model) == FACTS["models"]["DiT-XL/2"]["total_params"]
     assert config.process.to_dict() == dict(
         schedule="linear", num_timesteps=1000, beta_start=1e-4, beta_end=0.02,
@@ -65,7 +65,7 @@ def test_imagenet_is_as_published():
 @pytest.mark.parametrize("student", STUDENTS)
 def test_imagenet_students_have_the_published_sizes(student):
     config = imagenet(f"student={student}")
-    model = models.config_from_dict(config.model.to_dict(), partial=True)
+    model = registry.config_from_dict(config.model.to_dict(), partial=True)
     expected = FACTS["models"][f"DiT-{student}/2"]["total_params"]
     assert config_parameters(model.replace(depth=config.compress.depth)) == expected
     assert f"{expected:,}" in module("imagenet256_dit").__doc__

@@ -12,13 +12,16 @@ import pytest
 import tiny_config
 from ml_collections import ConfigDict
 
-from liftplace_jax import configuration, data, models, weights
-from liftplace_jax.configuration import differences, parse_arg
-from liftplace_jax.experiment import Experiment, Run
+from liftplace_jax import data, weights
+from liftplace_jax.experiment import configuration
+from liftplace_jax.families import registry
+from liftplace_jax.nn import building
+from liftplace_jax.experiment.configuration import differences, parse_arg
+from liftplace_jax.experiment.context import Experiment, Run
 from liftplace_jax.losses import PUBLISHED
-from liftplace_jax.networks import Network, make_adapters
-from liftplace_jax.report import grid, groups_figure, markdown, samples_figure, summarise
-from liftplace_jax.sampling import make_sampler
+from liftplace_jax.nn.network import Network, make_adapters
+from liftplace_jax.experiment.report import grid, groups_figure, markdown, samples_figure, summarise
+from liftplace_jax.evaluation.sampling import make_sampler
 from liftplace_jax.training.objective import BASIC_METHODS, METHODS
 
 
@@ -234,10 +237,10 @@ def test_samplers_are_a_function_of_the_keys(tmp_path):
 
 def test_adapters_fit_the_widths_of_both_networks():
     config = tiny().model.to_dict()
-    teacher_config = models.config_from_dict(config | {"widths": None})
+    teacher_config = registry.config_from_dict(config | {"widths": None})
     student_config = dataclasses.replace(teacher_config, ch=4, widths=None)
     student, teacher = (
-        Network(c, *models.abstract(c)) for c in (student_config, teacher_config)
+        Network(c, *building.abstract(c)) for c in (student_config, teacher_config)
     )
     adapters = make_adapters(student, teacher, {"mid.block_1": "up.0.block.1"}, 0)
     assert {name: value.shape for name, value in adapters.items()} == {"mid.block_1": (4, 8)}
@@ -326,8 +329,8 @@ def test_pictures_of_every_size_and_fewer_images_than_rows(tmp_path, size, chann
     source = data.Source("three", records, image_shape=(size, size, channels))
     experiment.sources = {"train": source, "test": source}
     for folder in (experiment.teacher_folder, experiment.runs[0].folder):
-        params = models.create(experiment.model_config, 0)[1]
-        weights.save_model(folder, models.config_to_dict(experiment.model_config), params)
+        params = building.create(experiment.model_config, 0)[1]
+        weights.save_model(folder, registry.config_to_dict(experiment.model_config), params)
         np.savez(folder / "samples.npz", images=np.zeros((64, size, size, channels), np.uint8))
     figure = groups_figure(experiment)
     assert len(figure.axes) == 3 * 6

@@ -14,13 +14,18 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from liftplace_jax import buckets, encoding, models, weights
-from liftplace_jax.autoencoders import load_autoencoder
-from liftplace_jax.configuration import default_config
-from liftplace_jax.data import eval_batches, latent_store, load_latents, load_source, train_batches
-from liftplace_jax.data.latent_store import check_autoencoder, normal
-from liftplace_jax.models import AutoencoderConfig
-from liftplace_jax.training import sharding
+from liftplace_jax import weights
+from liftplace_jax.host import buckets
+from liftplace_jax.experiment import encoding
+from liftplace_jax.families import registry
+from liftplace_jax.nn import building
+from liftplace_jax.encoders.autoencoder_folder import load_autoencoder
+from liftplace_jax.experiment.configuration import default_config
+from liftplace_jax.data import eval_batches, load_latents, load_source, train_batches
+from liftplace_jax.data import encoded
+from liftplace_jax.data.encoded import check_autoencoder, normal
+from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
+from liftplace_jax.host import sharding
 
 ROOT = Path(__file__).parent.parent
 TINY = AutoencoderConfig(
@@ -42,7 +47,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
     path = tmp_path_factory.mktemp("autoencoder") / "tiny"
-    weights.save_model(path, models.config_to_dict(TINY), models.create(TINY)[1])
+    weights.save_model(path, registry.config_to_dict(TINY), building.create(TINY)[1])
     return path
 
 
@@ -199,7 +204,7 @@ def test_resume_and_processes_see_the_same_numbers(source, processes, start, pre
 
 def test_what_is_cut_off_goes_on(encoded, data_dir, autoencoder, tmp_path, monkeypatch):
     config = latent_config(data_dir, autoencoder, tmp_path / "latents")
-    write, written = latent_store.write_shard, []
+    write, written = encoded.write_shard, []
 
     def interrupted(shard, batches):
         if len(written) == 2:
@@ -210,14 +215,14 @@ def test_what_is_cut_off_goes_on(encoded, data_dir, autoencoder, tmp_path, monke
     def stop():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(latent_store, "write_shard", interrupted)
+    monkeypatch.setattr(encoded, "write_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         encode(config)
     folder = tmp_path / "latents"
     assert len(shards(folder)) == 2 == len(list(folder.iterdir())) - 1
     with pytest.raises(ValueError, match="1 of 3 shards of 'train.*are missing.*go on with python"):
         load_latents(folder, TRAIN)
-    monkeypatch.setattr(latent_store, "write_shard", write)
+    monkeypatch.setattr(encoded, "write_shard", write)
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.array_record")}
     assert encode(config).startswith("Done: ")
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -256,8 +261,8 @@ def test_folders_of_images_without_labels(autoencoder, tmp_path):
 
 
 def other_weights(config, tmp_path):
-    params = models.create(TINY, 1)[1]
-    weights.save_model(tmp_path / "other", models.config_to_dict(TINY), params)
+    params = building.create(TINY, 1)[1]
+    weights.save_model(tmp_path / "other", registry.config_to_dict(TINY), params)
     config.latents.autoencoder = str(tmp_path / "other")
 
 
@@ -310,7 +315,7 @@ def test_configs_that_do_not_fit(data_dir, autoencoder, tmp_path, change, messag
 def test_latents_that_are_not_finite_name_the_example(data_dir, autoencoder, tmp_path):
     network = load_autoencoder(autoencoder)
     params = jax.tree.map(lambda value: 1e5 * value, network.params)
-    weights.save_model(tmp_path / "loud", models.config_to_dict(TINY), params)
+    weights.save_model(tmp_path / "loud", registry.config_to_dict(TINY), params)
     config = latent_config(data_dir, tmp_path / "loud", tmp_path / "latents")
     with pytest.raises(ValueError, match=r"digits \(train.*, example \d+: its latents are not fin"):
         encode(config)
@@ -328,7 +333,7 @@ def first(folder):
 
 def flip_a_bit(folder):
     content = bytearray(first(folder).read_bytes())
-    record = latent_store._open(first(folder)).read([3])[0]
+    record = encoded._open(first(folder)).read([3])[0]
     content[content.index(record) + 9] ^= 1
     first(folder).write_bytes(content)
 
@@ -383,7 +388,7 @@ def test_labels_that_are_no_class_are_refused_where_labels_are_used(copy):
 
 def test_the_command(encoded, data_dir, autoencoder, tmp_path):
     command = [
-        sys.executable, "-m", "liftplace_jax.data.latents", "--config=tests/tiny_config.py",
+        sys.executable, "-m", "liftplace_jax.encode", "--config=tests/tiny_config.py",
         f"--config.data.data_dir={data_dir}", f"--config.data.train_split={TRAIN}",
         "--config.data.test_split=test[:5%]", "--config.model.image_size=4",
         "--config.model.in_channels=4", f"--config.latents.autoencoder={autoencoder}",

@@ -11,13 +11,14 @@ from conftest import nhwc
 from golden_dit import golden_dit
 from ml_collections import ConfigDict
 
-from liftplace_jax import models
-from liftplace_jax.configuration import default_config, optimizer_config
+from liftplace_jax.families.dit.config import DiTConfig
+from liftplace_jax.nn import building
+from liftplace_jax.experiment.configuration import default_config, optimizer_config
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
-from liftplace_jax.distillation import make_task, student_objective
-from liftplace_jax.networks import Network, make_apply
+from liftplace_jax.training.distillation import make_task, student_objective
+from liftplace_jax.nn.network import Network, make_apply
 from liftplace_jax.training import objective as objective_lib
-from liftplace_jax.training import sharding
+from liftplace_jax.host import sharding
 from liftplace_jax.training.objective import (
     METHODS,
     Inputs,
@@ -274,11 +275,11 @@ def test_weight_decay_spares_the_position_embedding():
 
 
 def tiny_dit(depth, **changes):
-    config = models.DiTConfig(
+    config = DiTConfig(
         image_size=4, in_channels=2, num_heads=2, num_classes=3,
         **{"depth": depth, "hidden_size": 8} | changes,
     )  # fmt: skip
-    graphdef, abstract = models.abstract(config)
+    graphdef, abstract = building.abstract(config)
     rng = np.random.default_rng(depth)
     draw = lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype)  # noqa: E731
     return Network(config, graphdef, jax.tree.map(draw, abstract))

@@ -22,10 +22,12 @@ import pytest
 import tiny_config
 from conftest import QUICK_XLA
 
-from liftplace_jax import data, files, main, runtime, weights
-from liftplace_jax.buckets import as_path, local_copy
-from liftplace_jax.command_line import EXIT_INTERRUPTED, EXIT_LOST
-from liftplace_jax.training import sharding
+from liftplace_jax import data, main, weights
+from liftplace_jax.host import files
+from liftplace_jax.host import processes
+from liftplace_jax.host.buckets import as_path, local_copy
+from liftplace_jax.host.flags import EXIT_INTERRUPTED, EXIT_LOST
+from liftplace_jax.host import sharding
 from liftplace_jax.training.checkpoints import Checkpoints
 from liftplace_jax.training.loop import train
 from liftplace_jax.training.metrics_io import MetricsLog, read_metrics
@@ -338,10 +340,10 @@ def test_a_port_that_is_taken_is_said(start, tmp_path):
 
 def test_a_work_directory_that_hosts_do_not_share_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(runtime, "barrier", lambda name: None)
-    monkeypatch.setattr(runtime, "_SHARED_WITHIN", 0)
+    monkeypatch.setattr(processes, "barrier", lambda name: None)
+    monkeypatch.setattr(processes, "_SHARED_WITHIN", 0)
     with pytest.raises(OSError, match="config.json, .*not seen by process 0: .* all hosts share"):
-        runtime.wait_for(tmp_path / "config.json")
+        processes.wait_for(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(
@@ -354,7 +356,7 @@ def test_a_work_directory_that_hosts_do_not_share_is_said(tmp_path, monkeypatch)
 )
 def test_flags_that_make_no_pod_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        runtime.initialise(**options)
+        processes.initialise(**options)
 
 
 SLURM = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
@@ -375,13 +377,13 @@ SLURM = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "
     ],
 )
 def test_clusters_are_recognised(environment, cluster, monkeypatch):
-    monkeypatch.setattr(runtime.glob, "glob", lambda pattern: [])
-    assert runtime.find_cluster(environment) == cluster
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: [])
+    assert processes.find_cluster(environment) == cluster
 
 
 def test_a_single_process_starts_nothing(monkeypatch):
-    monkeypatch.setattr(runtime, "find_cluster", lambda environment: None)
-    runtime.initialise()
+    monkeypatch.setattr(processes, "find_cluster", lambda environment: None)
+    processes.initialise()
     assert not jax.distributed.is_initialized()
 
 

@@ -7,9 +7,9 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from liftplace_jax.checks import check_config
-from liftplace_jax.configuration import default_config
-from liftplace_jax.training import sharding
+from liftplace_jax.experiment.checks import check_config
+from liftplace_jax.experiment.configuration import default_config
+from liftplace_jax.host import sharding
 from liftplace_jax.training.profiling import keep_compiled, memory_line, watched
 from liftplace_jax.training.state import create_state
 from liftplace_jax.training.step import make_train_step

@@ -14,8 +14,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import PartitionSpec
 
-from liftplace_jax import models
-from liftplace_jax.configuration import optimizer_config
+from liftplace_jax.nn import building
+from liftplace_jax.experiment.configuration import optimizer_config
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
 from liftplace_jax.losses import (
     cosine_weight,
@@ -26,9 +26,9 @@ from liftplace_jax.losses import (
     output_kd_loss,
     place_loss,
 )
-from liftplace_jax.models.unet_config import UNetConfig
-from liftplace_jax.networks import make_apply
-from liftplace_jax.training import sharding
+from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.nn.network import make_apply
+from liftplace_jax.host import sharding
 from liftplace_jax.training.checkpoints import Checkpoints
 from liftplace_jax.training.loop import Interrupted, NonFiniteLossError, train
 from liftplace_jax.training.metrics_io import MetricsLog, read_metrics
@@ -389,7 +389,7 @@ def step_on(shape, student, teacher, images, rules):
 
 
 def unet(seed):
-    graphdef, params = models.create(UNET, seed)
+    graphdef, params = building.create(UNET, seed)
     return make_apply(graphdef), params
 
 

@@ -11,9 +11,12 @@ import pytest
 from conftest import nhwc
 from flax import nnx
 
-from liftplace_jax import models, weights
-from liftplace_jax.models import UNet, UNetConfig
-from liftplace_jax.models.layers import sinusoidal_embedding
+from liftplace_jax import weights
+from liftplace_jax.families import registry
+from liftplace_jax.nn import building
+from liftplace_jax.families.unet.model import UNet
+from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.nn.layers import sinusoidal_embedding
 
 NAMES = ("ddpm_unet_u16", "ddpm_unet_u32", "ddpm_unet_u8odd")
 TINY = UNetConfig(
@@ -45,7 +48,7 @@ def published(golden):
             out_channels=fields.pop("out_ch"),
             **fields,
         )
-        graphdef, params = models.abstract(config)
+        graphdef, params = building.abstract(config)
         tensors = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
         return config, graphdef, weights.from_torch(params, tensors), arrays, meta
 
@@ -54,7 +57,7 @@ def published(golden):
 
 @functools.cache
 def tiny(**changes):
-    return models.create(TINY.replace(**changes), seed=1)
+    return building.create(TINY.replace(**changes), seed=1)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("train", "return_features"))
@@ -97,8 +100,8 @@ def test_output_features_and_input_gradient(published, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_published_names_and_parameter_count(published, name):
     config, graphdef, params, arrays, meta = published(name)
-    assert models.count_parameters(params) == meta["num_params"]
-    assert models.count_parameters(models.abstract(config)[1]) == meta["num_params"]
+    assert building.count_parameters(params) == meta["num_params"]
+    assert building.count_parameters(building.abstract(config)[1]) == meta["num_params"]
     written = weights.to_torch(params)
     assert {f"param/{key}" for key in written} == {k for k in arrays if k.startswith("param/")}
     for key, value in written.items():
@@ -123,7 +126,7 @@ def test_odd_embedding_ends_in_zero():
 
 def test_celeba_teacher_has_the_papers_size():
     config = UNetConfig(image_size=64, ch_mult=(1, 2, 2, 2, 4), dropout=0.1)
-    assert models.count_parameters(models.abstract(config)[1]) == 78_700_803
+    assert building.count_parameters(building.abstract(config)[1]) == 78_700_803
 
 
 def test_dropout_acts_only_in_training_and_follows_its_key():
@@ -138,14 +141,14 @@ def test_dropout_acts_only_in_training_and_follows_its_key():
 
 
 def test_training_without_dropout_needs_no_key():
-    model = models.abstract(TINY.replace(dropout=0.0))[0], tiny()[1]
+    model = building.abstract(TINY.replace(dropout=0.0))[0], tiny()[1]
     np.testing.assert_array_equal(apply(*model, X, T, train=True), apply(*tiny(), X, T))
     with pytest.raises(ValueError, match="needs rngs"):
         apply(*tiny(), X, T, train=True)
 
 
 def test_bfloat16_stays_close_with_float32_parameters_and_output():
-    graphdef, abstract = models.abstract(TINY, dtype=jnp.bfloat16)
+    graphdef, abstract = building.abstract(TINY, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {np.dtype(np.float32)}
     expected = apply(*tiny(), X, T)
     found, features = apply(graphdef, tiny()[1], X, T, return_features=True)
@@ -162,9 +165,9 @@ def test_integer_and_float_timesteps_agree_and_samples_are_independent():
 
 
 def test_seeds_can_be_mapped_over():
-    graphdef, abstract = models.abstract(TINY)
+    graphdef, abstract = building.abstract(TINY)
     keys = jax.random.split(jax.random.key(0), 3)
-    params = jax.jit(jax.vmap(lambda key: models.create(TINY, key)[1]))(keys)
+    params = jax.jit(jax.vmap(lambda key: building.create(TINY, key)[1]))(keys)
     assert jax.tree.map(lambda leaf: leaf.shape[1:], params) == jax.tree.map(
         lambda leaf: leaf.shape, abstract
     )
@@ -177,8 +180,8 @@ def test_seeds_can_be_mapped_over():
 
 def test_graphdefs_of_one_config_are_equal():
     # Else a function that takes a graphdef as a static argument would compile again.
-    assert models.create(TINY, 0)[0] == models.create(TINY, 1)[0] == models.abstract(TINY)[0]
-    assert hash(models.create(TINY, 0)[0]) == hash(models.abstract(TINY)[0])
+    assert building.create(TINY, 0)[0] == building.create(TINY, 1)[0] == building.abstract(TINY)[0]
+    assert hash(building.create(TINY, 0)[0]) == hash(building.abstract(TINY)[0])
 
 
 def test_initial_weights_are_pytorch_defaults_and_the_output_is_not_constant():
@@ -231,7 +234,7 @@ PRUNED = TINY.replace(
 
 
 def test_a_pruned_config_is_an_ordinary_config():
-    graphdef, params = models.create(PRUNED)
+    graphdef, params = building.create(PRUNED)
     y, features = apply(graphdef, params, X, T, return_features=True)
     assert y.shape == (2, 8, 8, 2) and np.isfinite(y).all()
     assert features["down.0.block.0"].shape == (2, 8, 8, 4)
@@ -250,7 +253,7 @@ def test_a_pruned_config_is_an_ordinary_config():
 )
 def test_block_plan_says_every_parameter_width(config):
     plan = config.block_plan()
-    graphdef, params = models.create(config)
+    graphdef, params = building.create(config)
     shapes = {name: value.shape for name, value in weights.to_torch(params).items()}
     known = {}
     for node in plan:
@@ -290,7 +293,7 @@ def test_adapted_groups():
     config = TINY.replace(min_channels_per_group=2)
     assert [config.norm_groups(c, "norm") for c in (2, 4, 6, 7, 8, 64)] == [1, 2, 3, 1, 4, 4]
     narrow = config.replace(widths=pruned_widths() | {"mid.block_1.conv1": 6})
-    graphdef, params = models.create(narrow)
+    graphdef, params = building.create(narrow)
     assert nnx.merge(graphdef, params).mid.block_1.norm2.num_groups == 3
     assert np.isfinite(apply(graphdef, params, X, T)).all()
     with pytest.raises(ValueError, match="mid.block_1.norm2: 1 channels are fewer"):
@@ -299,8 +302,8 @@ def test_adapted_groups():
 
 def test_json_round_trip():
     for config in (TINY, PRUNED, UNetConfig(image_size=32)):
-        text = json.dumps(models.config_to_dict(config))
-        found = models.config_from_dict(json.loads(text))
+        text = json.dumps(registry.config_to_dict(config))
+        found = registry.config_from_dict(json.loads(text))
         assert found == config and hash(found) == hash(config)
 
 
@@ -344,17 +347,17 @@ def test_bad_configs_name_the_field_or_layer(changes, message):
 
 
 def test_bad_dictionaries():
-    fields = models.config_to_dict(TINY)
+    fields = registry.config_to_dict(TINY)
     with pytest.raises(ValueError, match="unknown model 'vit'; known: .*'unet'"):
-        models.config_from_dict(fields | {"model": "vit"})
+        registry.config_from_dict(fields | {"model": "vit"})
     with pytest.raises(ValueError, match=r"unknown fields \['depth'\], missing fields \['ch'\]"):
-        models.config_from_dict({k: v for k, v in fields.items() if k != "ch"} | {"depth": 3})
+        registry.config_from_dict({k: v for k, v in fields.items() if k != "ch"} | {"depth": 3})
     with pytest.raises(ValueError, match="no model has a config of type dict"):
-        models.create(fields)
+        building.create(fields)
 
 
 def test_every_model_offers_the_same_contract():
-    for config_class, model in models.MODELS.values():
+    for config_class, model in registry.MODELS.values():
         assert {"to_dict", "from_dict", "replace"} <= set(dir(config_class))
         assert issubclass(model, nnx.Module)
-    assert models.MODELS["unet"] == (UNetConfig, UNet)
+    assert registry.MODELS["unet"] == (UNetConfig, UNet)

@@ -23,7 +23,7 @@ from liftplace_jax.diffusion import (
     vb_loss,
 )
 from liftplace_jax.diffusion.gaussian import reverse_steps
-from liftplace_jax.networks import make_apply
+from liftplace_jax.nn.network import make_apply
 
 PROCESS = GaussianDiffusion(beta_schedule("linear", 1000), variance="learned_range")
 BOUND, BOUND_KD = (jax.jit(loss, static_argnums=0) for loss in (vb_loss, vb_kd_loss))

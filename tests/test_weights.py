@@ -16,9 +16,12 @@ from flax import nnx
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch_file
 
-from liftplace_jax import models, weights
-from liftplace_jax.networks import load_network
-from liftplace_jax.training import sharding
+from liftplace_jax import weights
+from liftplace_jax.families import registry
+from liftplace_jax.families.dit.config import DiTConfig
+from liftplace_jax.nn import building
+from liftplace_jax.nn.network import load_network
+from liftplace_jax.host import sharding
 from liftplace_jax.weights import WeightFileError, WeightMismatchError
 
 
@@ -278,10 +281,10 @@ def open_and_read(folder):
 
 
 def test_a_model_is_read_straight_into_its_sharding(tmp_path):
-    config = models.DiTConfig(image_size=8, patch_size=2, in_channels=4,
+    config = DiTConfig(image_size=8, patch_size=2, in_channels=4,
                               hidden_size=128, depth=12, num_heads=4, num_classes=10)  # fmt: skip
-    params = models.create(config)[1]
-    weights.save_model(tmp_path, models.config_to_dict(config), params)
+    params = building.create(config)[1]
+    weights.save_model(tmp_path, registry.config_to_dict(config), params)
     mesh = sharding.make_mesh({"data": -1, "fsdp": 4})
     shardings = functools.partial(
         sharding.tree_shardings, rules=((r"kernel", ("fsdp",)),), mesh=mesh
@@ -303,14 +306,14 @@ def test_a_model_is_read_straight_into_its_sharding(tmp_path):
 
 
 def test_a_model_is_initialised_straight_into_its_sharding():
-    config = models.DiTConfig(image_size=4, patch_size=2, in_channels=1,
+    config = DiTConfig(image_size=4, patch_size=2, in_channels=1,
                               hidden_size=32, depth=1, num_heads=2, num_classes=3)  # fmt: skip
     mesh = sharding.make_mesh({"data": -1, "fsdp": 4})
     shardings = functools.partial(
         sharding.tree_shardings, rules=((r"kernel", ("fsdp",)),), mesh=mesh
     )
-    graphdef, whole = models.create(config, 3)
-    split_graphdef, split = models.create(config, 3, shardings=shardings)
+    graphdef, whole = building.create(config, 3)
+    split_graphdef, split = building.create(config, 3, shardings=shardings)
     assert split_graphdef == graphdef
     for one, other, place in zip(
         *map(jax.tree.leaves, (split, whole, shardings(whole))), strict=True

@@ -7,7 +7,7 @@ Arguments after a colon: method, seeds. Data: $LIFTPLACE_TEST_DATA, else where T
 
 import os
 
-from liftplace_jax.configuration import default_config, optimizer_config, parse_arg
+from liftplace_jax.experiment.configuration import default_config, optimizer_config, parse_arg
 
 
 def get_config(arg=None):

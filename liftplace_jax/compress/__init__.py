@@ -1,6 +1,6 @@
 """Students out of teachers: structured channel pruning, and depth pruning."""
 
-from liftplace_jax.compress.channels import Pruned, View, prune_unet, pruned_config
+from liftplace_jax.families.unet.channels import Pruned, View, prune_unet, pruned_config
 from liftplace_jax.compress.depth import (
     LAYER_IMPORTANCES,
     layer_scores,
@@ -10,7 +10,7 @@ from liftplace_jax.compress.depth import (
     read_layers,
     uniform_layers,
 )
-from liftplace_jax.compress.importance import IMPORTANCES, taylor_gradients
+from liftplace_jax.families.unet.importance import IMPORTANCES, taylor_gradients
 from liftplace_jax.compress.learned_depth import (
     Groups,
     annealed,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from liftplace_jax.models.dit_config import DiTConfig
+from liftplace_jax.families.dit.config import DiTConfig
 
 
 def read_layers(text: str) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from liftplace_jax.buckets import on_this_machine
+from liftplace_jax.host.buckets import on_this_machine
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPLITS = ("train", "validation", "val", "test")  # what a subfolder for a split may be called

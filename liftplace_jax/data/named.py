@@ -5,7 +5,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from liftplace_jax.buckets import as_path, cached, fetched, is_in_bucket, listed, reaching
+from liftplace_jax.host.buckets import as_path, cached, fetched, is_in_bucket, listed, reaching
 from liftplace_jax.data.folder import ImageFolder
 from liftplace_jax.data.pipeline import MEMORY_MB, Source
 

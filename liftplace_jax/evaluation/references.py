@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from liftplace_jax.buckets import as_path, local_copy, reaching
+from liftplace_jax.host.buckets import as_path, local_copy, reaching
 from liftplace_jax.evaluation.frechet import check_statistics
-from liftplace_jax.files import write_npz
+from liftplace_jax.host.files import write_npz
 
 # Kind of features -> the names of its mean and covariance.
 KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}

@@ -17,8 +17,9 @@ import matplotlib
 import tqdm
 from ml_collections import ConfigDict
 
-from liftplace_jax import models, stages
-from liftplace_jax.checks import under
+from liftplace_jax.families import registry
+from liftplace_jax.experiment import stages
+from liftplace_jax.experiment.checks import under
 from liftplace_jax.suites.options import Options, Result
 
 matplotlib.use("agg")
@@ -51,7 +52,7 @@ def run(options: Options) -> Result:
     for width in widths:  # before hours of training
         with under(f"model, teacher of width {width} x {options.config.model.ch}: "):
             fields = _config(options.config, width, None).model.to_dict()
-            models.config_from_dict(fields, partial=True)
+            registry.config_from_dict(fields, partial=True)
     for width, folder in tqdm.tqdm(
         list(zip(widths, folders, strict=True)), desc="capacity_gap", unit="teacher"
     ):

@@ -23,7 +23,7 @@ from liftplace_jax.evaluation import (
     moments_update,
     moments_zero,
 )
-from liftplace_jax.models.inception import DIMS, Inception
+from liftplace_jax.evaluation.inception import DIMS, Inception
 from liftplace_jax.suites import torch_inception
 from liftplace_jax.suites.options import Options, Result
 from liftplace_jax.suites.timing import Timing, milliseconds, time_side_by_side

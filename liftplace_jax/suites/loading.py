@@ -33,12 +33,15 @@ _GIGA = 1e9
 
 def run(options: Options) -> Result:
     """Loads DiT-XL/2 (quick: a small DiT) with random weights, and for comparison the mere file."""
-    from liftplace_jax import models, weights
+    from liftplace_jax import weights
+    from liftplace_jax.families import registry
+    from liftplace_jax.families.dit.config import DiTConfig
+    from liftplace_jax.nn import building
 
     sizes = QUICK if options.quick else XL
-    config = models.DiTConfig(image_size=32, patch_size=2, in_channels=4, num_classes=1000, **sizes)
+    config = DiTConfig(image_size=32, patch_size=2, in_channels=4, num_classes=1000, **sizes)
     with tempfile.TemporaryDirectory() as folder:
-        weights.save_model(folder, models.config_to_dict(config), models.create(config)[1])
+        weights.save_model(folder, registry.config_to_dict(config), building.create(config)[1])
         rows = [_measured(folder, case) for case in tqdm.tqdm(CASES, unit="case")]
     for row in rows:
         row["over_size"] = row["host_gb"] / row["size_gb"]
@@ -80,14 +83,14 @@ def _plain(folder: Path) -> Any:
 
 
 def _one_device(folder: Path) -> Any:
-    from liftplace_jax.networks import load_network
+    from liftplace_jax.nn.network import load_network
 
     return load_network(folder).params
 
 
 def _split(folder: Path) -> Any:
-    from liftplace_jax.networks import load_network
-    from liftplace_jax.training import sharding
+    from liftplace_jax.nn.network import load_network
+    from liftplace_jax.host import sharding
 
     mesh = sharding.make_mesh({"data": 1, "fsdp": DEVICES})
     shardings = functools.partial(sharding.tree_shardings, rules=RULES, mesh=mesh)
@@ -95,13 +98,16 @@ def _split(folder: Path) -> Any:
 
 
 def _checkpoint(folder: Path) -> Any:
-    from liftplace_jax import models, weights
-    from liftplace_jax.networks import load_checkpoint
+    from liftplace_jax import weights
+    from liftplace_jax.families import registry
+    from liftplace_jax.families.dit.config import DiTConfig
+    from liftplace_jax.nn import building
+    from liftplace_jax.nn.network import load_checkpoint
 
-    config = models.config_from_dict(json.loads((folder / "config.json").read_text()))
+    config = registry.config_from_dict(json.loads((folder / "config.json").read_text()))
     network = load_checkpoint(folder / "model.safetensors", config)
     with tempfile.TemporaryDirectory(dir=folder) as target:
-        weights.save_model(target, models.config_to_dict(network.config), network.params)
+        weights.save_model(target, registry.config_to_dict(network.config), network.params)
     return network.params
 
 
@@ -139,7 +145,7 @@ def main() -> None:
     import jax
 
     # Late imports count no more.
-    from liftplace_jax import networks  # noqa: F401
+    from liftplace_jax.nn import network as networks
 
     folder, case = Path(sys.argv[1]), CASES[sys.argv[2]]
     jax.block_until_ready(jax.numpy.zeros(()))

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from liftplace_jax import models, weights
-from liftplace_jax.distillation import student_objective
-from liftplace_jax.experiment import Experiment
-from liftplace_jax.models.cost import count_macs
-from liftplace_jax.networks import Network, make_apply
-from liftplace_jax.sampling import make_sampler
+from liftplace_jax import weights
+from liftplace_jax.families import registry
+from liftplace_jax.nn import building
+from liftplace_jax.training.distillation import student_objective
+from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.families.cost import count_macs
+from liftplace_jax.nn.network import Network, make_apply
+from liftplace_jax.evaluation.sampling import make_sampler
 from liftplace_jax.suites.peaks import peak_fraction
 from liftplace_jax.suites.timing import Timing, time_side_by_side
 from liftplace_jax.training.objective import METHODS
@@ -31,7 +33,7 @@ MEGA = 1e6
 @functools.lru_cache(maxsize=1)
 def random_network(config: Any, dtype: str = "float32") -> Network:
     """A network with random weights: they cost what trained ones do."""
-    return Network(config, *models.create(config, 0, jnp.dtype(dtype)))
+    return Network(config, *building.create(config, 0, jnp.dtype(dtype)))
 
 
 def timed_steps(experiment: Experiment, quick: bool) -> int:
@@ -167,7 +169,7 @@ def _compiled(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[[
 
 def _checkpoint_bytes(experiment: Experiment, network: Network) -> int:
     folder = experiment.workdir / "checkpoint"
-    weights.save_model(folder, models.config_to_dict(network.config), network.params)
+    weights.save_model(folder, registry.config_to_dict(network.config), network.params)
     return (folder / "model.safetensors").stat().st_size
 
 

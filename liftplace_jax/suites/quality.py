@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from liftplace_jax import models
-from liftplace_jax.checks import NORMALISATIONS
+from liftplace_jax.families import registry
+from liftplace_jax.experiment.checks import NORMALISATIONS
 from liftplace_jax.compress import pruned_config
-from liftplace_jax.configuration import differences
-from liftplace_jax.models.unet_config import UNetConfig
-from liftplace_jax.report import summarise
+from liftplace_jax.experiment.configuration import differences
+from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.experiment.report import summarise
 
 Row = dict[str, Any]
 
@@ -95,7 +95,7 @@ def _read(workdir: Path, name: str) -> Any:
 
 def _check_model(workdir: Path, row: Row, wanted: UNetConfig) -> None:
     found = _read(workdir, f"{row['folder']}/config.json")
-    wanted_fields = json.loads(json.dumps(models.config_to_dict(wanted)))
+    wanted_fields = json.loads(json.dumps(registry.config_to_dict(wanted)))
     lines = differences(wanted_fields, found)
     if lines:
         raise ValueError(

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import tqdm
 
-from liftplace_jax import models
+from liftplace_jax.nn import building
 from liftplace_jax.compress import pruned_config
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
-from liftplace_jax.models.published import PUBLISHED_UNETS
-from liftplace_jax.models.unet_config import UNetConfig
-from liftplace_jax.networks import make_apply
+from liftplace_jax.families.published import PUBLISHED_UNETS
+from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.nn.network import make_apply
 from liftplace_jax.suites.options import Options, Result
 from liftplace_jax.suites.timing import milliseconds, time_side_by_side
 from liftplace_jax.training.objective import METHODS, make_objective
@@ -49,8 +49,8 @@ def run(options: Options) -> Result:
 
 def _measure(name: str, config: UNetConfig, batch: int, repeats: int) -> list[dict[str, Any]]:
     process = GaussianDiffusion(beta_schedule("linear", 1000))
-    teacher_def, teacher = models.create(config, 0)
-    student_def, student = models.create(pruned_config(config, 0.9), 1)
+    teacher_def, teacher = building.create(config, 0)
+    student_def, student = building.create(pruned_config(config, 0.9), 1)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(2e-4))
     shape = (batch, config.image_size, config.image_size, config.in_channels)
     images = {"image": np.random.default_rng(0).normal(size=shape).astype(np.float32)}

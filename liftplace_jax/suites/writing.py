@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from liftplace_jax.files import replacing, write_json
+from liftplace_jax.host.files import replacing, write_json
 from liftplace_jax.suites.options import Result
 
 DPI = 200

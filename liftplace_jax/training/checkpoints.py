@@ -12,14 +12,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from liftplace_jax.buckets import (
+from liftplace_jax.host.buckets import (
     UnreachableError,
     as_path,
     is_in_bucket,
     is_of_bucket,
     may_pass,
 )
-from liftplace_jax.runtime import is_first
+from liftplace_jax.host.processes import is_first
 
 
 class Checkpoints:

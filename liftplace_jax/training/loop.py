@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from liftplace_jax.runtime import Agreement
+from liftplace_jax.host.processes import Agreement
 from liftplace_jax.training.checkpoints import Checkpoints
 from liftplace_jax.training.metrics_io import MetricsLog, progress
 from liftplace_jax.training.state import TrainState

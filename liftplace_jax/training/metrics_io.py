@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 import tqdm
 
-from liftplace_jax.buckets import as_path, is_in_bucket, upload
-from liftplace_jax.files import unwritable
+from liftplace_jax.host.buckets import as_path, is_in_bucket, upload
+from liftplace_jax.host.files import unwritable
 
 _UPLOAD_SECONDS = 60
 

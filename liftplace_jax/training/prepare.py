@@ -10,7 +10,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from liftplace_jax.training import sharding
+from liftplace_jax.host import sharding
 from liftplace_jax.training.optimizer import make_optimizer
 from liftplace_jax.training.state import TrainState, create_state
 from liftplace_jax.training.step import LossFn, Metrics, make_train_step

@@ -15,7 +15,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from liftplace_jax.buckets import as_path, is_in_bucket, upload
+from liftplace_jax.host.buckets import as_path, is_in_bucket, upload
 
 TRANSFER_GUARDS = ("log", "disallow")
 _GIGA = 1e9

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from liftplace_jax.buckets import as_path, make_folder
-from liftplace_jax.files import write_json
+from liftplace_jax.host.buckets import as_path, make_folder
+from liftplace_jax.host.files import write_json
 from liftplace_jax.weights.torch_files import (
     WeightFileError,
     open_tensors,

@@ -16,8 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from liftplace_jax.buckets import as_path, local_copy, reaching
-from liftplace_jax.files import replacing
+from liftplace_jax.host.buckets import as_path, local_copy, reaching
+from liftplace_jax.host.files import replacing
 
 
 class WeightFileError(ValueError):

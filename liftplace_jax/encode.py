@@ -1,0 +1,62 @@
+"""Encodes a config's data set into latents, once; training reads them.
+
+    python -m liftplace_jax.encode --config=configs/imagenet256_dit.py \\
+        --config.latents.autoencoder=FOLDER --config.latents.path=FOLDER
+
+The splits data.train_split and data.test_split of the config go through the autoencoder, every
+image and its mirror image; mean and log variance are stored (not samples of them), so that each
+epoch draws anew. The same command goes on where it was cut off. Where JAX runs as several
+processes, each makes its share of the shards.
+"""
+
+from __future__ import annotations
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from liftplace_jax.host.flags import (
+    define_runtime_flags,
+    parse_flags,
+    quieten_libraries,
+    running,
+)
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "config file, FILE.py[:key=value,...]")
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 64, "images encoded at a time by this process", lower_bound=1
+)
+_DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a refused input")
+define_runtime_flags()
+
+
+def main(argv: list[str]) -> None:
+    """Entry point under absl."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    quieten_libraries()
+    with running(_DEBUG.value):
+        print(encode())
+
+
+def encode() -> str:
+    """Does what the flags say; returns what was done, as a sentence."""
+    # Late, so that JAX's processes are joined before anything else of it runs.
+    import jax
+
+    from liftplace_jax.experiment.encoding import encode_data
+    from liftplace_jax.host import sharding
+
+    mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
+    return encode_data(
+        _CONFIG.value, sharding.batch_sharding(mesh), batch_size=_BATCH_SIZE.value
+    )
+
+
+def entry_point() -> None:
+    """For `python -m`."""
+    flags.mark_flags_as_required(["config"])
+    app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -1,0 +1,87 @@
+"""Config of the Stable Diffusion autoencoders; names and rules of diffusers' `AutoencoderKL`."""
+
+import dataclasses
+import math
+from typing import Any
+
+from liftplace_jax.nn.model_config import ModelConfig, check_count
+
+
+def to_latents(mean: Any, shift: float, scale: float) -> Any:
+    """What a network sees of what an encoder gives: (mean - shift) * scale."""
+    return (mean - shift) * scale
+
+
+def from_latents(latents: Any, shift: float, scale: float) -> Any:
+    """The inverse of `to_latents`: what a decoder takes."""
+    return latents / scale + shift
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig(ModelConfig):
+    """Everything that defines an `Autoencoder`, and the scale of its latents; JSON friendly.
+
+    The defaults are those of Stable Diffusion 1 and 2 (KL-f8).
+
+    Attributes:
+      block_out_channels: width of each level, from the pixels down.
+      layers_per_block: residual blocks a level on the way down (one more on the way up).
+      latent_channels: channels of a latent.
+      norm_num_groups: normalisation groups; must divide every width.
+      scaling_factor: latents that a network sees are (z - shift_factor) * scaling_factor.
+      shift_factor: see there.
+      use_quant_conv: whether a 1x1 convolution ends the encoder (not in Stable Diffusion 3).
+      use_post_quant_conv: whether one begins the decoder.
+      in_channels: channels of the images that are encoded.
+      out_channels: and of the decoded ones.
+      sample_size: side in pixels of the images it was trained on; only a record.
+
+    Raises:
+      ValueError: a field is out of its range; names it.
+    """
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    in_channels: int = 3
+    out_channels: int = 3
+    sample_size: int = 512
+
+    def __post_init__(self):
+        if not isinstance(self.block_out_channels, list | tuple) or not self.block_out_channels:
+            raise ValueError(
+                f"block_out_channels must be a sequence of widths, not {self.block_out_channels!r}"
+            )
+        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
+        counts = {f"block_out_channels[{i}]": w for i, w in enumerate(self.block_out_channels)}
+        for field in (
+            "layers_per_block", "latent_channels", "norm_num_groups", "in_channels",
+            "out_channels", "sample_size",
+        ):  # fmt: skip
+            counts[field] = getattr(self, field)
+        for name, value in counts.items():
+            check_count(name, value)
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise ValueError(
+                    f"norm_num_groups {self.norm_num_groups} does not divide the width {width} of "
+                    "block_out_channels"
+                )
+        for name, above in (("scaling_factor", 0), ("shift_factor", -math.inf)):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not above < value < math.inf:
+                raise ValueError(f"{name} must be a number above {above}, not {value!r}")
+        for name in ("use_quant_conv", "use_post_quant_conv"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be a bool, not {getattr(self, name)!r}")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along a side for each element of a latent."""
+        return 2 ** (len(self.block_out_channels) - 1)

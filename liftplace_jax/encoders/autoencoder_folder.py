@@ -1,0 +1,177 @@
+"""Autoencoders with their weights: diffusers' `AutoencoderKL` folders, and our own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from liftplace_jax import weights
+from liftplace_jax.families import registry
+from liftplace_jax.nn import building
+from liftplace_jax.host.buckets import as_path
+from liftplace_jax.families.unet.diffusers import DiffusersError
+from liftplace_jax.families.loading import current_name, read_weights
+from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig, from_latents
+from liftplace_jax.nn.network import Network, from_tensors, load_network
+
+# diffusers' defaults of the fields that are ours too (0.42 "autoencoder_kl.py"); shift_factor is
+# None there.
+_DEFAULTS = {
+    "block_out_channels": (64,), "layers_per_block": 1, "latent_channels": 4,
+    "norm_num_groups": 32, "scaling_factor": 0.18215, "shift_factor": 0.0,
+    "use_quant_conv": True, "use_post_quant_conv": True, "in_channels": 3, "out_channels": 3,
+    "sample_size": 32,
+}  # fmt: skip
+# Field -> (diffusers' default, the values under which it is our autoencoder).
+_FIXED = {
+    "act_fn": ("silu", ("silu", "swish")),
+    "latents_mean": (None, (None,)),
+    "latents_std": (None, (None,)),
+    "mid_block_add_attention": (True, (True,)),
+}
+_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+_IGNORED = ("force_upcast",)  # about float16
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderNetwork(Network):
+    """An autoencoder with its arrays.
+
+    Attributes:
+      config: an `AutoencoderConfig`.
+      graphdef: the NNX definition.
+      params: the parameters.
+      name: of the folder it comes from.
+    """
+
+    name: str
+
+    def decode(self, params: Any, latents: jax.Array) -> jax.Array:
+        """(B, h, w, C) latents as a network sees them -> (B, H, W, C) images, not clipped."""
+        z = from_latents(latents, self.config.shift_factor, self.config.scaling_factor)
+        return nnx.merge(self.graphdef, params).decode(z)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its latents depend on, as JSON types."""
+        return {
+            "name": self.name, "sha256": self.sha256,
+            "scaling_factor": self.config.scaling_factor, "shift_factor": self.config.shift_factor,
+        }  # fmt: skip
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Digest of names, shapes and values of all weights, whatever file they come from."""
+        digest = hashlib.sha256()
+        for name, value in sorted(weights.to_torch(self.params).items()):
+            digest.update(f"{name} {value.shape}\n".encode())
+            digest.update(value.astype("<f4").tobytes())
+        return digest.hexdigest()
+
+
+def load_autoencoder(path: str | os.PathLike) -> AutoencoderNetwork:
+    """An autoencoder from its folder.
+
+    Args:
+      path: a folder of diffusers' `AutoencoderKL`, or of a pipeline with one in "vae"; its
+        weights as of `read_weights`, attention also under its names before diffusers 0.12. Or a
+        folder of ours (model.safetensors and config.json).
+
+    Raises:
+      ValueError: no such folder, it holds another network, or files that do not fit; names the
+        path and every misfit.
+    """
+    folder = as_path(path)
+    found = next((f for f in (folder, folder / "vae") if (f / "config.json").is_file()), None)
+    if found is None:
+        raise ValueError(f"{path}: no config.json of an autoencoder there, or in vae/")
+    try:
+        fields = dict(json.loads((found / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{found / 'config.json'}: cannot be read: {error}") from error
+    if "_class_name" in fields:
+        network = _from_diffusers(fields, found)
+    else:
+        network = load_network(found)
+        if not isinstance(network.config, AutoencoderConfig):
+            raise ValueError(f"{path} holds a {fields.get('model')!r}, not an autoencoder")
+    return AutoencoderNetwork(
+        network.config, network.graphdef, network.params, folder.resolve().name
+    )
+
+
+def _from_diffusers(fields: Mapping[str, Any], folder: Path) -> Network:
+    try:
+        config = config_from_diffusers(fields)
+    except ValueError as error:
+        raise DiffusersError(f"{folder / 'config.json'}: {error}") from error
+    tensors = {}
+    for name, value in read_weights(folder).items():
+        # Once a 1x1 convolution.
+        square = ".attentions." in name and value.ndim == 4 and value.shape[2:] == (1, 1)
+        tensors[current_name(name)] = value[:, :, 0, 0] if square else value
+    return from_tensors(config, tensors, folder)
+
+
+def config_from_diffusers(fields: Mapping[str, Any]) -> AutoencoderConfig:
+    """Our config of an `AutoencoderKL`'s; absent fields have diffusers' defaults.
+
+    Args:
+      fields: the content of its config.json.
+
+    Raises:
+      DiffusersError: fields that our autoencoder cannot be; lists all of them.
+      ValueError: a field is out of its range; names it.
+    """
+    problems = []
+    if fields.get("_class_name") != "AutoencoderKL":
+        problems.append(f"_class_name {fields.get('_class_name')!r}: must be 'AutoencoderKL'")
+    for name, (default, allowed) in _FIXED.items():
+        if fields.get(name, default) not in allowed:
+            problems.append(f"{name} {fields[name]!r}: must be {allowed[0]!r}")
+    values = {name: fields.get(name, default) for name, default in _DEFAULTS.items()}
+    widths, size = values["block_out_channels"], values["sample_size"]
+    for name, block in _BLOCKS.items():
+        types = fields.get(name, (block,))
+        if not isinstance(widths, list | tuple) or list(types) != len(widths) * [block]:
+            problems.append(f"{name} {types!r}: must be one {block} for each block_out_channels")
+    known = {*_FIXED, *_DEFAULTS, *_BLOCKS, *_IGNORED}
+    for name in sorted(name for name in fields if name not in known and name[:1] != "_"):
+        problems.append(f"{name} {fields[name]!r}: not a field known here")
+    if problems:
+        raise DiffusersError(
+            f"not Stable Diffusion's autoencoder, {len(problems)} fields cannot be represented:\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+        )
+    values["shift_factor"] = values["shift_factor"] or 0.0
+    values["sample_size"] = size[0] if isinstance(size, list | tuple) and size else size
+    return AutoencoderConfig(**values)
+
+
+def write_random_autoencoder(
+    folder: str | os.PathLike, *, channels: int = 3, image_size: int = 16, levels: int = 3,
+    seed: int = 0,
+) -> None:  # fmt: skip
+    """Writes a tiny autoencoder of random weights, for runs in miniature (`runlocal`) and tests.
+
+    Args:
+      folder: where `load_autoencoder` will find it.
+      channels: of the images.
+      image_size: of the images; latents have four channels and image_size / 2 ** (levels - 1).
+      levels: resolutions.
+      seed: of the weights.
+    """
+    config = AutoencoderConfig(
+        block_out_channels=levels * (8,), layers_per_block=1, norm_num_groups=4,
+        in_channels=channels, out_channels=channels, sample_size=image_size,
+    )  # fmt: skip
+    weights.save_model(folder, registry.config_to_dict(config), building.create(config, seed)[1])

@@ -1,0 +1,296 @@
+"""Configs: every field with its default, arguments after the colon, comparison and checks.
+
+A config file is `get_config(arg)` over `default_config`; `main.py --config=FILE:method=lift,seed=1`
+hands over the arg, and `--config.field=value` changes single fields.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+SEPARATOR = ","
+SETUP = (
+    "mesh", "input_threads", "memory_cache_mb", "data_cache", "profile_steps", "compile_cache",
+    "transfer_guard",
+)  # fmt: skip
+"""Fields that say where and how a run runs, not what it computes: they may change under way."""
+
+
+def optimizer_config(**changes: Any) -> ConfigDict:
+    """Adam with the published clipping; see `liftplace_jax.training.optimizer`."""
+    return ConfigDict(
+        dict(name="adam", learning_rate=2e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
+             grad_clip=1.0, schedule="constant", warmup_steps=0, final_scale=0.0) | changes
+    )  # fmt: skip
+
+
+def training_config(**changes: Any) -> ConfigDict:
+    """One training run, teacher's or student's."""
+    config = ConfigDict(
+        dict(
+            steps=1000,  # optimizer updates
+            batch_size=64,  # global
+            accumulation=1,  # parts of a batch, one after another, each with its adaptive weight
+            ema_decay=0.9999,
+            dtype="float32",  # of the computation: float32 or bfloat16
+            log_every=50,
+            checkpoint_every=500,
+        )
+        | changes
+    )
+    # A policy of jax.checkpoint, such as "nothing_saveable", for less memory in more time.
+    config.remat = config_dict.placeholder(str)
+    return config
+
+
+def default_config() -> ConfigDict:
+    """All fields of an experiment, pixel space, with their published or neutral defaults."""
+    config = ConfigDict()
+    config.name = "experiment"
+    config.seed = 0  # of the teacher, and of pruning by random importance
+    # A name of training.objective.METHODS, several of them joined by "+", or "all".
+    config.method = "lift_place"
+    config.seeds = (0,)  # one student for each method and seed
+
+    config.data = ConfigDict(
+        dict(name="digits", train_split="train", test_split="test", image_size=None, flip=False,
+             resize="bilinear")  # or "adm", as ImageNet is prepared by ADM and DiT
+    )
+    config.data.data_dir = config_dict.placeholder(str)  # default: TFDS's own
+    config.data.path = config_dict.placeholder(str)  # of the images, with data.name=folder
+    config.data.image_size = config_dict.placeholder(int)
+    # (left, upper, right, lower) in pixels, cut out first; default: the data set's published crop.
+    config.data.crop = config_dict.placeholder(tuple)
+
+    config.model = ConfigDict(
+        dict(model="unet", image_size=8, in_channels=1, out_channels=1, ch=32, ch_mult=(1, 2),
+             num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, resamp_with_conv=True,
+             num_groups=8, min_channels_per_group=1)
+    )  # fmt: skip
+    config.process = ConfigDict(
+        dict(schedule="linear", num_timesteps=1000, beta_start=1e-4, beta_end=0.02,
+             prediction="epsilon", variance="fixed", timesteps="antithetic", reduction="sum")
+    )  # fmt: skip
+
+    config.teacher = training_config()
+    config.teacher.optimizer = optimizer_config()
+    # Instead of training one: a folder of ours (model.safetensors and config.json) or of diffusers'
+    # UNet2DModel or DiTTransformer2DModel, or a file of published weights (.safetensors, .pt, .pth,
+    # .ckpt, .bin, .npz). Whichever it is, it must be what config.model says; only what is no
+    # property of weights (dropout, class_dropout) is always config.model's.
+    config.teacher.checkpoint = config_dict.placeholder(str)
+    # Where in a file of several state dicts: a key ("ema") or the number of an item ("-1").
+    config.teacher.entry = config_dict.placeholder(str)
+
+    config.compress = ConfigDict(
+        dict(
+            ratio=0.9,  # share of channels removed
+            importance="magnitude",  # magnitude, random or taylor
+            normalisation="published",  # the teacher's groups stay; "adapted": >= 2 channels each
+            taylor_threshold=0.05,
+            taylor_batch_size=64,
+        )
+    )
+    # Of a DiT, instead of all these: how many blocks are kept, and which: "uniform"; those of most
+    # influence by "similarity" or "loss", on score_batches batches; "learned"; or numbers, "0,2,5".
+    config.compress.depth = config_dict.placeholder(int)
+    config.compress.update(layers="uniform", score_batches=16, score_batch_size=64)
+    # layers="learned", as TinyFusion: keep of each group of consecutive blocks; default: of the
+    # smallest groups that leave depth. gate_scale is the published 100, times 10 for the published
+    # learning rate of the gates, ten times the rest's.
+    config.compress.learned = training_config(
+        ema_decay=0.999, rank=8, alpha=16.0, gate_scale=1000.0, temperature_start=4.0,
+        temperature_end=0.1,
+    )  # fmt: skip
+    config.compress.learned.keep = config_dict.placeholder(int)
+    config.compress.learned.group = config_dict.placeholder(int)
+    config.compress.learned.optimizer = optimizer_config(name="adamw", learning_rate=1e-4)
+    # Instead of the pruned teacher: a folder with model.safetensors and config.json, or a file of
+    # published weights of the student that the fields above describe.
+    config.compress.checkpoint = config_dict.placeholder(str)
+    config.compress.entry = config_dict.placeholder(str)  # as teacher.entry
+
+    config.distill = training_config()
+    config.distill.optimizer = optimizer_config()
+    config.distill.task_scale = 1.0  # of the diffusion loss
+    config.distill.scale = 1.0  # lambda of the output loss
+    config.distill.feature_scale = 1e-6  # of the feature loss, where the method has it
+    # mask_sigma: values so many standard deviations off are left out; layers: "sum" or "mean" of
+    # theirs; schedule: "linear" lets feature_scale fall to 0 until the end.
+    config.distill.feature = ConfigDict(
+        dict(reduction="sum", layers="sum", adapters=True, schedule="constant")
+    )
+    config.distill.feature.mask_sigma = config_dict.placeholder(float)
+    # {student feature: teacher feature}, as JSON for the command line's sake. Default: all, by
+    # name; of DiTs the published map for their depths, whichever blocks the student kept.
+    config.distill.layer_map = config_dict.placeholder(str)
+    config.distill.loss = ConfigDict(
+        dict(variant="pixel", norm=None, eps=None, terms="both", per="channel", group_size=16,
+             grouping="error")
+    )  # fmt: skip
+    config.distill.loss.norm = config_dict.placeholder(str)  # default: the variant's
+    config.distill.loss.eps = config_dict.placeholder(float)
+    config.distill.weight = ConfigDict(dict(name="adaptive", value=0.3, direction="increase"))
+
+    # features: a name of evaluation.FEATURES, or None: samples are drawn, not scored.
+    # curve_every: steps of training between Frechet distances of curve_samples samples, for a curve
+    # (a multiple of log_every); 0: none.
+    config.evaluation = ConfigDict(
+        dict(features="digits", num_samples=1024, batch_size=256, sampler="ddim", sample_steps=50,
+             skip_type="uniform", eta=0.0, seed=12345, neighbours=5, clip=None, curve_every=0,
+             curve_samples=256, guidance=1.0)
+    )  # fmt: skip
+    # Channels that classifier-free guidance acts on; default: all of the mean. DiT published 3.
+    config.evaluation.guidance_channels = config_dict.placeholder(int)
+    # File of the extractor's weights, where it does not ship with them (the Inception ones).
+    config.evaluation.weights = config_dict.placeholder(str)
+    # Reference statistics, of liftplace_jax.evaluate ref, pytorch-fid or ADM; default: the training
+    # data are read.
+    config.evaluation.reference = config_dict.placeholder(str)
+    # Score a second time with predicted data limited to +-clip at each step; default: do not.
+    config.evaluation.clip = config_dict.placeholder(float)
+    # Latent diffusion: the autoencoder (a folder), and where liftplace_jax.encode puts the
+    # encoded data. Both or neither.
+    config.latents = ConfigDict()
+    config.latents.autoencoder = config_dict.placeholder(str)
+    config.latents.path = config_dict.placeholder(str)
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1))
+    # (regular expression, partition) pairs; default: replicated. ((r"kernel", ("fsdp",)),) splits
+    # all kernels by their last dimension. Tables that are looked up (of labels) are best whole.
+    config.sharding_rules = ()
+    config.input_threads = 2  # that make training batches ahead, each process's own
+    config.memory_cache_mb = 256  # MiB; splits that take less, decoded, stay in memory
+    # Folder on each host for data that lie in a bucket; default: ~/.cache/liftplace_jax.
+    config.data_cache = config_dict.placeholder(str)
+    config.profile_steps = config_dict.placeholder(str)  # "100:105": a trace into the run's folder
+    config.compile_cache = config_dict.placeholder(str)  # a folder, where programs are kept
+    config.transfer_guard = config_dict.placeholder(str)  # "log" or "disallow", within a step
+    config.tensorboard = True
+    return config
+
+
+def experiment_config(
+    arg: str | None, name: str, *, method: str, others: Mapping[str, Any] | None = None,
+    **compress: Any,
+) -> tuple[ConfigDict, ConfigDict]:  # fmt: skip
+    """The default config with the arguments of every experiment.
+
+    Args:
+      arg: what follows the colon: method, seed, seeds, runlocal and those below.
+      name: of the experiment.
+      method: the default one.
+      others: more arguments, with their defaults, that the caller understands.
+      compress: fields of config.compress that are arguments too, with their defaults.
+
+    Returns:
+      (config, the arguments as read).
+
+    Raises:
+      ValueError: a bad argument; see `parse_arg`.
+    """
+    args = parse_arg(
+        arg, method=method, seed=0, seeds=(-1,), runlocal=False, **compress, **(others or {})
+    )
+    config = default_config()
+    config.name = name
+    config.method = args.method
+    config.seed = args.seed
+    config.seeds = args.seeds if args.seeds != (-1,) else (args.seed,)
+    for field in compress:
+        config.compress[field] = args[field]
+    return config, args
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+    """Reads "key=value,flag" into the types of `defaults`.
+
+    A boolean key may stand alone ("runlocal"). A tuple is written with "+": "seeds=0+1+2".
+
+    Raises:
+      ValueError: unknown key, or a value of another type; names it and lists the keys.
+    """
+    result = dict(defaults)
+    for part in filter(None, (arg or "").split(SEPARATOR)):
+        key, equals, text = part.partition("=")
+        if key not in defaults:
+            raise ValueError(f"unknown config argument {key!r}; known: {sorted(defaults)}")
+        try:
+            result[key] = _read(text, defaults[key]) if equals else _flag(defaults[key])
+        except ValueError as error:
+            kind = type(defaults[key]).__name__
+            raise ValueError(f"config argument {part!r}: expected {key}=<{kind}>") from error
+    return ConfigDict(result)
+
+
+def _flag(default):
+    if not isinstance(default, bool):
+        raise ValueError
+    return True
+
+
+def _read(text: str, default: Any) -> Any:
+    if isinstance(default, bool):
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()] if (
+            text.lower() in ("true", "1", "false", "0")
+        ) else _flag(None)
+    if isinstance(default, tuple):
+        return tuple(_read(item, default[0]) for item in text.split("+"))
+    return type(default)(text)
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON types."""
+    return json.loads(config.to_json_best_effort())
+
+
+def filled(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict `old` with what only `new` has: fields that did not exist yet."""
+    return {
+        key: filled(old[key], new[key])
+        if isinstance(old.get(key), Mapping) and isinstance(new.get(key), Mapping)
+        else old.get(key, new.get(key))
+        for key in old.keys() | new.keys()
+    }
+
+
+def completed(old: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored config with the fields that newer versions have added, as their defaults."""
+    defaults = to_json(default_config())
+    model = old.get("model")
+    if isinstance(model, Mapping) and model.get("model") != defaults["model"]["model"]:
+        del defaults["model"]  # another family has other fields
+    return filled(old, defaults)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines "field: old -> new" for all fields of two nested dicts that differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+def check_choice(field: str, value: Any, choices: Any) -> None:
+    """Raises a ValueError naming the config field if `value` is not among `choices`."""
+    if value not in choices:
+        raise ValueError(f"config.{field} must be one of {sorted(choices)}, got {value!r}")
+
+
+def check_positive(config: ConfigDict, *fields: str) -> None:
+    """Raises a ValueError naming the first of the (dotted) fields that is not above 0."""
+    for field in fields:
+        value = config
+        for part in field.split("."):
+            value = value[part]
+        if not value > 0:
+            raise ValueError(f"config.{field} must be > 0, got {value}")
+
+

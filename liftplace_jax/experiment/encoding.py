@@ -1,0 +1,214 @@
+"""A data set through an autoencoder, once: from a config to the shards that training reads.
+
+Every process encodes shards of its own, on its own devices: none waits for another but at the end,
+and what is cut off goes on at the first shard that is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from liftplace_jax import data
+from liftplace_jax.host import processes
+from liftplace_jax.encoders.autoencoder_folder import AutoencoderNetwork, load_autoencoder
+from liftplace_jax.host.buckets import on_this_machine
+from liftplace_jax.data import encoded
+from liftplace_jax.data.encoded import Shard
+from liftplace_jax.evaluation.samples import check_batch, replicated
+from liftplace_jax.experiment.report import versions
+from liftplace_jax.experiment.sources import check_classes, load_split
+from liftplace_jax.training.metrics_io import progress
+
+
+def encode_data(
+    config: ConfigDict,
+    sharding: NamedSharding,
+    *,
+    batch_size: int,
+    shard_size: int = encoded.SHARD_SIZE,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> str:
+    """Encodes the splits of a config that are not encoded yet, both flips of every image.
+
+    Args:
+      config: an experiment's; config.latents says the autoencoder and where to write.
+      sharding: of the batch axis, over devices of this process.
+      batch_size: images encoded at a time.
+      shard_size: examples in a shard.
+      process_index: this process, which makes every process_count-th shard; default
+        `jax.process_index()`.
+      process_count: number of processes; default `jax.process_count()`.
+
+    Returns:
+      What was done, as a sentence.
+
+    Raises:
+      ValueError: a field of the config is missing or does not fit the others, or the folder was
+        encoded with other settings; nothing is written then.
+    """
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    for field in ("autoencoder", "path"):
+        if not config.latents[field]:
+            raise ValueError(f"config.latents.{field} is not set: it must be a folder")
+    check_batch(batch_size, sharding)
+    autoencoder = load_autoencoder(config.latents.autoencoder)
+    sources = _open_images(config, autoencoder)
+    folder = on_this_machine(config.latents.path, "the folder that latents are written to")
+    manifest = _manifest(config, autoencoder, sources, shard_size)
+    encoded.claim(folder, manifest, index)
+    plan = [
+        (sources[split], shard)
+        for split, size in manifest["splits"].items()
+        for shard in encoded.list_shards(folder, split, size, shard_size)
+    ]
+    own = plan[index::count]
+    todo = [(source, shard) for source, shard in own if not shard.is_whole()]
+    if todo:
+        run = functools.partial(
+            _program(autoencoder.graphdef, sharding),
+            jax.device_put(autoencoder.params, replicated(sharding)),
+        )
+        total, left = (sum(s.stop - s.start for _, s in part) for part in (own, todo))
+        with progress("encode", total, total - left, unit="image") as bar:
+            for source, shard in todo:
+                chunks = _encoded(run, source, shard, batch_size, sharding)
+                encoded.write_shard(shard, _counted(chunks, bar))
+    processes.barrier("encoded")
+    return _summary(folder, manifest, sum(not shard.is_whole() for _, shard in plan))
+
+
+def _open_images(config: ConfigDict, autoencoder: AutoencoderNetwork) -> dict[str, data.Source]:
+    """Split -> its images, which must become what config.model takes."""
+    fields, step = config.data, autoencoder.config.downsampling
+    sources = {
+        split: load_split(config, split, autoencoder.config.in_channels)
+        for split in dict.fromkeys((fields.train_split, fields.test_split))
+    }  # fmt: skip
+    wanted = config.model.image_size * step
+    expected = (wanted, wanted, autoencoder.config.in_channels)
+    for source in sources.values():
+        if source.image_shape != expected:
+            raise ValueError(
+                f"data set {source.name} has images {source.image_shape}; latents of "
+                f"config.model.image_size {config.model.image_size} are made of {expected}: set "
+                "config.data.image_size or config.model.image_size"
+            )
+    if config.model.in_channels != autoencoder.config.latent_channels:
+        raise ValueError(
+            f"{config.latents.autoencoder} makes latents of {autoencoder.config.latent_channels} "
+            f"channels, config.model.in_channels is {config.model.in_channels}: change one of them"
+        )
+    check_classes(sources, config.model.get("num_classes", 0))
+    return sources
+
+
+def _manifest(config, autoencoder, sources, shard_size) -> dict[str, Any]:
+    fields, size = config.data, config.model.image_size
+    return {
+        "data": {
+            "name": fields.name, "image_size": fields.image_size, "resize": fields.resize,
+            "crop": fields.crop and list(fields.crop),
+            "folder": fields.path and Path(fields.path).expanduser().resolve().name,
+        },
+        "splits": {split: len(source) for split, source in sources.items()},
+        "num_classes": next(iter(sources.values())).num_classes,
+        "classes": list(next(iter(sources.values())).classes),
+        "autoencoder": autoencoder.identity,
+        "shape": [size, size, autoencoder.config.latent_channels],
+        "dtype": encoded.DTYPE,
+        "shard_size": shard_size,
+        "versions": versions(),
+    }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8)
+def _program(graphdef: nnx.GraphDef, sharding: NamedSharding) -> Callable[..., jax.Array]:
+    """Jitted (params, images (B, H, W, C)) -> moments (B, 2 flips, 2, h, w, C) float16."""
+
+    def encode(params, images):
+        def moments(x):
+            return jnp.stack(nnx.merge(graphdef, params).encode(x), axis=1)
+
+        # Pixels are mirrored, not latents: an encoder is not symmetric.
+        flips = jax.lax.map(moments, jnp.stack([images, images[:, :, ::-1]]))
+        return jnp.moveaxis(flips, 0, 1).astype(encoded.DTYPE)
+
+    return jax.jit(encode, out_shardings=sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """The examples of a shard, as a source of their own."""
+
+    source: data.Source
+    shard: Shard
+
+    @property
+    def name(self):
+        return self.source.name
+
+    def __len__(self):
+        return self.shard.stop - self.shard.start
+
+    def get(self, indices):
+        return self.source.get(indices + self.shard.start)
+
+
+def _encoded(run, source, shard, batch_size, sharding) -> Iterator[np.ndarray]:
+    """Records of a shard, batch by batch; one batch ahead is on the devices."""
+    batches = data.eval_batches(
+        _Part(source, shard), batch_size=batch_size, process_index=0, process_count=1
+    )
+    waiting = None
+    try:
+        for batch in batches:
+            under_way = run(jax.device_put(batch["image"], sharding)), batch
+            if waiting:
+                yield _records(*waiting, source, shard)
+            waiting = under_way
+        yield _records(*waiting, source, shard)
+    finally:
+        batches.close()
+
+
+def _records(moments, batch, source, shard) -> np.ndarray:
+    mask = batch["mask"]
+    moments = np.asarray(moments)[mask]
+    finite = np.isfinite(moments).reshape(len(moments), -1).all(axis=1)
+    if not finite.all():
+        raise ValueError(
+            f"data set {source.name}, example {shard.start + batch['index'][np.argmin(finite)]}: "
+            f"its latents are not finite in {encoded.DTYPE}"
+        )
+    records = np.empty(len(moments), encoded.record_dtype(moments.shape[3:]))
+    records["label"], records["moments"] = batch["label"][mask], moments
+    return records
+
+
+def _counted(chunks: Iterator[np.ndarray], bar) -> Iterator[np.ndarray]:
+    for records in chunks:
+        yield records
+        bar.update(len(records))
+
+
+def _summary(folder, manifest, missing) -> str:
+    if missing:
+        return (
+            f"{folder}: this process's shards are written; {missing} of other processes are not yet"
+        )
+    sizes = " and ".join(f"{n:,} images of {split!r}" for split, n in manifest["splits"].items())
+    shape = "x".join(map(str, manifest["shape"]))
+    return f"Done: {folder} holds latents {shape} of {sizes}, both flips"

@@ -1,0 +1,184 @@
+"""The diffusion transformer's configuration, and which of a teacher's blocks a student follows."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from liftplace_jax.nn.model_config import ModelConfig, check_count
+
+EMBEDDERS = ("shared", "per_block")
+
+# Student depth, teacher depth -> (student block, teacher block) pairs that are not uniform.
+# Source: "TinyFusion_EXP/train_masked_kd.py".
+_PUBLISHED_PAIRS = {
+    (19, 28): ((2, 3), (5, 7), (7, 11), (10, 15), (12, 19), (15, 23), (18, 27)),
+    (4, 28): ((0, 1), (1, 8), (2, 15), (3, 22)),
+    (4, 7): ((0, 1), (1, 3), (2, 4), (3, 6)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig(ModelConfig):
+    """Everything that defines a `DiT`; hashable and JSON friendly.
+
+    Attributes:
+      image_size: height and width of the images or latents, in pixels.
+      hidden_size: width of a token, a multiple of 4 and of num_heads.
+      depth: number of blocks.
+      num_heads: heads of each block's attention.
+      patch_size: pixels along a side of the square that becomes a token.
+      in_channels: channels of the images or latents.
+      mlp_ratio: width inside a block's MLP, over hidden_size.
+      num_classes: labels are 0..num_classes - 1.
+      class_dropout: share of training labels to replace by `null_label`, in [0, 1). The objective
+        does it, not the model; 0: the model has no null label.
+      learn_sigma: whether the prediction has as many channels again, for the variance.
+      frequency_shift: the timestep's frequencies are 10000 ** (-i / (128 - frequency_shift)):
+        0 as published, 1 in diffusers.
+      norm_epsilon: of the normalisation before each MLP: 1e-6 as published, 1e-5 in diffusers.
+      embedders: "shared", one timestep and one label embedder as published; "per_block", one of
+        each for every block, as a model trained in diffusers has them; block 0's serve the final
+        layer too.
+      kept_layers: the teacher's blocks that a depth-pruned student began with, a record alone;
+        None: not pruned.
+
+    Raises:
+      ValueError: a field is out of its range, or fields do not fit each other; names them.
+    """
+
+    image_size: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    patch_size: int = 2
+    in_channels: int = 4
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    class_dropout: float = 0.1
+    learn_sigma: bool = True
+    frequency_shift: int = 0
+    norm_epsilon: float = 1e-6
+    embedders: str = "shared"
+    kept_layers: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        for field in (
+            "image_size", "hidden_size", "depth", "num_heads", "patch_size", "in_channels",
+            "num_classes",
+        ):  # fmt: skip
+            check_count(field, getattr(self, field))
+        for field, divisor in (
+            ("image_size", "patch_size"), ("hidden_size", "num_heads"), ("hidden_size", 4),
+        ):  # fmt: skip
+            value = getattr(self, field)
+            by = getattr(self, divisor) if isinstance(divisor, str) else divisor
+            if value % by:
+                named = f"{divisor} {by}" if isinstance(divisor, str) else by
+                raise ValueError(f"{field} {value} must be a multiple of {named}")
+        for field, fits, said in (
+            ("mlp_ratio", lambda v: self.hidden_size * v >= 1, "at least 1 / hidden_size"),
+            ("class_dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
+            ("norm_epsilon", lambda v: v > 0, "above 0"),
+        ):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+                raise ValueError(f"{field} must be a number {said}, not {value!r}")
+        for field, choices in (
+            ("learn_sigma", (False, True)), ("frequency_shift", (0, 1)), ("embedders", EMBEDDERS),
+        ):  # fmt: skip
+            value = getattr(self, field)
+            if value not in choices or type(value) is not type(choices[0]):
+                raise ValueError(f"{field} must be one of {list(choices)}, not {value!r}")
+        if self.kept_layers is not None:
+            self._check_kept_layers()
+
+    def _check_kept_layers(self):
+        kept = self.kept_layers
+        if not isinstance(kept, list | tuple):
+            raise ValueError(f"kept_layers must be a sequence of block numbers, not {kept!r}")
+        for layer in kept:
+            check_count("kept_layers", layer, 0)
+        if len(kept) != self.depth or list(kept) != sorted(set(kept)):
+            raise ValueError(
+                f"kept_layers must be depth {self.depth} different block numbers in order, "
+                f"not {list(kept)}"
+            )
+        object.__setattr__(self, "kept_layers", tuple(kept))
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the prediction: the mean half, then the variance half if it is learned."""
+        return (1 + self.learn_sigma) * self.in_channels
+
+    @property
+    def mlp_width(self) -> int:
+        """Width inside a block's MLP."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_labels(self) -> int:
+        """Classes, and the null label if there is one."""
+        return self.num_classes + (self.null_label is not None)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that says nothing, for guidance; None if the model was trained without."""
+        return self.num_classes if self.class_dropout else None
+
+    def architecture(self) -> list[dict[str, Any]]:
+        """See `ModelConfig.architecture`: all but the record, and the rate of dropping labels."""
+        fields = self.to_dict()
+        del fields["kept_layers"], fields["class_dropout"]
+        return [fields | {"null_label": self.null_label}]
+
+    def visible_in(self, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """See `ModelConfig.visible_in`."""
+        seen = {}
+        blocks = {int(n.split(".")[1]) for n in tensors if re.match(r"blocks\.\d+\.", n)}
+        if blocks:
+            seen["depth"] = max(blocks) + 1
+        patches = tensors.get("x_embedder.proj.weight")
+        if patches is not None and patches.ndim == 4:
+            seen["hidden_size"], seen["in_channels"], seen["patch_size"], _ = patches.shape
+        table = tensors.get("y_embedder.embedding_table.weight")
+        if table is not None:
+            seen["num_classes"] = table.shape[0] - (self.num_labels - self.num_classes)
+        return seen
+
+    def layer_map(self, teacher: Any) -> dict[str, str] | None:
+        """Which feature of a teacher this model's are compared with; None: those of its name."""
+        if not isinstance(teacher, DiTConfig):
+            return None
+        return published_layer_map(self.depth, teacher.depth)
+
+
+def published_layer_map(student_depth: int, teacher_depth: int) -> dict[str, str]:
+    """Pairs of blocks whose features distillation compares.
+
+    The published pairs where they are not uniform (19 and 4 blocks of 28, 4 of 7); else a student
+    block follows the last block of its share of the teacher: 2i + 1 for 14 of 28, 4i + 3 for 7 of
+    28. Source: "TinyFusion_EXP/train_masked_kd.py".
+
+    Returns:
+      Student feature -> teacher feature, such as {"blocks.0": "blocks.1"}.
+
+    Raises:
+      ValueError: the student is deeper than the teacher.
+    """
+    check_count("the student's depth", student_depth)
+    if student_depth > teacher_depth:
+        raise ValueError(
+            f"a student of {student_depth} blocks is deeper than its teacher of {teacher_depth}: "
+            "say which features to compare (config.distill.layer_map)"
+        )
+    uniform = [(i, (i + 1) * teacher_depth // student_depth - 1) for i in range(student_depth)]
+    pairs = _PUBLISHED_PAIRS.get((student_depth, teacher_depth), uniform)
+    return {f"blocks.{student}": f"blocks.{teacher}" for student, teacher in pairs}

@@ -1,0 +1,85 @@
+"""Files that are written whole or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from liftplace_jax.host.buckets import as_path, is_in_bucket, make_folder, on_this_machine, upload
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a temporary path to write; it takes path's place only if the block succeeds.
+
+    Args:
+      path: a file, also of a bucket; the temporary one is always of this machine.
+
+    Raises:
+      OSError: it cannot be written, or the disk is full; names the path.
+    """
+    path = as_path(path)
+    if is_in_bucket(path):
+        with tempfile.TemporaryDirectory(prefix="liftplace-") as folder:
+            temporary = Path(folder) / path.name
+            try:
+                yield temporary
+            except OSError as error:
+                raise unwritable(temporary, error) from error
+            upload(temporary, path)
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a temporary folder to fill; it takes path's place only if the block succeeds.
+
+    Raises:
+      FileExistsError: there is something at path, other than an empty folder.
+      ValueError: it is of a bucket.
+    """
+    path = on_this_machine(path, "a folder that is written")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already: name a new folder")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def unwritable(path: str | os.PathLike, error: OSError) -> OSError:
+    """The error, with the name of the file: that of a full disk has none."""
+    if error.errno is None:
+        return OSError(f"{path} cannot be written: {error}")
+    return OSError(error.errno, f"cannot be written ({error.strerror})", os.fspath(path))
+
+
+def write_npz(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
+    """Writes a compressed .npz file, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes JSON; its folder is made if missing, once the content has proved to be JSON."""
+    path, text = as_path(path), json.dumps(content, indent=2) + "\n"
+    make_folder(path.parent)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
