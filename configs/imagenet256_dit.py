@@ -46,8 +46,8 @@ and FOLDER/validation/<class>/, with `--config.model.num_classes=N` if there are
 
 from ml_collections import ConfigDict, config_dict
 
-from liftplace_jax.families.published import PUBLISHED_DITS
 from liftplace_jax.experiment.presets import dit_config, dit_runlocal
+from liftplace_jax.families.dit.published import PUBLISHED_DITS
 
 STUDENTS = {"D19": 19, "D14": 14, "D7": 7, "D4": 4}
 

@@ -47,10 +47,10 @@ def convert() -> str:
     # Late, so that --help and a misspelt flag answer at once.
     from liftplace_jax import weights
     from liftplace_jax.families import registry
-    from liftplace_jax.nn import building
-    from liftplace_jax.host.buckets import as_path, on_this_machine
     from liftplace_jax.families.loading import write_diffusers
+    from liftplace_jax.host.buckets import as_path, on_this_machine
     from liftplace_jax.host.files import replacing_folder
+    from liftplace_jax.nn import building
     from liftplace_jax.nn.network import load_checkpoint
 
     path, out = as_path(_MODEL.value), on_this_machine(_OUT.value, "--out")
@@ -65,7 +65,7 @@ def convert() -> str:
         write_diffusers(out, network.config, network.params)
     else:
         with replacing_folder(out) as folder:
-            fields = registry.config_to_dict(network.config)
+            fields = network.config.described()
             weights.save_model(folder, fields, network.params)
     count = building.count_parameters(network.params)
     return f"{out}: {count:,} parameters of {path}, for {_TO.value}"

@@ -120,11 +120,11 @@ def make_reference() -> str:
 def generate() -> str:
     """The verb gen: one JSON file for each model."""
     from liftplace_jax import evaluation
-    from liftplace_jax.host import processes
     from liftplace_jax.experiment.context import Experiment
+    from liftplace_jax.experiment.scoring import draw, model_folders, protocol
+    from liftplace_jax.host import processes
     from liftplace_jax.host.files import write_json, write_npz
     from liftplace_jax.nn.network import load_network
-    from liftplace_jax.experiment.scoring import draw, model_folders, protocol
     from liftplace_jax.training.metrics_io import progress
 
     workdir = as_path(_FLAGS.workdir)

@@ -12,6 +12,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
+from liftplace_jax.experiment.stages import MODES, run
 from liftplace_jax.host.flags import (
     EXIT_INTERRUPTED,
     define_runtime_flags,
@@ -19,7 +20,6 @@ from liftplace_jax.host.flags import (
     quieten_libraries,
     running,
 )
-from liftplace_jax.experiment.stages import MODES, run
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, FILE.py[:key=value,...]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "work directory, also gs://...; made if missing")

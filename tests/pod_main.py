@@ -17,10 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from liftplace_jax import main
-from liftplace_jax.host import files
-from liftplace_jax.host import processes
 from liftplace_jax.experiment.context import Experiment
-from liftplace_jax.host import sharding
+from liftplace_jax.host import files, processes, sharding
 from liftplace_jax.training.state import random_key
 
 

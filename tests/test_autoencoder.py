@@ -17,16 +17,14 @@ from flax import nnx
 from torch_unet import randomise
 
 from liftplace_jax import weights
-from liftplace_jax.families import registry
-from liftplace_jax.families.unet.config import UNetConfig
-from liftplace_jax.nn import building
+from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig, from_latents, to_latents
 from liftplace_jax.encoders.autoencoder_folder import (
     config_from_diffusers,
     load_autoencoder,
 )
-from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
-from liftplace_jax.encoders.autoencoder_config import from_latents, to_latents
+from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.host import sharding
+from liftplace_jax.nn import building
 
 # config.json of stabilityai/sd-vae-ft-mse, and of "vae" in stabilityai/stable-diffusion-3-medium.
 SD = {
@@ -207,7 +205,7 @@ def as_pipeline(folder):
 def as_ours(folder):
     network = load_autoencoder(folder)
     path = folder.parent / "ours"
-    weights.save_model(path, registry.config_to_dict(network.config), network.params)
+    weights.save_model(path, network.config.described(), network.params)
     return path
 
 
@@ -262,7 +260,7 @@ def test_every_field_that_cannot_be_is_listed(copy):
 def write_unet(path):
     config = UNetConfig(image_size=8, ch=8, ch_mult=(1,), num_groups=4)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), building.abstract(config)[1])
-    weights.save_model(path, registry.config_to_dict(config), zeros)
+    weights.save_model(path, config.described(), zeros)
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,10 @@ import tiny_config
 from absl import flags
 
 from liftplace_jax import data, main, weights
-from liftplace_jax.host import buckets
-from liftplace_jax.host import flags as host_flags
-from liftplace_jax.host import files
-from liftplace_jax.host.buckets import as_path
 from liftplace_jax.evaluation import load_reference, save_reference
+from liftplace_jax.host import buckets, files
+from liftplace_jax.host import flags as host_flags
+from liftplace_jax.host.buckets import as_path
 from liftplace_jax.training.checkpoints import Checkpoints
 from liftplace_jax.training.metrics_io import MetricsLog, read_metrics
 from liftplace_jax.training.profiling import watched

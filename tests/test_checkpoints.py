@@ -14,10 +14,10 @@ import torch
 from torch_unet import TorchUNet, randomise
 
 from liftplace_jax import weights
-from liftplace_jax.families import registry
-from liftplace_jax.nn import building
 from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.families import registry
 from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.nn import building
 from liftplace_jax.nn.network import load_checkpoint, make_apply
 
 FIELDS = dict(
@@ -94,7 +94,7 @@ def test_ddpm_checkpoints_compute_what_torch_computes(tmp_path, wrapping):
 def test_what_was_loaded_goes_back_into_torch(tmp_path):
     torch.save(peer().state_dict(), tmp_path / "model.pth")
     network = load_checkpoint(tmp_path / "model.pth", CONFIG)
-    weights.save_model(tmp_path / "saved", registry.config_to_dict(CONFIG), network.params)
+    weights.save_model(tmp_path / "saved", CONFIG.described(), network.params)
     again = TorchUNet(**FIELDS).eval()
     tensors = weights.read_tensors(tmp_path / "saved" / "model.safetensors")
     again.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
@@ -157,7 +157,7 @@ def run(tmp_path):
 
 
 def save(folder, config=TINY, seed=0):
-    weights.save_model(folder, registry.config_to_dict(config), tiny_params(config, seed))
+    weights.save_model(folder, config.described(), tiny_params(config, seed))
 
 
 def cut(folder):
@@ -219,7 +219,7 @@ def test_bad_folders_are_one_error_and_leave_nothing(tmp_path, run, damage, mess
     # Corrected, the same work directory serves.
     save(tmp_path / "teacher", TINY.replace(dropout=0.3), seed=1)
     folder = run(tmp_path / "teacher")
-    assert json.loads((folder / "config.json").read_text()) == registry.config_to_dict(TINY)
+    assert json.loads((folder / "config.json").read_text()) == TINY.described()
     for name, value in weights.to_torch(tiny_params(seed=1)).items():
         found = weights.read_tensors(folder / "model.safetensors")[name]
         np.testing.assert_array_equal(found, value)

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from liftplace_jax.families import registry
-from liftplace_jax.nn import building
 from liftplace_jax.compress import pruned_config
-from liftplace_jax.experiment.configuration import default_config
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
-from liftplace_jax.training.distillation import student_objective
+from liftplace_jax.experiment.configuration import default_config
+from liftplace_jax.families import registry
+from liftplace_jax.host import sharding
+from liftplace_jax.nn import building
 from liftplace_jax.nn.network import Network
 from liftplace_jax.suites.communication import collectives, sorted_shapes, total_bytes
-from liftplace_jax.host import sharding
+from liftplace_jax.training.distillation import student_objective
 from liftplace_jax.training.prepare import prepare
 
 BATCH, SIDE, DEVICES = 40, 6, 8  # neither the batch nor a device's part is a parameter's size

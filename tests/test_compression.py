@@ -16,15 +16,14 @@ import tiny_config
 from conftest import GOLDEN
 from matplotlib.image import imread
 
-from liftplace_jax.families import registry
-from liftplace_jax.nn import building
 from liftplace_jax.compress import pruned_config
 from liftplace_jax.experiment.context import Experiment
-from liftplace_jax.host.files import write_json
-from liftplace_jax.families.cost import config_parameters, count_macs
-from liftplace_jax.families.published import PUBLISHED_UNETS
-from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.experiment.report import collect_rows, summarise
+from liftplace_jax.families.registry import config_parameters, count_macs
+from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.families.unet.published import PUBLISHED_UNETS
+from liftplace_jax.host.files import write_json
+from liftplace_jax.nn import building
 from liftplace_jax.suites import compression, measuring, sizes
 from liftplace_jax.suites.options import Options
 from liftplace_jax.suites.peaks import PEAK_FLOPS, peak_fraction
@@ -119,7 +118,7 @@ def make_workdir(folder, ratio, seeds=(0, 1), *, frechet=10.0, changes=()):
     protocol = {"num_samples": config.evaluation.num_samples, "batch_size": 1}
     for path, model, result in folders:
         common = {"parameters": config_parameters(model), "label": "x", "protocol": protocol}
-        write_json(path / "config.json", registry.config_to_dict(model))
+        write_json(path / "config.json", model.described())
         write_json(path / "evaluation.json", common | result)
     rows = collect_rows(experiment)
     write_json(folder / "report.json", {"rows": rows, "summary": summarise(rows)})

@@ -12,9 +12,9 @@ from PIL import Image
 from liftplace_jax import evaluation
 from liftplace_jax.data import load_source
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
+from liftplace_jax.evaluation.sampling import make_sampler
 from liftplace_jax.families.dit.config import DiTConfig
 from liftplace_jax.families.unet.config import UNetConfig
-from liftplace_jax.evaluation.sampling import make_sampler
 from liftplace_jax.host.sharding import batch_sharding, make_mesh
 
 CLASSES = 5

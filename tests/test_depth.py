@@ -17,8 +17,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from liftplace_jax import data, weights
-from liftplace_jax.families import registry
-from liftplace_jax.nn import building
 from liftplace_jax.compress import (
     LAYER_IMPORTANCES,
     annealed,
@@ -38,7 +36,9 @@ from liftplace_jax.compress import (
 from liftplace_jax.compress.learned_depth import merge_lora, sample_gates
 from liftplace_jax.experiment.compressing import keep_probabilities
 from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.families import registry
 from liftplace_jax.families.dit.config import DiTConfig
+from liftplace_jax.nn import building
 from liftplace_jax.nn.network import from_tensors, load_network, make_apply
 from liftplace_jax.training.metrics_io import read_metrics
 from liftplace_jax.weights import to_torch
@@ -97,7 +97,7 @@ def test_the_student_is_the_teacher_without_the_other_blocks(constructed):
     graphdef, params = constructed
     config, tensors = prune_depth(CONFIG, to_torch(params), (0, 1, 3))
     assert (config.depth, config.kept_layers) == (3, (0, 1, 3))
-    assert config == registry.config_from_dict(registry.config_to_dict(config))
+    assert config == registry.config_from_dict(config.described())
     student, abstract = building.abstract(config)
     found = gated(student, weights.from_torch(abstract, tensors), [1, 1, 1])
     np.testing.assert_allclose(found, gated(graphdef, params, [1, 1, 0, 1]), atol=1e-5)
@@ -326,7 +326,7 @@ def test_the_search_drops_the_blocks_that_do_nothing(constructed, start):
 
 def tiny(**changes):
     config = tiny_config.get_config()
-    config.model = ConfigDict(dict(registry.config_to_dict(CONFIG)) | {"kept_layers": None})
+    config.model = ConfigDict(dict(CONFIG.described()) | {"kept_layers": None})
     config.evaluation.features = None
     config.compress.depth = 2
     config.compress.update(score_batches=2, score_batch_size=16)
@@ -339,7 +339,7 @@ def tiny(**changes):
 @pytest.fixture(scope="module")
 def teacher(constructed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
-    weights.save_model(folder, registry.config_to_dict(CONFIG), constructed[1])
+    weights.save_model(folder, CONFIG.described(), constructed[1])
     return folder
 
 
@@ -380,7 +380,7 @@ def test_students_of_the_stage(tmp_path, teacher, layers, kept):
 def test_a_search_that_was_cut_ends_as_one_that_was_not(tmp_path, constructed):
     student, tensors = prune_depth(CONFIG, to_torch(constructed[1]), (0, 1))
     small = from_tensors(student.replace(kept_layers=None), tensors)
-    weights.save_model(tmp_path / "teacher", registry.config_to_dict(small.config), small.params)
+    weights.save_model(tmp_path / "teacher", small.config.described(), small.params)
     teacher = tmp_path / "teacher"
     changes = dict(compress__layers="learned",
                    compress__depth=1, model__depth=2)  # fmt: skip

@@ -18,16 +18,15 @@ from diffusers import UNet2DModel
 from torch_unet import randomise
 
 from liftplace_jax import weights
-from liftplace_jax.families import registry
-from liftplace_jax.nn import building
 from liftplace_jax.compress import pruned_config
+from liftplace_jax.families.loading import read_diffusers, write_diffusers
+from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.families.unet.diffusers import (
     DiffusersError,
     config_from_diffusers,
     config_to_diffusers,
 )
-from liftplace_jax.families.loading import read_diffusers, write_diffusers
-from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.nn import building
 from liftplace_jax.nn.network import load_checkpoint, make_apply
 
 ROOT = Path(__file__).parent.parent
@@ -388,7 +387,7 @@ def test_the_command_there_and_back(folder, network, tmp_path):
     tensors = weights.to_torch(network("tiny").params)
     torch.save([{}, {k: torch.from_numpy(v.copy()) for k, v in tensors.items()}], file)
     config = tmp_path / "config.py"
-    fields = registry.config_to_dict(network("tiny").config)
+    fields = network("tiny").config.described()
     model = {key: value for key, value in fields.items() if key != "widths"}
     config.write_text(
         "from liftplace_jax.experiment.configuration import default_config\n\n"

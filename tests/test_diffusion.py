@@ -11,8 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liftplace_jax import weights
-from liftplace_jax.families.unet.config import UNetConfig
-from liftplace_jax.nn import building
 from liftplace_jax.diffusion import (
     SAMPLERS,
     GaussianDiffusion,
@@ -22,6 +20,8 @@ from liftplace_jax.diffusion import (
     get_sampler,
     timestep_sequence,
 )
+from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.nn import building
 
 LINEAR = GaussianDiffusion(beta_schedule("linear", 1000))
 SHORT = beta_schedule("cosine", 20)
@@ -82,7 +82,7 @@ def test_alphas_cumprod_at_minus_one_is_the_data(arrays):
 
 def test_q_sample_and_loss(arrays, predict):
     x0, e, t = nhwc(arrays["in/q/x0"]), nhwc(arrays["in/q/e"]), arrays["in/q/t"]
-    x_t = jax.jit(LINEAR.q_sample)(x0, t, e)
+    x_t = jax.jit(LINEAR.add_noise)(x0, t, e)
     np.testing.assert_allclose(x_t, nhwc(arrays["out/q/x_t"]), atol=1e-5)
     prediction = jax.jit(predict)(x_t, t)
     errors = jnp.sum((LINEAR.target(x0, e, t) - prediction) ** 2, axis=(1, 2, 3))
@@ -146,7 +146,7 @@ def test_a_perfect_prediction_gives_back_data_and_noise(prediction, t, seed):
     process = GaussianDiffusion(SHORT, prediction)
     x0, noise = np.random.default_rng(seed).normal(size=(2, 2, 4, 4, 1)).astype(np.float32)
     t = jnp.array([t, 18 - t])
-    x_t = process.q_sample(x0, t, noise)
+    x_t = process.add_noise(x0, t, noise)
     target = process.target(x0, noise, t)
     np.testing.assert_allclose(process.to_x0(target, x_t, t), x0, atol=1e-4)
     np.testing.assert_allclose(process.to_epsilon(target, x_t, t), noise, atol=1e-4)
@@ -252,7 +252,7 @@ def test_ancestral_variances_differ():
 
 
 def test_process_is_a_static_constant_of_jit():
-    noised = jax.jit(GaussianDiffusion.q_sample, static_argnums=0)
+    noised = jax.jit(GaussianDiffusion.add_noise, static_argnums=0)
     x0 = jnp.ones((2, 4, 4, 1))
     for betas in (SHORT, list(SHORT)):
         process = GaussianDiffusion(betas)
@@ -285,9 +285,9 @@ def test_bad_processes():
         LINEAR.log_variance("learned")
     x = jnp.ones((2, 4, 4, 1))
     with pytest.raises(ValueError, match=r"noise has shape \(1, 4, 4, 1\), x0 \(2, 4, 4, 1\)"):
-        LINEAR.q_sample(x, jnp.array([1, 2]), x[:1])
+        LINEAR.add_noise(x, jnp.array([1, 2]), x[:1])
     with pytest.raises(ValueError, match=r"t must have shape \(2,\).*not \(3,\)"):
-        LINEAR.q_sample(x, jnp.array([1, 2, 3]), x)
+        LINEAR.add_noise(x, jnp.array([1, 2, 3]), x)
     with pytest.raises(ValueError, match="prediction has shape"):
         LINEAR.to_x0(x[..., :0], x, jnp.array([1, 2]))
 

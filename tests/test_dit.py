@@ -16,18 +16,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from liftplace_jax import weights
 from liftplace_jax.families import registry
-from liftplace_jax.nn import building
-from liftplace_jax.families.dit.model import DiT
-from liftplace_jax.families.dit.config import DiTConfig
+from liftplace_jax.families.dit.config import DiTConfig, published_layer_map
+from liftplace_jax.families.dit.model import DiT, position_embedding
+from liftplace_jax.families.dit.published import PUBLISHED_DITS
+from liftplace_jax.families.registry import config_parameters, count_macs
 from liftplace_jax.families.unet.config import UNetConfig
-from liftplace_jax.families.cost import config_parameters, count_macs
-from liftplace_jax.families.dit.model import position_embedding
-from liftplace_jax.families.dit.config import published_layer_map
+from liftplace_jax.host.sharding import make_mesh
+from liftplace_jax.nn import building
 from liftplace_jax.nn.layers import REMAT_POLICIES, sinusoidal_embedding
-from liftplace_jax.families.published import PUBLISHED_DITS
 from liftplace_jax.nn.network import load_checkpoint
 from liftplace_jax.suites import sizes
-from liftplace_jax.host.sharding import make_mesh
 
 NAMES = ("dit_d4", "dit_d2p4")
 FACTS = json.loads((GOLDEN / "dit_facts.json").read_text())
@@ -314,7 +312,7 @@ def test_bad_configs_name_the_field(changes, message):
 
 def test_json_round_trip_and_contract():
     for config in (TINY, TINY.replace(kept_layers=[0, 5], learn_sigma=False)):
-        found = registry.config_from_dict(json.loads(json.dumps(registry.config_to_dict(config))))
+        found = registry.config_from_dict(json.loads(json.dumps(config.described())))
         assert found == config and hash(found) == hash(config)
     assert registry.MODELS["dit"] == (DiTConfig, DiT)
     assert (TINY.out_channels, TINY.null_label) == (2, 3)
@@ -407,7 +405,7 @@ def test_other_misfits_are_listed_and_folders_must_agree(file, tmp_path):
         tensors["blocks.1.attn.q_norm.weight"] = np.zeros(8, np.float32)
         weights.write_safetensors(tmp_path / "odd.safetensors", tensors)
         load_checkpoint(tmp_path / "odd.safetensors", TINY)
-    weights.save_model(tmp_path / "own", registry.config_to_dict(TINY), tiny()[1])
+    weights.save_model(tmp_path / "own", TINY.described(), tiny()[1])
     wanted = TINY.replace(class_dropout=0.2)
     assert load_checkpoint(tmp_path / "own", wanted).config == wanted
     with pytest.raises(ValueError, match="own is not what .*\n  depth: 2 -> 3\nSet config.model"):

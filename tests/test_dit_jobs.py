@@ -16,13 +16,13 @@ from conftest import GOLDEN, QUICK_XLA
 from conftest import config_module as module
 from PIL import Image
 
-from liftplace_jax.families import registry
+from liftplace_jax.data import Source, load_source
 from liftplace_jax.encoders.autoencoder_folder import write_random_autoencoder
 from liftplace_jax.experiment.checks import check_config
-from liftplace_jax.data import Source, load_source
 from liftplace_jax.experiment.context import Experiment
-from liftplace_jax.families.cost import config_parameters
 from liftplace_jax.experiment.sources import check_classes
+from liftplace_jax.families import registry
+from liftplace_jax.families.registry import config_parameters
 from liftplace_jax.training.metrics_io import read_metrics
 
 ROOT = Path(__file__).parent.parent

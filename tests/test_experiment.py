@@ -13,15 +13,15 @@ import tiny_config
 from ml_collections import ConfigDict
 
 from liftplace_jax import data, weights
+from liftplace_jax.evaluation.sampling import make_sampler
 from liftplace_jax.experiment import configuration
-from liftplace_jax.families import registry
-from liftplace_jax.nn import building
 from liftplace_jax.experiment.configuration import differences, parse_arg
 from liftplace_jax.experiment.context import Experiment, Run
-from liftplace_jax.losses import PUBLISHED
-from liftplace_jax.nn.network import Network, make_adapters
 from liftplace_jax.experiment.report import grid, groups_figure, markdown, samples_figure, summarise
-from liftplace_jax.evaluation.sampling import make_sampler
+from liftplace_jax.families import registry
+from liftplace_jax.losses import PUBLISHED
+from liftplace_jax.nn import building
+from liftplace_jax.nn.network import Network, make_adapters
 from liftplace_jax.training.objective import BASIC_METHODS, METHODS
 
 
@@ -330,7 +330,7 @@ def test_pictures_of_every_size_and_fewer_images_than_rows(tmp_path, size, chann
     experiment.sources = {"train": source, "test": source}
     for folder in (experiment.teacher_folder, experiment.runs[0].folder):
         params = building.create(experiment.model_config, 0)[1]
-        weights.save_model(folder, registry.config_to_dict(experiment.model_config), params)
+        weights.save_model(folder, experiment.model_config.described(), params)
         np.savez(folder / "samples.npz", images=np.zeros((64, size, size, channels), np.uint8))
     figure = groups_figure(experiment)
     assert len(figure.axes) == 3 * 6

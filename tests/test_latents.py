@@ -15,17 +15,14 @@ from flax import nnx
 from PIL import Image
 
 from liftplace_jax import weights
-from liftplace_jax.host import buckets
-from liftplace_jax.experiment import encoding
-from liftplace_jax.families import registry
-from liftplace_jax.nn import building
-from liftplace_jax.encoders.autoencoder_folder import load_autoencoder
-from liftplace_jax.experiment.configuration import default_config
-from liftplace_jax.data import eval_batches, load_latents, load_source, train_batches
-from liftplace_jax.data import encoded
+from liftplace_jax.data import encoded, eval_batches, load_latents, load_source, train_batches
 from liftplace_jax.data.encoded import check_autoencoder, normal
 from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
-from liftplace_jax.host import sharding
+from liftplace_jax.encoders.autoencoder_folder import load_autoencoder
+from liftplace_jax.experiment import encoding
+from liftplace_jax.experiment.configuration import default_config
+from liftplace_jax.host import buckets, sharding
+from liftplace_jax.nn import building
 
 ROOT = Path(__file__).parent.parent
 TINY = AutoencoderConfig(
@@ -47,7 +44,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
     path = tmp_path_factory.mktemp("autoencoder") / "tiny"
-    weights.save_model(path, registry.config_to_dict(TINY), building.create(TINY)[1])
+    weights.save_model(path, TINY.described(), building.create(TINY)[1])
     return path
 
 
@@ -262,7 +259,7 @@ def test_folders_of_images_without_labels(autoencoder, tmp_path):
 
 def other_weights(config, tmp_path):
     params = building.create(TINY, 1)[1]
-    weights.save_model(tmp_path / "other", registry.config_to_dict(TINY), params)
+    weights.save_model(tmp_path / "other", TINY.described(), params)
     config.latents.autoencoder = str(tmp_path / "other")
 
 
@@ -315,7 +312,7 @@ def test_configs_that_do_not_fit(data_dir, autoencoder, tmp_path, change, messag
 def test_latents_that_are_not_finite_name_the_example(data_dir, autoencoder, tmp_path):
     network = load_autoencoder(autoencoder)
     params = jax.tree.map(lambda value: 1e5 * value, network.params)
-    weights.save_model(tmp_path / "loud", registry.config_to_dict(TINY), params)
+    weights.save_model(tmp_path / "loud", TINY.described(), params)
     config = latent_config(data_dir, tmp_path / "loud", tmp_path / "latents")
     with pytest.raises(ValueError, match=r"digits \(train.*, example \d+: its latents are not fin"):
         encode(config)

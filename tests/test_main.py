@@ -17,8 +17,8 @@ import tiny_config
 from conftest import QUICK_XLA
 
 from liftplace_jax import data, main, weights
-from liftplace_jax.host.flags import EXIT_BAD_INPUT
 from liftplace_jax.experiment.report import FILES
+from liftplace_jax.host.flags import EXIT_BAD_INPUT
 from liftplace_jax.training.metrics_io import read_metrics
 
 ROOT = Path(__file__).parent.parent

@@ -11,14 +11,14 @@ from conftest import nhwc
 from golden_dit import golden_dit
 from ml_collections import ConfigDict
 
-from liftplace_jax.families.dit.config import DiTConfig
-from liftplace_jax.nn import building
-from liftplace_jax.experiment.configuration import default_config, optimizer_config
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
-from liftplace_jax.training.distillation import make_task, student_objective
+from liftplace_jax.experiment.configuration import default_config, optimizer_config
+from liftplace_jax.families.dit.config import DiTConfig
+from liftplace_jax.host import sharding
+from liftplace_jax.nn import building
 from liftplace_jax.nn.network import Network, make_apply
 from liftplace_jax.training import objective as objective_lib
-from liftplace_jax.host import sharding
+from liftplace_jax.training.distillation import make_task, student_objective
 from liftplace_jax.training.objective import (
     METHODS,
     Inputs,

@@ -23,11 +23,9 @@ import tiny_config
 from conftest import QUICK_XLA
 
 from liftplace_jax import data, main, weights
-from liftplace_jax.host import files
-from liftplace_jax.host import processes
+from liftplace_jax.host import files, processes, sharding
 from liftplace_jax.host.buckets import as_path, local_copy
 from liftplace_jax.host.flags import EXIT_INTERRUPTED, EXIT_LOST
-from liftplace_jax.host import sharding
 from liftplace_jax.training.checkpoints import Checkpoints
 from liftplace_jax.training.loop import train
 from liftplace_jax.training.metrics_io import MetricsLog, read_metrics

@@ -14,9 +14,10 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import PartitionSpec
 
-from liftplace_jax.nn import building
-from liftplace_jax.experiment.configuration import optimizer_config
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
+from liftplace_jax.experiment.configuration import optimizer_config
+from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.host import sharding
 from liftplace_jax.losses import (
     cosine_weight,
     feature_kd_loss,
@@ -26,9 +27,8 @@ from liftplace_jax.losses import (
     output_kd_loss,
     place_loss,
 )
-from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.nn import building
 from liftplace_jax.nn.network import make_apply
-from liftplace_jax.host import sharding
 from liftplace_jax.training.checkpoints import Checkpoints
 from liftplace_jax.training.loop import Interrupted, NonFiniteLossError, train
 from liftplace_jax.training.metrics_io import MetricsLog, read_metrics
@@ -250,7 +250,7 @@ def outputs_at(step):
     """Prediction, features and target of student and teacher, written out once more."""
     t = PROCESS.antithetic_timesteps(random_key(7, "timestep", step), len(IMAGES))
     noise = jax.random.normal(random_key(7, "noise", step), IMAGES.shape)
-    x_t = PROCESS.q_sample(IMAGES, t, noise)
+    x_t = PROCESS.add_noise(IMAGES, t, noise)
     student = small_apply(STUDENT, x_t, t, True, random_key(7, "dropout", step))
     return student, small_apply(TEACHER, x_t, t, True, None), noise
 

@@ -13,9 +13,9 @@ from flax import nnx
 
 from liftplace_jax import weights
 from liftplace_jax.families import registry
-from liftplace_jax.nn import building
-from liftplace_jax.families.unet.model import UNet
 from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.families.unet.model import UNet
+from liftplace_jax.nn import building
 from liftplace_jax.nn.layers import sinusoidal_embedding
 
 NAMES = ("ddpm_unet_u16", "ddpm_unet_u32", "ddpm_unet_u8odd")
@@ -302,7 +302,7 @@ def test_adapted_groups():
 
 def test_json_round_trip():
     for config in (TINY, PRUNED, UNetConfig(image_size=32)):
-        text = json.dumps(registry.config_to_dict(config))
+        text = json.dumps(config.described())
         found = registry.config_from_dict(json.loads(text))
         assert found == config and hash(found) == hash(config)
 
@@ -347,7 +347,7 @@ def test_bad_configs_name_the_field_or_layer(changes, message):
 
 
 def test_bad_dictionaries():
-    fields = registry.config_to_dict(TINY)
+    fields = TINY.described()
     with pytest.raises(ValueError, match="unknown model 'vit'; known: .*'unet'"):
         registry.config_from_dict(fields | {"model": "vit"})
     with pytest.raises(ValueError, match=r"unknown fields \['depth'\], missing fields \['ch'\]"):

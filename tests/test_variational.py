@@ -46,7 +46,7 @@ def losses(golden, teacher):
     arrays = golden("dit_diffusion_losses")[0]
     x0, noise = nhwc(arrays["in/x_start"]), nhwc(arrays["in/noise"])
     t, labels = arrays["in/t"], arrays["in/y"]
-    x_t = PROCESS.q_sample(x0, t, noise)
+    x_t = PROCESS.add_noise(x0, t, noise)
     student = predictor(golden_dit(golden, "dit_diffusion_losses"))
     return arrays, (x0, x_t, t), teacher(x_t, t, labels), student(x_t, t, labels)
 
@@ -107,7 +107,7 @@ def test_a_perfect_prediction_has_no_divergence_and_bad_ones_stay_finite():
     rng = np.random.default_rng(0)
     x0, noise = rng.normal(size=(2, 4, 4, 4, 2)).clip(-1, 1).astype(np.float32)
     t = jnp.array([1, 5, 12, 19])
-    x_t = SHORT.q_sample(x0, t, noise)
+    x_t = SHORT.add_noise(x0, t, noise)
     perfect = np.concatenate([noise, -np.ones_like(noise)], axis=-1)
     np.testing.assert_allclose(BOUND(SHORT, perfect, x0, x_t, t), 0, atol=1e-4)
     bad = jnp.full((4, 4, 4, 4), 30.0).at[..., 2:].set(-2)

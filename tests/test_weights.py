@@ -17,11 +17,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch_file
 
 from liftplace_jax import weights
-from liftplace_jax.families import registry
 from liftplace_jax.families.dit.config import DiTConfig
+from liftplace_jax.host import sharding
 from liftplace_jax.nn import building
 from liftplace_jax.nn.network import load_network
-from liftplace_jax.host import sharding
 from liftplace_jax.weights import WeightFileError, WeightMismatchError
 
 
@@ -284,7 +283,7 @@ def test_a_model_is_read_straight_into_its_sharding(tmp_path):
     config = DiTConfig(image_size=8, patch_size=2, in_channels=4,
                               hidden_size=128, depth=12, num_heads=4, num_classes=10)  # fmt: skip
     params = building.create(config)[1]
-    weights.save_model(tmp_path, registry.config_to_dict(config), params)
+    weights.save_model(tmp_path, config.described(), params)
     mesh = sharding.make_mesh({"data": -1, "fsdp": 4})
     shardings = functools.partial(
         sharding.tree_shardings, rules=((r"kernel", ("fsdp",)),), mesh=mesh

@@ -1,6 +1,5 @@
-"""Students out of teachers: structured channel pruning, and depth pruning."""
+"""Students out of teachers: the contract of pruners, depth pruning, summed gradients."""
 
-from liftplace_jax.families.unet.channels import Pruned, View, prune_unet, pruned_config
 from liftplace_jax.compress.depth import (
     LAYER_IMPORTANCES,
     layer_scores,
@@ -10,7 +9,8 @@ from liftplace_jax.compress.depth import (
     read_layers,
     uniform_layers,
 )
-from liftplace_jax.families.unet.importance import IMPORTANCES, taylor_gradients
+from liftplace_jax.compress.depth_pruner import DepthPruner
+from liftplace_jax.compress.gradients import taylor_gradients
 from liftplace_jax.compress.learned_depth import (
     Groups,
     annealed,
@@ -21,13 +21,16 @@ from liftplace_jax.compress.learned_depth import (
     searched_apply,
     smallest_groups,
 )
+from liftplace_jax.compress.pruner import Pruner, Search, Student, Tools
 
 __all__ = [
+    "DepthPruner",
     "Groups",
-    "IMPORTANCES",
     "LAYER_IMPORTANCES",
-    "Pruned",
-    "View",
+    "Pruner",
+    "Search",
+    "Student",
+    "Tools",
     "annealed",
     "expected_gates",
     "init_search",
@@ -36,8 +39,6 @@ __all__ = [
     "most_important",
     "most_probable",
     "prune_depth",
-    "prune_unet",
-    "pruned_config",
     "pruned_depth_config",
     "read_layers",
     "searched_apply",

@@ -1,17 +1,21 @@
-"""Depth pruning of a DiT: which blocks stay, and the student made of them."""
+"""Depth pruning: which blocks of a stack stay, and the student made of them.
+
+Of a model's config it asks for `depth` and `kept_layers` alone.
+"""
 
 from __future__ import annotations
 
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from liftplace_jax.families.dit.config import DiTConfig
+Config = TypeVar("Config")
 
 
 def read_layers(text: str) -> tuple[int, ...]:
@@ -55,21 +59,16 @@ def most_important(scores: np.ndarray, depth: int) -> tuple[int, ...]:
     return tuple(int(layer) for layer in np.sort(order[len(scores) - depth :]))
 
 
-def pruned_depth_config(config: DiTConfig, kept: Sequence[int]) -> DiTConfig:
+def pruned_depth_config(config: Config, kept: Sequence[int]) -> Config:
     """The student's architecture: the teacher's with the blocks `kept` alone.
 
     A student of a student keeps its record in the numbers of its own teacher.
 
     Raises:
       ValueError: kept is empty or not ascending numbers of the teacher's blocks, or keeps all of
-        them; or each block has embedders of its own, of which block 0's also serve the final layer.
+        them; or the model's config does not allow it.
     """
     kept = tuple(kept)
-    if config.embedders == "per_block":
-        raise ValueError(
-            "a DiT with embedders='per_block' cannot lose blocks: its final layer depends on block "
-            "0's embedder; prune a DiT with embedders='shared'"
-        )
     check_depth(len(kept), config.depth)
     if list(kept) != sorted(set(kept)) or not all(0 <= layer < config.depth for layer in kept):
         raise ValueError(
@@ -80,8 +79,8 @@ def pruned_depth_config(config: DiTConfig, kept: Sequence[int]) -> DiTConfig:
 
 
 def prune_depth(
-    config: DiTConfig, tensors: Mapping[str, np.ndarray], kept: Sequence[int]
-) -> tuple[DiTConfig, dict[str, np.ndarray]]:
+    config: Config, tensors: Mapping[str, np.ndarray], kept: Sequence[int]
+) -> tuple[Config, dict[str, np.ndarray]]:
     """Removes blocks.
 
     Args:

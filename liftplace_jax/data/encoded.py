@@ -21,10 +21,10 @@ from urllib.parse import quote
 
 import numpy as np
 
-from liftplace_jax.host.buckets import as_path, cached, fetched, is_in_bucket, listed
-from liftplace_jax.experiment.configuration import differences
-from liftplace_jax.host.files import replacing, write_json
 from liftplace_jax.encoders.autoencoder_config import to_latents
+from liftplace_jax.experiment.configuration import differences
+from liftplace_jax.host.buckets import as_path, cached, fetched, is_in_bucket, listed
+from liftplace_jax.host.files import replacing, write_json
 
 SHARD_SIZE = 8192
 """Examples in a shard: what is lost when encoding is cut off, 270 MB of latents of (32, 32, 4)."""

@@ -5,9 +5,9 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from liftplace_jax.host.buckets import as_path, cached, fetched, is_in_bucket, listed, reaching
 from liftplace_jax.data.folder import ImageFolder
 from liftplace_jax.data.pipeline import MEMORY_MB, Source
+from liftplace_jax.host.buckets import as_path, cached, fetched, is_in_bucket, listed, reaching
 
 # Published crop of CelebA, centre (89, 121) +- 64: left, upper, right, lower
 # (Diff_Pruning datasets/__init__.py, after DDIM).

@@ -1,13 +1,15 @@
-"""The diffusion process, its variational bound, its samplers and guidance."""
+"""Processes between data and noise, the variational bound, samplers and guidance."""
+
+from typing import Any
 
 from liftplace_jax.diffusion.gaussian import (
     PREDICTIONS,
     TIMESTEPS,
     VARIANCES,
     GaussianDiffusion,
-    beta_schedule,
 )
 from liftplace_jax.diffusion.guidance import guided
+from liftplace_jax.diffusion.process import Process
 from liftplace_jax.diffusion.samplers import (
     SAMPLERS,
     ancestral_sample,
@@ -15,6 +17,7 @@ from liftplace_jax.diffusion.samplers import (
     get_sampler,
     timestep_sequence,
 )
+from liftplace_jax.diffusion.tables import beta_schedule
 from liftplace_jax.diffusion.variational import (
     Normal,
     p_mean_variance,
@@ -23,18 +26,38 @@ from liftplace_jax.diffusion.variational import (
     vb_loss,
 )
 
+PROCESSES: dict[str, type[Process]] = {
+    process.kind: process for process in (GaussianDiffusion,)
+}
+"""config.process.kind -> the process."""
+
+
+def make_process(fields: Any) -> Process:
+    """The process of config.process.
+
+    Raises:
+      ValueError: there is no such kind, or a field is out of its range.
+    """
+    if fields.kind not in PROCESSES:
+        raise ValueError(f"unknown kind {fields.kind!r}; known: {sorted(PROCESSES)}")
+    return PROCESSES[fields.kind].from_config(fields)
+
+
 __all__ = [
     "PREDICTIONS",
+    "PROCESSES",
     "SAMPLERS",
     "TIMESTEPS",
     "VARIANCES",
     "GaussianDiffusion",
     "Normal",
+    "Process",
     "ancestral_sample",
     "beta_schedule",
     "ddim_sample",
     "get_sampler",
     "guided",
+    "make_process",
     "p_mean_variance",
     "q_posterior",
     "timestep_sequence",

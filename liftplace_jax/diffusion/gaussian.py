@@ -1,109 +1,29 @@
-"""The Gaussian diffusion process: noise schedules, noising, and what a network may predict."""
+"""The Gaussian diffusion process: noising, and what a network may predict."""
+
+from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from liftplace_jax.diffusion import samplers, variational
+from liftplace_jax.diffusion.tables import ReverseSteps, beta_schedule, reverse_steps, take
 
 PREDICTIONS = ("epsilon", "v", "x0")
 VARIANCES = ("fixed", "learned_range")
 TIMESTEPS = ("antithetic", "uniform")
 
 
-def _cosine(num_timesteps: int) -> np.ndarray:
-    steps = np.arange(num_timesteps + 1) / num_timesteps
-    alphas_cumprod = np.cos((steps + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0.999)
-
-
-_SCHEDULES = {
-    "linear": lambda n, start, end: np.linspace(start, end, n),
-    "quad": lambda n, start, end: np.linspace(start**0.5, end**0.5, n) ** 2,
-    "const": lambda n, start, end: np.full(n, end),
-    "jsd": lambda n, start, end: 1 / np.linspace(n, 1, n),
-    "sigmoid": lambda n, start, end: start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, n))),
-    "cosine": lambda n, start, end: _cosine(n),
-}
-
-
-def beta_schedule(
-    name: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02
-) -> np.ndarray:
-    """Variances of the noise added at each timestep.
-
-    The first five are those of "Diff_Pruning runners/diffusion.py", cosine is Nichol & Dhariwal
-    (2021), equation 17, at most 0.999.
-
-    Args:
-      name: "linear", "quad", "const", "jsd", "sigmoid" or "cosine".
-      num_timesteps: T.
-      beta_start: beta at t = 0 (not used by const, jsd and cosine).
-      beta_end: beta at t = T - 1 (not used by jsd and cosine).
-
-    Returns:
-      (T,) float64.
-
-    Raises:
-      ValueError: unknown name, T below 1, or not 0 < beta_start <= beta_end <= 1.
-    """
-    if name not in _SCHEDULES:
-        raise ValueError(f"unknown beta schedule {name!r}; known: {sorted(_SCHEDULES)}")
-    if num_timesteps < 1:
-        raise ValueError(f"num_timesteps must be at least 1, not {num_timesteps}")
-    if not 0 < beta_start <= beta_end <= 1:
-        raise ValueError(f"need 0 < beta_start <= beta_end <= 1, not {beta_start}, {beta_end}")
-    return _SCHEDULES[name](num_timesteps, beta_start, beta_end)
-
-
-class ReverseSteps(NamedTuple):
-    """q(x_after | x_now, x_0) = N(of_x0 x_0 + of_x x_now, variance) of several steps.
-
-    Attributes:
-      of_x0: (steps,) float64, as all of them (Ho et al. 2020, equation 7).
-      of_x: (steps,).
-      variance: (steps,), 0 where the step ends at the data.
-      beta: (steps,), 1 - a_now / a_after, the variance's upper bound.
-    """
-
-    of_x0: np.ndarray
-    of_x: np.ndarray
-    variance: np.ndarray
-    beta: np.ndarray
-
-    @property
-    def log_range(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bounds of a learned log variance: the posterior's and log beta (Nichol & Dhariwal 2021).
-
-        The first step, whose posterior has no variance, takes the second one's, as in
-        "TinyFusion_EXP/diffusion/gaussian_diffusion.py"; a single step takes its beta.
-        """
-        first = self.variance[1:2] if len(self.variance) > 1 else self.beta
-        lower = np.append(first, self.variance[1:])
-        return tuple(np.log(np.maximum(bound, 1e-20)) for bound in (lower, self.beta))
-
-
-def reverse_steps(now: np.ndarray, after: np.ndarray) -> ReverseSteps:
-    """The reverse steps between noise levels.
-
-    Args:
-      now: (steps,) float64 a_t where each step starts, in ascending order of t.
-      after: (steps,) where it ends; 1 is the data.
-    """
-    beta = 1 - now / after
-    rest = (1 - after) / (1 - now)
-    return ReverseSteps(
-        np.sqrt(after) * beta / (1 - now), np.sqrt(1 - beta) * rest, beta * rest, beta
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class GaussianDiffusion:
     """q(x_t | x_0) = N(sqrt(a_t) x_0, (1 - a_t) I), a_t = prod_{s <= t} (1 - beta_s).
 
-    Hashable: a constant of jitted functions. Tables are float64, used as float32. Timesteps are
+    A `Process`. Hashable: a constant of jitted functions. Tables are float64, used as float32. Timesteps are
     integers in 0..T-1; a traced one outside is not noticed.
 
     Attributes:
@@ -113,14 +33,33 @@ class GaussianDiffusion:
       variance: of a reverse step: "fixed", or "learned_range": the network has twice the channels
         of the data, the second half says where between its bounds each log variance lies (`split`,
         `diffusion.variational`).
+      timesteps: how training draws them: "antithetic" (published for pixels) or "uniform" (for
+        DiT).
 
     Raises:
-      ValueError: betas is empty or out of range, or prediction or variance unknown.
+      ValueError: betas is empty or out of range, or prediction, variance or timesteps unknown.
     """
 
     betas: tuple[float, ...]
     prediction: str = "epsilon"
     variance: str = "fixed"
+    timesteps: str = "antithetic"
+
+    kind: ClassVar[str] = "gaussian"
+    samplers: ClassVar[tuple[str, ...]] = tuple(samplers.SAMPLERS)
+
+    @classmethod
+    def from_config(cls, fields: Any) -> GaussianDiffusion:
+        """The process of config.process: schedule, num_timesteps, beta_start, beta_end,
+        prediction, variance, timesteps.
+
+        Raises:
+          ValueError: a field is out of its range.
+        """
+        betas = beta_schedule(
+            fields.schedule, fields.num_timesteps, fields.beta_start, fields.beta_end
+        )
+        return cls(betas, fields.prediction, fields.variance, fields.timesteps)
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(float(beta) for beta in self.betas))
@@ -130,6 +69,13 @@ class GaussianDiffusion:
             raise ValueError(f"unknown prediction {self.prediction!r}; known: {PREDICTIONS}")
         if self.variance not in VARIANCES:
             raise ValueError(f"unknown variance {self.variance!r}; known: {VARIANCES}")
+        if self.timesteps not in TIMESTEPS:
+            raise ValueError(f"unknown timesteps {self.timesteps!r}; known: {TIMESTEPS}")
+
+    @property
+    def outputs(self) -> int:
+        """Channels that the network predicts for each channel of the data."""
+        return 2 if self.variance == "learned_range" else 1
 
     @property
     def num_timesteps(self) -> int:
@@ -193,7 +139,7 @@ class GaussianDiffusion:
         a = self.alphas_cumprod
         return take(np.sqrt(a), t, x), take(np.sqrt(1 - a), t, x)
 
-    def q_sample(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+    def add_noise(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
         """Noises clean data to timestep t.
 
         Args:
@@ -212,7 +158,7 @@ class GaussianDiffusion:
         return signal * x0 + sigma * noise
 
     def target(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """What the network should predict for `q_sample(x0, t, noise)`; of x0's shape."""
+        """What the network should predict for `add_noise(x0, t, noise)`; of x0's shape."""
         _check_same_shape("noise", noise, "x0", x0)
         if self.prediction == "epsilon":
             return noise
@@ -241,6 +187,56 @@ class GaussianDiffusion:
             return sigma * x_t + signal * prediction
         return (x_t - signal * prediction) / sigma
 
+    def draw_t(self, key: jax.Array, batch: int) -> jax.Array:
+        """(batch,) int32: the timesteps of a training batch."""
+        draw = {"antithetic": self.antithetic_timesteps, "uniform": self.uniform_timesteps}
+        return draw[self.timesteps](key, batch)
+
+    def at(self, level: jax.Array | float) -> jax.Array:
+        """int32 timesteps at levels in [0, 1), from the data to the noise: floor(level * T)."""
+        return jnp.floor(jnp.asarray(level) * self.num_timesteps).astype(jnp.int32)
+
+    def sweep(self) -> np.ndarray:
+        """All timesteps, from the data to the noise, for what looks at each of them."""
+        return np.arange(self.num_timesteps, dtype=np.int32)
+
+    def weight(self, t: jax.Array) -> None:
+        """Factor of each example's loss on data; None: 1."""
+        del t
+
+    def bound(
+        self,
+        prediction: jax.Array,
+        x0: jax.Array,
+        x_t: jax.Array,
+        t: jax.Array,
+        teacher: jax.Array | None = None,
+    ) -> jax.Array | None:
+        """What trains a learned variance: (B,) bits per dimension; None where it is fixed.
+
+        Args:
+          prediction: (B, ..., outputs * C), whole, as a network gives it.
+          x0: (B, ..., C) data.
+          x_t: `add_noise` of it.
+          t: (B,) timesteps.
+          teacher: a teacher's whole prediction, which then takes the place of the data.
+        """
+        if self.variance == "fixed":
+            return None
+        if teacher is None:
+            return variational.vb_loss(self, prediction, x0, x_t, t)
+        return variational.vb_kd_loss(self, prediction, teacher, x0, x_t, t)
+
+    def sampler(self, fields: Any, clip: float | None = None) -> Callable[..., jax.Array]:
+        """A sampler, as of `Process.sampler`; fields: sampler, sample_steps, skip_type, eta."""
+        sample = samplers.get_sampler(fields.sampler)
+        options = {"eta": fields.eta} if fields.sampler == "ddim" else {}
+        if clip is not None:
+            options["clip"] = clip if np.isfinite(clip) else None
+        return functools.partial(
+            sample, process=self, steps=fields.sample_steps, skip_type=fields.skip_type, **options
+        )
+
     def antithetic_timesteps(self, key: jax.Array, batch: int) -> jax.Array:
         """(batch,) int32 uniform timesteps; the second half mirrors the first, T - 1 - t.
 
@@ -256,17 +252,6 @@ class GaussianDiffusion:
     def uniform_timesteps(self, key: jax.Array, batch: int) -> jax.Array:
         """(batch,) int32 independent uniform timesteps."""
         return jax.random.randint(key, (batch,), 0, self.num_timesteps)
-
-
-def take(table: np.ndarray, t: jax.Array, x: jax.Array) -> jax.Array:
-    """A (T,) table at the timesteps t, (B,): float32, broadcastable to x, (B, ...).
-
-    Raises:
-      ValueError: t is not one per sample.
-    """
-    if t.shape != x.shape[:1]:
-        raise ValueError(f"t must have shape {x.shape[:1]}, one per sample, not {t.shape}")
-    return jnp.asarray(table, jnp.float32)[t].reshape((-1,) + (1,) * (x.ndim - 1))
 
 
 def _check_same_shape(name: str, value: jax.Array, other_name: str, other: jax.Array) -> None:

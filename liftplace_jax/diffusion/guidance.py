@@ -1,6 +1,7 @@
 """Classifier-free guidance: a conditional network as one that a sampler can call."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,9 @@ from liftplace_jax.diffusion.samplers import Predict
 
 
 def guided(
-    predict: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    labels: jax.Array,
-    null_label: int | None,
+    predict: Callable[[jax.Array, jax.Array, Any], jax.Array],
+    condition: Any,
+    null: Any,
     scale: float,
     channels: int | None = None,
 ) -> Predict:
@@ -21,9 +22,9 @@ def guided(
     is that of the conditional prediction.
 
     Args:
-      predict: (x_t (B, ..., C), t (B,), labels (B,)) -> prediction, of C or 2 C channels.
-      labels: (B,) integer classes.
-      null_label: the label that stands for none.
+      predict: (x_t (B, ..., C), t (B,), condition) -> prediction, of C or 2 C channels.
+      condition: a pytree of (B, ...) arrays.
+      null: what says nothing, of the same shapes; not used where the scale is 1.
       scale: 1 is the conditional prediction alone, without doubling the batch.
       channels: how many of the C predicted channels are guided, from the first; None: all. The
         published DiT code ("TinyFusion_EXP/models.py", forward_with_cfg) guides 3 of 4.
@@ -32,21 +33,19 @@ def guided(
       (x_t, t) -> prediction, as samplers take it.
 
     Raises:
-      ValueError: there is no null label, or channels is out of range (when called).
+      ValueError: channels is out of range (when called).
     """
     if scale == 1:
-        return lambda x, t: predict(x, t, labels)
-    if null_label is None:
-        raise ValueError(
-            f"guidance {scale} needs a network with a null label: one trained with class_dropout"
-        )
+        return lambda x, t: predict(x, t, condition)
 
     def guided_predict(x, t):
         count = x.shape[-1] if channels is None else channels
         if not 1 <= count <= x.shape[-1]:
             raise ValueError(f"guided channels must be in 1..{x.shape[-1]}, not {channels}")
         # Side by side, not one half after the other: a sharded batch stays on its devices.
-        pairs = jnp.stack([labels, jnp.full_like(labels, null_label)], axis=1).reshape(-1)
+        pairs = jax.tree.map(
+            lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:]), condition, null
+        )
         prediction = predict(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2), pairs)
         conditional, unconditional = prediction[::2], prediction[1::2]
         mean = unconditional + scale * (conditional - unconditional)

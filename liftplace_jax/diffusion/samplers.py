@@ -1,15 +1,22 @@
 """Sampling with a trained network: DDIM and ancestral, each one compiled scan."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from liftplace_jax.diffusion.gaussian import GaussianDiffusion, reverse_steps
+from liftplace_jax.diffusion.tables import reverse_steps
 from liftplace_jax.diffusion.variational import interpolate_log_variance
 
+if TYPE_CHECKING:
+    from liftplace_jax.diffusion.gaussian import GaussianDiffusion
+
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
+Noise = jax.Array | Callable[[jax.Array], jax.Array]
 
 
 def timestep_sequence(num_timesteps: int, steps: int, skip_type: str = "uniform") -> np.ndarray:
@@ -54,7 +61,7 @@ def ddim_sample(
     skip_type: str = "uniform",
     eta: float = 0.0,
     key: jax.Array | None = None,
-    noise: jax.Array | None = None,
+    noise: Noise | None = None,
     clip: float | None = None,
     return_trajectory: bool = False,
 ):
@@ -69,7 +76,8 @@ def ddim_sample(
       skip_type: see `timestep_sequence`.
       eta: 0 is deterministic, 1 has the variance of ancestral sampling.
       key: random key, needed if eta > 0 and no noise is given.
-      noise: (steps, B, ...) standard normal draws, the first for the noisiest step.
+      noise: (steps, B, ...) standard normal draws, the first for the noisiest step; or a function
+        from the number of the step, 0 for the noisiest, to (B, ...) of them.
       clip: limits predicted data to [-clip, clip], and the noise follows; None does not.
       return_trajectory: whether to return the path too.
 
@@ -104,7 +112,7 @@ def ancestral_sample(
     skip_type: str = "uniform",
     variance: str | None = None,
     key: jax.Array | None = None,
-    noise: jax.Array | None = None,
+    noise: Noise | None = None,
     clip: float | None = 1.0,
     return_trajectory: bool = False,
 ):
@@ -120,8 +128,7 @@ def ancestral_sample(
       variance: of each step, "fixedlarge", "fixedsmall" (the posterior's) or, if the process
         learns it, "learned"; default: "learned" if it does, else "fixedlarge".
       key: random key, needed if no noise is given.
-      noise: (steps, B, ...) standard normal draws, the first for the noisiest step; the last
-        step, at t = 0, adds none.
+      noise: as of `ddim_sample`; the last step, at t = 0, adds none.
       clip: limits predicted data to [-clip, clip]; None does not.
       return_trajectory: whether to return the path too.
 
@@ -178,7 +185,8 @@ def _scan(update, t, predict, x_T, process, key, noise, clip, return_trajectory)
     noisy = bool(np.any(update["sigma"] > 0))
     if noisy and key is None and noise is None:
         raise ValueError("this sampler is random: give key or noise")
-    if noise is not None and noise.shape != (len(t), *x_T.shape):
+    drawn = noise is not None and not callable(noise)
+    if drawn and noise.shape != (len(t), *x_T.shape):
         raise ValueError(f"noise must have shape {(len(t), *x_T.shape)}, not {noise.shape}")
 
     def step(x, c):
@@ -194,8 +202,10 @@ def _scan(update, t, predict, x_T, process, key, noise, clip, return_trajectory)
         if "log_most" in c:
             bounds = c["log_least"], c["log_most"]
             sigma = sigma * jnp.exp(0.5 * interpolate_log_variance(spread, *bounds))
-        if noisy and noise is not None:
+        if noisy and drawn:
             following += sigma * c["noise"]
+        elif noisy and noise is not None:
+            following += sigma * noise(c["index"])
         elif noisy:
             step_key = jax.random.fold_in(key, c["index"])
             following += sigma * jax.random.normal(step_key, x.shape)
@@ -205,7 +215,7 @@ def _scan(update, t, predict, x_T, process, key, noise, clip, return_trajectory)
     floats = update | {"signal": np.sqrt(alpha), "spread": np.sqrt(1 - alpha)}
     scanned = {name: jnp.asarray(value, jnp.float32) for name, value in floats.items()}
     scanned |= {"t": jnp.asarray(t), "index": jnp.arange(len(t))}
-    if noise is not None:
+    if drawn:
         scanned["noise"] = jnp.asarray(noise, jnp.float32)
     sample, trajectory = jax.lax.scan(step, jnp.asarray(x_T, jnp.float32), scanned)
     return (sample, trajectory) if return_trajectory else sample

@@ -1,12 +1,17 @@
 """The variational bound: what trains a learned variance, from data or from a teacher."""
 
+from __future__ import annotations
+
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from liftplace_jax.diffusion.gaussian import GaussianDiffusion, take
+from liftplace_jax.diffusion.tables import take
+
+if TYPE_CHECKING:
+    from liftplace_jax.diffusion.gaussian import GaussianDiffusion
 
 BIN = 1 / 255  # half the distance of two of the 256 grey levels in [-1, 1]
 
@@ -100,7 +105,7 @@ def vb_loss(
       process: with variance "learned_range".
       prediction: (B, ..., 2 C); its first half, the mean, gets no gradient.
       x0: (B, ..., C) data.
-      x_t: `process.q_sample` of it.
+      x_t: `process.add_noise` of it.
       t: (B,) integer timesteps.
 
     Returns:
@@ -131,7 +136,7 @@ def vb_kd_loss(
       prediction: (B, ..., 2 C), the student's; its first half gets no gradient.
       teacher: (B, ..., 2 C), treated as a constant.
       x0: (B, ..., C) data.
-      x_t: `process.q_sample` of it.
+      x_t: `process.add_noise` of it.
       t: (B,) integer timesteps.
 
     Returns:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from liftplace_jax.nn import layers
 from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
+from liftplace_jax.nn import layers
 
 _LEAST_LOGVAR, _MOST_LOGVAR = -30.0, 20.0
 

@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
+
+from flax import nnx
+from flax.typing import Dtype
 
 from liftplace_jax.nn.model_config import ModelConfig, check_count
 
@@ -52,6 +55,8 @@ class AutoencoderConfig(ModelConfig):
     out_channels: int = 3
     sample_size: int = 512
 
+    model: ClassVar[str] = "autoencoder"
+
     def __post_init__(self):
         if not isinstance(self.block_out_channels, list | tuple) or not self.block_out_channels:
             raise ValueError(
@@ -85,3 +90,9 @@ class AutoencoderConfig(ModelConfig):
     def downsampling(self) -> int:
         """Pixels along a side for each element of a latent."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    def build(self, *, rngs: nnx.Rngs, dtype: Dtype) -> nnx.Module:
+        """See `ModelConfig.build`."""
+        from liftplace_jax.encoders.autoencoder import Autoencoder  # late: it imports this module
+
+        return Autoencoder(self, rngs=rngs, dtype=dtype)

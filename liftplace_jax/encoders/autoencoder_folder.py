@@ -15,12 +15,11 @@ import jax
 from flax import nnx
 
 from liftplace_jax import weights
-from liftplace_jax.families import registry
-from liftplace_jax.nn import building
-from liftplace_jax.host.buckets import as_path
-from liftplace_jax.families.unet.diffusers import DiffusersError
-from liftplace_jax.families.loading import current_name, read_weights
 from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig, from_latents
+from liftplace_jax.families.loading import current_name, read_weights
+from liftplace_jax.families.unet.diffusers import DiffusersError
+from liftplace_jax.host.buckets import as_path
+from liftplace_jax.nn import building
 from liftplace_jax.nn.network import Network, from_tensors, load_network
 
 # diffusers' defaults of the fields that are ours too (0.42 "autoencoder_kl.py"); shift_factor is
@@ -174,4 +173,4 @@ def write_random_autoencoder(
         block_out_channels=levels * (8,), layers_per_block=1, norm_num_groups=4,
         in_channels=channels, out_channels=channels, sample_size=image_size,
     )  # fmt: skip
-    weights.save_model(folder, registry.config_to_dict(config), building.create(config, seed)[1])
+    weights.save_model(folder, config.described(), building.create(config, seed)[1])

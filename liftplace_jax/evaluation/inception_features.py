@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from liftplace_jax import weights
-from liftplace_jax.host.buckets import as_path
 from liftplace_jax.evaluation.extractor import Extractor
-from liftplace_jax.evaluation.resize import resize_bilinear
 from liftplace_jax.evaluation.inception import DIMS, IMAGE_SIZE, Inception
+from liftplace_jax.evaluation.resize import resize_bilinear
+from liftplace_jax.host.buckets import as_path
 
 # Protocol -> name of the distance, resizing, the pixel (0..255) that becomes 0, how many make 1.
 PROTOCOLS = {

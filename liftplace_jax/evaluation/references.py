@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from liftplace_jax.host.buckets import as_path, local_copy, reaching
 from liftplace_jax.evaluation.frechet import check_statistics
+from liftplace_jax.host.buckets import as_path, local_copy, reaching
 from liftplace_jax.host.files import write_npz
 
 # Kind of features -> the names of its mean and covariance.

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from liftplace_jax import evaluation
-from liftplace_jax.host.buckets import on_this_machine
 from liftplace_jax.compress import IMPORTANCES
-from liftplace_jax.experiment.configuration import check_choice, check_positive
 from liftplace_jax.diffusion import SAMPLERS, TIMESTEPS
+from liftplace_jax.experiment.configuration import check_choice, check_positive
+from liftplace_jax.host.buckets import on_this_machine
 from liftplace_jax.losses import PUBLISHED
 from liftplace_jax.losses.weighting import DIRECTIONS
 from liftplace_jax.nn.layers import REMAT_POLICIES

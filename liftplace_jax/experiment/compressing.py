@@ -14,14 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from liftplace_jax import compress, data, weights
-from liftplace_jax.host import processes
-from liftplace_jax.host.buckets import as_path
 from liftplace_jax.experiment.checks import NORMALISATIONS, under
-from liftplace_jax.training.distillation import make_task
-from liftplace_jax.host.files import replacing, write_json
-from liftplace_jax.losses import output_kd_loss
 from liftplace_jax.families.dit.config import DiTConfig
 from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.host import processes, sharding
+from liftplace_jax.host.buckets import as_path
+from liftplace_jax.host.files import replacing, write_json
+from liftplace_jax.losses import output_kd_loss
 from liftplace_jax.nn.network import (
     Network,
     from_tensors,
@@ -30,7 +29,7 @@ from liftplace_jax.nn.network import (
     load_network,
     make_apply,
 )
-from liftplace_jax.host import sharding
+from liftplace_jax.training.distillation import make_task
 from liftplace_jax.training.metrics_io import progress, read_metrics
 from liftplace_jax.training.objective import METHODS, draw_inputs, make_objective
 from liftplace_jax.training.step import LossFn
@@ -149,7 +148,7 @@ def _taylor_gradients(experiment: Experiment, teacher: Network):
     @jax.value_and_grad
     def loss(params, t):
         t = jnp.full(images.shape[:1], t)
-        x_t = process.q_sample(images, t, noise)
+        x_t = process.add_noise(images, t, noise)
         prediction, _ = process.split(apply(params, x_t, t, False, None)[0])
         return output_kd_loss(prediction, process.target(images, noise, t))
 
@@ -254,7 +253,7 @@ def _scored_batches(experiment: Experiment) -> Iterator[tuple[jax.Array, ...]]:
         for step in range(fields.score_batches):
             batch = jax.tree.map(jnp.asarray, next(batches))
             t, noise, labels = draw_inputs(process, task, seed, batch, step)
-            x = process.q_sample(batch["image"], t, noise)
+            x = process.add_noise(batch["image"], t, noise)
             yield x, t, labels, process.target(batch["image"], noise, t)
             bar.update()
     finally:

@@ -25,17 +25,18 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from liftplace_jax import data, evaluation, weights
-from liftplace_jax.experiment import compressing
-from liftplace_jax.families import registry
-from liftplace_jax.nn import building
-from liftplace_jax.host import processes
-from liftplace_jax.experiment import workdir as workdirs
-from liftplace_jax.encoders.autoencoder_folder import AutoencoderNetwork, load_autoencoder
-from liftplace_jax.host.buckets import as_path
-from liftplace_jax.experiment.checks import check_config, read_layer_map, under
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
-from liftplace_jax.training.distillation import loss_options, make_task, student_objective
+from liftplace_jax.encoders.autoencoder_folder import AutoencoderNetwork, load_autoencoder
 from liftplace_jax.evaluation.samples import replicated
+from liftplace_jax.evaluation.sampling import Sampler, make_sampler
+from liftplace_jax.experiment import compressing
+from liftplace_jax.experiment import workdir as workdirs
+from liftplace_jax.experiment.checks import check_config, read_layer_map, under
+from liftplace_jax.experiment.sources import check_classes, open_images, open_latents
+from liftplace_jax.families import registry
+from liftplace_jax.host import processes, sharding
+from liftplace_jax.host.buckets import as_path
+from liftplace_jax.nn import building
 from liftplace_jax.nn.network import (
     Network,
     is_finished,
@@ -44,10 +45,8 @@ from liftplace_jax.nn.network import (
     make_apply,
     match_features,
 )
-from liftplace_jax.evaluation.sampling import Sampler, make_sampler
-from liftplace_jax.experiment.sources import check_classes, open_images, open_latents
 from liftplace_jax.training import profiling
-from liftplace_jax.host import sharding
+from liftplace_jax.training.distillation import loss_options, make_task, student_objective
 from liftplace_jax.training.loop import train
 from liftplace_jax.training.metrics_io import progress
 from liftplace_jax.training.objective import (
@@ -429,5 +428,5 @@ class Experiment:
 
     def _save(self, folder: Path, config: Any, params: Any) -> None:
         if processes.is_first():
-            weights.save_model(folder, registry.config_to_dict(config), params)
+            weights.save_model(folder, config.described(), params)
         processes.wait_for(folder / "config.json")

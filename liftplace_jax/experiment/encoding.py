@@ -20,14 +20,14 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from liftplace_jax import data
-from liftplace_jax.host import processes
-from liftplace_jax.encoders.autoencoder_folder import AutoencoderNetwork, load_autoencoder
-from liftplace_jax.host.buckets import on_this_machine
 from liftplace_jax.data import encoded
 from liftplace_jax.data.encoded import Shard
+from liftplace_jax.encoders.autoencoder_folder import AutoencoderNetwork, load_autoencoder
 from liftplace_jax.evaluation.samples import check_batch, replicated
 from liftplace_jax.experiment.report import versions
 from liftplace_jax.experiment.sources import check_classes, load_split
+from liftplace_jax.host import processes
+from liftplace_jax.host.buckets import on_this_machine
 from liftplace_jax.training.metrics_io import progress
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from liftplace_jax.experiment.configuration import experiment_config, optimizer_config
-from liftplace_jax.families.published import PUBLISHED_UNETS
+from liftplace_jax.families.unet.published import PUBLISHED_UNETS
 
 
 def pixel_unet_config(

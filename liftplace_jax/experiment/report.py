@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from liftplace_jax.families import registry
-from liftplace_jax.host import processes
-from liftplace_jax.host.buckets import local_copy
 from liftplace_jax.data import eval_batches
 from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.experiment.scoring import CLASS_COLUMNS, CLASS_ROWS, predictor
+from liftplace_jax.families import registry
+from liftplace_jax.families.registry import count_macs
+from liftplace_jax.host import processes
+from liftplace_jax.host.buckets import local_copy
 from liftplace_jax.host.files import replacing, write_json
 from liftplace_jax.losses import error_groups
-from liftplace_jax.families.cost import count_macs
 from liftplace_jax.nn.network import load_network
-from liftplace_jax.experiment.scoring import CLASS_COLUMNS, CLASS_ROWS, predictor
 from liftplace_jax.training.metrics_io import read_metrics
 
 matplotlib.use("agg")
@@ -275,7 +275,7 @@ def groups_figure(experiment: Experiment) -> plt.Figure:
     images = batch["image"]
     t = jnp.full((count,), experiment.process.num_timesteps // 4)
     noise = jax.random.normal(jax.random.key(experiment.config.evaluation.seed), images.shape)
-    x_t = experiment.process.q_sample(jnp.asarray(images), t, noise)
+    x_t = experiment.process.add_noise(jnp.asarray(images), t, noise)
     outputs = [
         predictor(experiment, network)(x_t, t, batch["label"]) for network in (teacher, student)
     ]

@@ -21,13 +21,12 @@ import numpy as np
 import tqdm
 
 from liftplace_jax import evaluation
-from liftplace_jax.nn import building
-from liftplace_jax.host import processes
 from liftplace_jax.evaluation.samples import replicated
 from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.host import processes, sharding
 from liftplace_jax.host.files import write_json, write_npz
+from liftplace_jax.nn import building
 from liftplace_jax.nn.network import Network, load_network, make_apply
-from liftplace_jax.host import sharding
 from liftplace_jax.training.metrics_io import progress
 
 KEPT_IMAGES = 64
@@ -190,7 +189,7 @@ def _output_error(experiment: Experiment, teacher: Network, student: Network) ->
 
     def noising(images, levels, noise):
         t = jnp.floor(levels * process.num_timesteps).astype(jnp.int32)
-        return process.q_sample(images, t, noise), t
+        return process.add_noise(images, t, noise), t
 
     return evaluation.output_error(
         predictor(experiment, teacher), predictor(experiment, student), noising,

@@ -17,10 +17,10 @@ def run(config: ConfigDict, workdir: Path, mode: str) -> None:
       workdir: the work directory.
       mode: one of MODES.
     """
-    from liftplace_jax.host import processes
     from liftplace_jax.experiment.context import Experiment
     from liftplace_jax.experiment.report import is_reported, write_report
     from liftplace_jax.experiment.scoring import evaluate
+    from liftplace_jax.host import processes
     from liftplace_jax.training.profiling import keep_compiled
 
     keep_compiled(config.compile_cache)

@@ -18,17 +18,16 @@ import numpy as np
 
 from liftplace_jax import weights
 from liftplace_jax.families.dit import diffusers as diffusers_dit
-from liftplace_jax.nn import building
-from liftplace_jax.host.buckets import as_path
+from liftplace_jax.families.dit.config import DiTConfig
+from liftplace_jax.families.unet.config import Node, UNetConfig
 from liftplace_jax.families.unet.diffusers import (
     DiffusersError,
     config_from_diffusers,
     config_to_diffusers,
 )
+from liftplace_jax.host.buckets import as_path
 from liftplace_jax.host.files import replacing_folder, write_json
-from liftplace_jax.families.dit.config import DiTConfig
-from liftplace_jax.families.unet.config import UNetConfig
-from liftplace_jax.families.unet.config import Node
+from liftplace_jax.nn import building
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 PARTS = ("unet", "transformer")

@@ -1,9 +1,10 @@
-"""The networks, by name: a model is its config (JSON friendly) and its arrays."""
+"""A model out of its config: the NNX definition and its parameters."""
 
-import dataclasses
+from __future__ import annotations
+
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,22 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from liftplace_jax.encoders.autoencoder import Autoencoder
-from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
-from liftplace_jax.families.dit.model import DiT
-from liftplace_jax.families.dit.config import DiTConfig
-from liftplace_jax.families.unet.model import UNet
-from liftplace_jax.families.unet.config import UNetConfig
-
-MODELS = {
-    "unet": (UNetConfig, UNet),
-    "dit": (DiTConfig, DiT),
-    "autoencoder": (AutoencoderConfig, Autoencoder),
-}
+from liftplace_jax.nn.model_config import ModelConfig
 
 
 def create(
-    config: Any,
+    config: ModelConfig,
     seed: int | jax.Array = 0,
     dtype: Dtype = jnp.float32,
     remat: str | None = None,
@@ -35,7 +25,7 @@ def create(
     """Initialises a model.
 
     Args:
-      config: a config of one of MODELS.
+      config: the model's config, which builds it (`ModelConfig.build`).
       seed: an integer or a random key (works under jit and vmap).
       dtype: dtype of the computation; parameters are float32.
       remat: None or one of `layers.REMAT_POLICIES`: what the gradient keeps of each block.
@@ -46,7 +36,7 @@ def create(
       (graphdef, params); `nnx.merge(graphdef, params)(x, t)` is a pure function of params.
 
     Raises:
-      ValueError: the config belongs to no known model, or there is no such policy.
+      ValueError: there is no such policy.
     """
 
     def build():
@@ -61,7 +51,7 @@ def create(
 
 
 def abstract(
-    config: Any, dtype: Dtype = jnp.float32, remat: str | None = None
+    config: ModelConfig, dtype: Dtype = jnp.float32, remat: str | None = None
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """As `create`, with shapes and dtypes (`jax.ShapeDtypeStruct`) in place of arrays."""
     graphdef, params = _abstract(config, dtype, remat)
@@ -73,47 +63,11 @@ def _abstract(config, dtype, remat):
     return nnx.split(nnx.eval_shape(lambda: _build(config, nnx.Rngs(0), dtype, remat)))
 
 
-def config_to_dict(config: Any) -> dict[str, Any]:
-    """The config as JSON types, with its model's name under "model"."""
-    return {"model": _name(config)} | config.to_dict()
-
-
-def config_from_dict(fields: Mapping[str, Any], partial: bool = False) -> Any:
-    """The inverse of `config_to_dict`.
-
-    Args:
-      fields: the model's name under "model", and its config's fields.
-      partial: whether missing fields get their defaults.
-
-    Raises:
-      ValueError: unknown model name, or unknown, missing or bad fields.
-    """
-    name = fields.get("model")
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; known: {sorted(MODELS)}")
-    config_class, given = MODELS[name][0], {k: v for k, v in fields.items() if k != "model"}
-    if partial:
-        defaults = {
-            field.name: field.default for field in dataclasses.fields(config_class)
-            if field.default is not dataclasses.MISSING
-        }  # fmt: skip
-        given = defaults | given
-    return config_class.from_dict(given)
+def _build(config, rngs, dtype, remat):
+    options = {} if remat is None else {"remat": remat}  # an autoencoder has none
+    return config.build(rngs=rngs, dtype=dtype, **options)
 
 
 def count_parameters(params: Any) -> int:
     """Number of elements in a tree of arrays or of `jax.ShapeDtypeStruct`."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
-def _name(config: Any) -> str:
-    for name, (config_class, _) in MODELS.items():
-        if isinstance(config, config_class):
-            return name
-    known = [config_class.__name__ for config_class, _ in MODELS.values()]
-    raise ValueError(f"no model has a config of type {type(config).__name__}; known: {known}")
-
-
-def _build(config: Any, rngs: nnx.Rngs, dtype: Dtype, remat: str | None) -> nnx.Module:
-    options = {} if remat is None else {"remat": remat}  # an autoencoder has none
-    return MODELS[_name(config)][1](config, rngs=rngs, dtype=dtype, **options)

@@ -13,13 +13,12 @@ import numpy as np
 from flax import nnx
 
 from liftplace_jax import weights
-from liftplace_jax.families import registry
-from liftplace_jax.nn import building
-from liftplace_jax.host import processes
 from liftplace_jax.experiment.configuration import differences
+from liftplace_jax.families import registry
 from liftplace_jax.families.loading import OF_DIFFUSERS, find_folder, read_diffusers
+from liftplace_jax.host import processes, sharding
 from liftplace_jax.losses import init_adapters
-from liftplace_jax.host import sharding
+from liftplace_jax.nn import building
 
 Shardings = Callable[[Any], Any]
 PARAMS = {"ema": "model.safetensors", "raw": "raw.safetensors"}
@@ -147,7 +146,7 @@ def _as_config(network: Network, config: Any, path: Path, dtype: str, said_by: s
 
 
 def _architecture(config: Any) -> list[dict[str, Any]]:
-    return [{"model": registry.config_to_dict(config)["model"]}, *config.architecture()]
+    return [{"model": config.described()["model"]}, *config.architecture()]
 
 
 def _check_agreement(path: Path, found: list[dict], wanted: list[dict], said_by: str) -> None:

@@ -17,9 +17,9 @@ import matplotlib
 import tqdm
 from ml_collections import ConfigDict
 
-from liftplace_jax.families import registry
 from liftplace_jax.experiment import stages
 from liftplace_jax.experiment.checks import under
+from liftplace_jax.families import registry
 from liftplace_jax.suites.options import Options, Result
 
 matplotlib.use("agg")

@@ -17,11 +17,11 @@ import tqdm
 from PIL import Image
 
 from liftplace_jax.data import Source, load_latents, train_batches
-from liftplace_jax.data.folder import ImageFolder
 from liftplace_jax.data.encoded import claim, list_shards, record_dtype, write_shard
+from liftplace_jax.data.folder import ImageFolder
+from liftplace_jax.host import sharding
 from liftplace_jax.suites import prediction
 from liftplace_jax.suites.options import Options, Result
-from liftplace_jax.host import sharding
 
 FILES = 64  # different images; read again and again, they come from memory as from a fast disk
 LENGTH = 100_000  # of the data set they stand for: too long to be kept decoded

@@ -34,14 +34,13 @@ _GIGA = 1e9
 def run(options: Options) -> Result:
     """Loads DiT-XL/2 (quick: a small DiT) with random weights, and for comparison the mere file."""
     from liftplace_jax import weights
-    from liftplace_jax.families import registry
     from liftplace_jax.families.dit.config import DiTConfig
     from liftplace_jax.nn import building
 
     sizes = QUICK if options.quick else XL
     config = DiTConfig(image_size=32, patch_size=2, in_channels=4, num_classes=1000, **sizes)
     with tempfile.TemporaryDirectory() as folder:
-        weights.save_model(folder, registry.config_to_dict(config), building.create(config)[1])
+        weights.save_model(folder, config.described(), building.create(config)[1])
         rows = [_measured(folder, case) for case in tqdm.tqdm(CASES, unit="case")]
     for row in rows:
         row["over_size"] = row["host_gb"] / row["size_gb"]
@@ -89,8 +88,8 @@ def _one_device(folder: Path) -> Any:
 
 
 def _split(folder: Path) -> Any:
-    from liftplace_jax.nn.network import load_network
     from liftplace_jax.host import sharding
+    from liftplace_jax.nn.network import load_network
 
     mesh = sharding.make_mesh({"data": 1, "fsdp": DEVICES})
     shardings = functools.partial(sharding.tree_shardings, rules=RULES, mesh=mesh)
@@ -100,14 +99,12 @@ def _split(folder: Path) -> Any:
 def _checkpoint(folder: Path) -> Any:
     from liftplace_jax import weights
     from liftplace_jax.families import registry
-    from liftplace_jax.families.dit.config import DiTConfig
-    from liftplace_jax.nn import building
     from liftplace_jax.nn.network import load_checkpoint
 
     config = registry.config_from_dict(json.loads((folder / "config.json").read_text()))
     network = load_checkpoint(folder / "model.safetensors", config)
     with tempfile.TemporaryDirectory(dir=folder) as target:
-        weights.save_model(target, registry.config_to_dict(network.config), network.params)
+        weights.save_model(target, network.config.described(), network.params)
     return network.params
 
 
@@ -145,7 +142,6 @@ def main() -> None:
     import jax
 
     # Late imports count no more.
-    from liftplace_jax.nn import network as networks
 
     folder, case = Path(sys.argv[1]), CASES[sys.argv[2]]
     jax.block_until_ready(jax.numpy.zeros(()))

@@ -13,15 +13,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from liftplace_jax import weights
-from liftplace_jax.families import registry
-from liftplace_jax.nn import building
-from liftplace_jax.training.distillation import student_objective
-from liftplace_jax.experiment.context import Experiment
-from liftplace_jax.families.cost import count_macs
-from liftplace_jax.nn.network import Network, make_apply
 from liftplace_jax.evaluation.sampling import make_sampler
+from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.families.registry import count_macs
+from liftplace_jax.nn import building
+from liftplace_jax.nn.network import Network, make_apply
 from liftplace_jax.suites.peaks import peak_fraction
 from liftplace_jax.suites.timing import Timing, time_side_by_side
+from liftplace_jax.training.distillation import student_objective
 from liftplace_jax.training.objective import METHODS
 from liftplace_jax.training.prepare import prepare
 
@@ -169,7 +168,7 @@ def _compiled(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[[
 
 def _checkpoint_bytes(experiment: Experiment, network: Network) -> int:
     folder = experiment.workdir / "checkpoint"
-    weights.save_model(folder, registry.config_to_dict(network.config), network.params)
+    weights.save_model(folder, network.config.described(), network.params)
     return (folder / "model.safetensors").stat().st_size
 
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from liftplace_jax.families import registry
-from liftplace_jax.experiment.checks import NORMALISATIONS
 from liftplace_jax.compress import pruned_config
+from liftplace_jax.experiment.checks import NORMALISATIONS
 from liftplace_jax.experiment.configuration import differences
-from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.experiment.report import summarise
+from liftplace_jax.families.unet.config import UNetConfig
 
 Row = dict[str, Any]
 
@@ -95,7 +94,7 @@ def _read(workdir: Path, name: str) -> Any:
 
 def _check_model(workdir: Path, row: Row, wanted: UNetConfig) -> None:
     found = _read(workdir, f"{row['folder']}/config.json")
-    wanted_fields = json.loads(json.dumps(registry.config_to_dict(wanted)))
+    wanted_fields = json.loads(json.dumps(wanted.described()))
     lines = differences(wanted_fields, found)
     if lines:
         raise ValueError(

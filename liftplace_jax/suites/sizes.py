@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from liftplace_jax.compress import pruned_config
-from liftplace_jax.families.cost import config_parameters, count_macs
-from liftplace_jax.families.published import PUBLISHED_DITS, PUBLISHED_UNETS
+from liftplace_jax.families.dit.published import PUBLISHED_DITS
+from liftplace_jax.families.registry import config_parameters, count_macs
+from liftplace_jax.families.unet.published import PUBLISHED_UNETS
 from liftplace_jax.suites.options import Options, Result
 
 RATIOS = (0.0, 0.3, 0.5, 0.7, 0.9)

@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import tqdm
 
-from liftplace_jax.nn import building
 from liftplace_jax.compress import pruned_config
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
-from liftplace_jax.families.published import PUBLISHED_UNETS
 from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.families.unet.published import PUBLISHED_UNETS
+from liftplace_jax.nn import building
 from liftplace_jax.nn.network import make_apply
 from liftplace_jax.suites.options import Options, Result
 from liftplace_jax.suites.timing import milliseconds, time_side_by_side

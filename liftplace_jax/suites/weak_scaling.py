@@ -78,13 +78,13 @@ def prepare_step(devices: int, quick: bool) -> tuple[dict[str, Any], Callable[[]
     import numpy as np
 
     from liftplace_jax.compress import pruned_config
-    from liftplace_jax.experiment.configuration import default_config
     from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
-    from liftplace_jax.training.distillation import student_objective
+    from liftplace_jax.experiment.configuration import default_config
+    from liftplace_jax.host import sharding
     from liftplace_jax.suites.communication import collectives, total_bytes
     from liftplace_jax.suites.measuring import random_network
     from liftplace_jax.suites.steps import DIGITS
-    from liftplace_jax.host import sharding
+    from liftplace_jax.training.distillation import student_objective
     from liftplace_jax.training.prepare import prepare
 
     config = default_config()

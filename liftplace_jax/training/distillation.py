@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from liftplace_jax.diffusion import Process
 from liftplace_jax.experiment.checks import read_layer_map
-from liftplace_jax.diffusion import GaussianDiffusion
 from liftplace_jax.losses import PUBLISHED
+from liftplace_jax.nn.model_config import DenoiserConfig
 from liftplace_jax.nn.network import Network, make_adapters, make_apply, match_features
 from liftplace_jax.training.objective import (
     METHODS,
     OUTPUT_LOSSES,
-    Labels,
     Method,
     Task,
     Weighting,
@@ -27,19 +27,18 @@ from liftplace_jax.training.step import LossFn
 FEATURE_OPTIONS = ("mask_sigma", "reduction", "layers")
 
 
-def make_task(config: ConfigDict, model: Any) -> Task:
+def make_task(config: ConfigDict, model: DenoiserConfig) -> Task:
     """What a network learns from the data, be it teacher or student.
 
     Args:
       config: the experiment's.
       model: the network's config.
     """
-    labels = Labels(model.null_label, model.class_dropout) if model.num_classes else None
-    return Task(config.process.timesteps, config.process.reduction, labels=labels)
+    return Task(config.process.reduction, conditioning=model.conditioning)
 
 
 def student_objective(
-    config: ConfigDict, process: GaussianDiffusion, name: str, seed: int, start: Network,
+    config: ConfigDict, process: Process, name: str, seed: int, start: Network,
     teacher: Network,
 ) -> tuple[LossFn, dict[str, Any]]:  # fmt: skip
     """A method's loss on a student, and the parameters it trains.

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from liftplace_jax.diffusion import GaussianDiffusion, vb_kd_loss, vb_loss
+from liftplace_jax.conditioning import UNCONDITIONAL, Conditioning
+from liftplace_jax.diffusion import Process
 from liftplace_jax.losses import (
     LiftTerms,
     cosine_weight,
@@ -92,33 +93,19 @@ class Weighting(NamedTuple):
 ADAPTIVE = Weighting()
 
 
-class Labels(NamedTuple):
-    """How a class-conditional network is trained.
-
-    Attributes:
-      null: the label that stands for none; None if the network has none.
-      dropout: share of labels that become `null`.
-    """
-
-    null: int | None
-    dropout: float
-
-
 class Task(NamedTuple):
     """What networks learn from the data, teachers as well as students.
 
     Attributes:
-      timesteps: "antithetic" (published for pixels) or "uniform" (for DiT).
       reduction: of squared errors and of the variational bound: "sum" over the elements of a
         sample, or "mean"; then the mean over the batch.
       scale: factor of the loss on data.
-      labels: None for an unconditional network.
+      conditioning: what the network is told.
     """
 
-    timesteps: str = "antithetic"
     reduction: str = "sum"
     scale: float = 1.0
-    labels: Labels | None = None
+    conditioning: Conditioning = UNCONDITIONAL
 
 
 PIXELS = Task()
@@ -130,36 +117,29 @@ class Inputs(NamedTuple):
     Attributes:
       t: (B,) timesteps.
       noise: standard normal, of the data's shape.
-      cond: (B,) labels, or None.
+      cond: a condition, as of `Conditioning`.
     """
 
     t: jax.Array
     noise: jax.Array
-    cond: jax.Array | None
+    cond: Any
 
 
 def draw_inputs(
-    process: GaussianDiffusion, task: Task, seed: int, batch: Mapping[str, Any], step: jax.Array
+    process: Process, task: Task, seed: int, batch: Mapping[str, Any], step: jax.Array
 ) -> Inputs:
-    """A step's timesteps, noise and dropped labels: a function of seed and step."""
-    images = batch["image"]
-    draw = {"antithetic": process.antithetic_timesteps, "uniform": process.uniform_timesteps}
-    t = draw[task.timesteps](random_key(seed, "timestep", step), images.shape[0])
+    """A step's timesteps, noise and dropped conditions: a function of seed and step."""
+    images, conditioning = batch["image"], task.conditioning
+    t = process.draw_t(random_key(seed, "timestep", step), images.shape[0])
     noise = jax.random.normal(random_key(seed, "noise", step), images.shape, images.dtype)
-    if task.labels is None:
-        return Inputs(t, noise, None)
-    cond = jnp.asarray(batch["label"])
-    if task.labels.dropout:
-        key = random_key(seed, "label", step)
-        dropped = jax.random.bernoulli(key, task.labels.dropout, cond.shape)
-        cond = jnp.where(dropped, task.labels.null, cond)
+    cond = conditioning.drop(random_key(seed, "label", step), conditioning.of(batch))
     return Inputs(t, noise, cond)
 
 
 def make_objective(
     method: Method,
     apply: Apply,
-    process: GaussianDiffusion,
+    process: Process,
     seed: int,
     *,
     task: Task = PIXELS,
@@ -184,7 +164,7 @@ def make_objective(
 
     Args:
       method: which terms.
-      apply: the trained network, (params, x, t, return_features, dropout key or None[, cond]) ->
+      apply: the trained network, (params, x, t, return_features, dropout key or None, cond) ->
         (prediction, features).
       process: the diffusion process.
       seed: of timesteps, noise, dropout and dropped labels.
@@ -201,23 +181,23 @@ def make_objective(
     def loss_fn(params, teacher_params, batch, step):
         images = batch["image"]
         t, noise, cond = draw_inputs(process, task, seed, batch, step)
-        cond = {} if cond is None else {"cond": cond}
-        x_t = process.q_sample(images, t, noise)
+        x_t = process.add_noise(images, t, noise)
         prediction, features = apply(
-            params["student"], x_t, t, method.feature, random_key(seed, "dropout", step), **cond
+            params["student"], x_t, t, method.feature, random_key(seed, "dropout", step), cond
         )
-        mean, values = process.split(prediction)
-        total = output_kd_loss(mean, process.target(images, noise, t), reduction=task.reduction)
+        mean, _ = process.split(prediction)
+        total = _task_loss(process, task, mean, process.target(images, noise, t), t)
         metrics = {"diffusion": total}
         bits = images[0].size if task.reduction == "sum" else 1
-        if values is not None:
-            metrics["vb"] = bits * jnp.mean(vb_loss(process, prediction, images, x_t, t))
+        bound = process.bound(prediction, images, x_t, t)
+        if bound is not None:
+            metrics["vb"] = bits * jnp.mean(bound)
             total = total + metrics["vb"]
         total = task.scale * total
         if not method.needs_teacher:
             return total, metrics
         teacher, teacher_features = jax.lax.stop_gradient(
-            teacher_apply(teacher_params, x_t, t, method.feature, None, **cond)
+            teacher_apply(teacher_params, x_t, t, method.feature, None, cond)
         )
         teacher_mean, _ = process.split(teacher)
         metrics["output_kd"] = output_kd_loss(mean, teacher_mean, reduction=task.reduction)
@@ -229,9 +209,9 @@ def make_objective(
             )
             total = total + scale * terms.loss
             metrics |= _lift_metrics(terms)
-        if method.output is not None and values is not None:
-            vb_kd = vb_kd_loss(process, prediction, teacher, images, x_t, t)
-            metrics["vb_kd"] = bits * jnp.mean(vb_kd)
+        if method.output is not None and bound is not None:
+            bound = process.bound(prediction, images, x_t, t, teacher)
+            metrics["vb_kd"] = bits * jnp.mean(bound)
             total = total + scale * metrics["vb_kd"]
         if method.feature:
             metrics["feature_kd"] = feature_kd_loss(
@@ -243,6 +223,16 @@ def make_objective(
         return total, metrics
 
     return loss_fn
+
+
+def _task_loss(process, task, mean, target, t):
+    """||target - prediction||^2, weighted as the process says."""
+    weight = process.weight(t)
+    if weight is None:
+        return output_kd_loss(mean, target, reduction=task.reduction)
+    each = output_kd_loss(mean, target, reduction="per_sample")
+    elements = mean[0].size if task.reduction == "sum" else 1
+    return elements * jnp.mean(weight * each)
 
 
 def _lift_metrics(terms: LiftTerms) -> dict[str, jax.Array]:

@@ -3,11 +3,14 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from flax import nnx
+from flax.typing import Dtype
 
-from liftplace_jax.nn.model_config import ModelConfig, check_count
+from liftplace_jax.conditioning import Classes
+from liftplace_jax.nn.model_config import DenoiserConfig, check_count
 
 EMBEDDERS = ("shared", "per_block")
 
@@ -21,7 +24,7 @@ _PUBLISHED_PAIRS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTConfig(ModelConfig):
+class DiTConfig(DenoiserConfig):
     """Everything that defines a `DiT`; hashable and JSON friendly.
 
     Attributes:
@@ -64,6 +67,8 @@ class DiTConfig(ModelConfig):
     embedders: str = "shared"
     kept_layers: tuple[int, ...] | None = None
 
+    model: ClassVar[str] = "dit"
+
     def __post_init__(self):
         for field in (
             "image_size", "hidden_size", "depth", "num_heads", "patch_size", "in_channels",
@@ -97,6 +102,11 @@ class DiTConfig(ModelConfig):
 
     def _check_kept_layers(self):
         kept = self.kept_layers
+        if self.embedders == "per_block":
+            raise ValueError(
+                "a DiT with embedders='per_block' cannot lose blocks: its final layer depends on "
+                "block 0's embedder; prune a DiT with embedders='shared'"
+            )
         if not isinstance(kept, list | tuple):
             raise ValueError(f"kept_layers must be a sequence of block numbers, not {kept!r}")
         for layer in kept:
@@ -132,6 +142,19 @@ class DiTConfig(ModelConfig):
     def null_label(self) -> int | None:
         """The label that says nothing, for guidance; None if the model was trained without."""
         return self.num_classes if self.class_dropout else None
+
+    @property
+    def conditioning(self) -> Classes:
+        """See `DenoiserConfig.conditioning`."""
+        return Classes(self.num_classes, self.null_label, self.class_dropout)
+
+    def build(
+        self, *, rngs: nnx.Rngs, dtype: Dtype, remat: str | None = None
+    ) -> nnx.Module:
+        """See `ModelConfig.build`."""
+        from liftplace_jax.families.dit.model import DiT  # late: it takes its config from here
+
+        return DiT(self, rngs=rngs, dtype=dtype, remat=remat)
 
     def architecture(self) -> list[dict[str, Any]]:
         """See `ModelConfig.architecture`: all but the record, and the rate of dropping labels."""

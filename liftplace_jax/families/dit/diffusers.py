@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from liftplace_jax import weights
-from liftplace_jax.nn import building
-from liftplace_jax.families.unet.diffusers import DiffusersError, find_problems, is_count
 from liftplace_jax.families.dit.config import DiTConfig
 from liftplace_jax.families.dit.model import position_embedding
+from liftplace_jax.families.unet.diffusers import DiffusersError, find_problems, is_count
+from liftplace_jax.nn import building
 
 # Field -> the value under which it is our DiT. The later ones are those of the class before.
 _FIXED = {

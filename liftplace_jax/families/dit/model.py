@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
-from liftplace_jax.nn import layers
 from liftplace_jax.families.dit.config import DiTConfig
+from liftplace_jax.nn import layers
 
 FREQUENCIES = 256
 """Size of the timestep's sinusoidal embedding."""

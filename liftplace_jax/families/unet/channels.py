@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from liftplace_jax.families.unet.coupling import ChannelGroup, Slice, channel_groups
 from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.families.unet.coupling import ChannelGroup, Slice, channel_groups
 
 Tensors = Mapping[str, np.ndarray]
+NORMALISATIONS = {"published": None, "adapted": 2}
+"""Name -> the student's least number of channels in a normalisation group."""
 
 
 class View(NamedTuple):

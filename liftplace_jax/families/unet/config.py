@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+from flax import nnx
+from flax.typing import Dtype
 
-from liftplace_jax.nn.model_config import ModelConfig, check_count
+from liftplace_jax.nn.model_config import DenoiserConfig, check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Node:
 
 
 @dataclasses.dataclass(frozen=True)
-class UNetConfig(ModelConfig):
+class UNetConfig(DenoiserConfig):
     """Everything that defines a `UNet`; hashable and JSON friendly.
 
     Attributes:
@@ -81,8 +83,7 @@ class UNetConfig(ModelConfig):
     min_channels_per_group: int = 1
     widths: tuple[tuple[str, int], ...] | None = None
 
-    num_classes: ClassVar[int] = 0  # this model is unconditional
-    null_label: ClassVar[None] = None
+    model: ClassVar[str] = "unet"
 
     def __post_init__(self):
         for field in ("ch_mult", "attn_resolutions"):
@@ -248,8 +249,13 @@ class UNetConfig(ModelConfig):
             changes = {"widths": None} | changes
         return dataclasses.replace(self, **changes)
 
-    def layer_map(self, teacher: Any) -> None:
-        """Which feature of a teacher each of this model's is compared with: those of its name."""
+    def build(
+        self, *, rngs: nnx.Rngs, dtype: Dtype, remat: str | None = None
+    ) -> nnx.Module:
+        """See `ModelConfig.build`."""
+        from liftplace_jax.families.unet.model import UNet  # late: it takes its config from here
+
+        return UNet(self, rngs=rngs, dtype=dtype, remat=remat)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types; the inverse of `from_dict`."""

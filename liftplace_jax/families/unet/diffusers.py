@@ -11,8 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from liftplace_jax.families.unet.config import UNetConfig
-from liftplace_jax.families.unet.config import Node
+from liftplace_jax.families.unet.config import Node, UNetConfig
 
 # Field -> (diffusers' default, the values under which it is our U-Net). An absent field has its
 # default, so that a folder that says nothing of norm_eps is refused, not misread.

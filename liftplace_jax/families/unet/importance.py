@@ -6,10 +6,8 @@ score are removed. A new one is one more function here and a line in `IMPORTANCE
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from liftplace_jax.families.unet.channels import View
@@ -46,42 +44,3 @@ IMPORTANCES: dict[str, Callable[[int], Callable[[list[View]], np.ndarray]]] = {
     "taylor": lambda seed: taylor,
 }
 """Name -> maker, called with the experiment's seed."""
-
-
-def taylor_gradients(
-    loss_and_gradient: Callable[[int], tuple[jax.Array, Any]],
-    timesteps: Iterable[int],
-    threshold: float,
-) -> tuple[Any, int]:
-    """Gradients of the diffusion loss summed over timesteps, as Diff-Pruning stops the sum.
-
-    Timesteps are taken in order (0 first: the loss is largest there) until the loss falls below
-    `threshold` times the largest loss seen; the steps after that hold mostly noise.
-
-    Args:
-      loss_and_gradient: timestep -> (loss, pytree of gradients).
-      timesteps: which, in order.
-      threshold: in [0, 1); 0 takes every timestep (Diff-Pruning uses 0.05).
-
-    Returns:
-      (summed gradients, number of timesteps used).
-
-    Raises:
-      ValueError: threshold out of range, no timesteps, or a loss that is not finite.
-    """
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold must be in [0, 1), got {threshold}")
-    total, largest, used = None, 0.0, 0
-    for t in timesteps:
-        loss, gradient = loss_and_gradient(t)
-        loss = float(loss)
-        if not np.isfinite(loss):
-            raise ValueError(f"the diffusion loss at timestep {t} is {loss}")
-        largest = max(largest, loss)
-        if loss < threshold * largest:
-            break
-        total = gradient if total is None else jax.tree.map(lambda a, b: a + b, total, gradient)
-        used += 1
-    if not used:
-        raise ValueError("taylor_gradients needs at least one timestep")
-    return total, used

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from liftplace_jax.nn import layers
 from liftplace_jax.families.unet.config import Node, UNetConfig
+from liftplace_jax.nn import layers
 
 
 class ResnetBlock(nnx.Module):

@@ -1,0 +1,111 @@
+"""The contract of conditions, and the condition that says nothing.
+
+A condition is a pytree of arrays whose first axis is the batch (None where there is none), handed
+to the network as it is. A new kind is one more file beside this one, and a config of a network that
+has it (`DenoiserConfig.conditioning`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+Condition = Any
+
+
+class Shown(NamedTuple):
+    """Conditions under which a report shows samples.
+
+    Attributes:
+      titles: (K,) a name for each.
+      condition: of K samples.
+    """
+
+    titles: np.ndarray
+    condition: Condition
+
+
+class Conditioning(Protocol):
+    """What is known of a network's condition; hashable, a constant of jitted functions.
+
+    Attributes:
+      columns: name -> shape and dtype, for one example, of what batches must carry for it.
+    """
+
+    columns: Mapping[str, jax.ShapeDtypeStruct]
+
+    def of(self, batch: Mapping[str, jax.Array]) -> Condition:
+        """The condition of a batch of data."""
+
+    def drop(self, key: jax.Array, condition: Condition) -> Condition:
+        """For training: some of the examples are told nothing, so that guidance is possible."""
+
+    def null(self, condition: Condition) -> Condition:
+        """What says nothing, as many as `condition` has.
+
+        Raises:
+          ValueError: the network was not trained with it.
+        """
+
+    def draw(self, key: jax.Array) -> Condition:
+        """A condition for one sample, without the batch axis."""
+
+    def shown(self, most: int) -> Shown | None:
+        """What a report shows, at most `most`; None: nothing but samples as they come."""
+
+    def check_data(self, sources: Iterable[Any]) -> None:
+        """Checks that data sets have the condition, and that it is checked as it is read.
+
+        Raises:
+          ValueError: one does not; names it.
+        """
+
+    def check_student(self, student: Conditioning) -> None:
+        """Checks that a student can be told what its teacher, of this conditioning, is told.
+
+        Raises:
+          ValueError: it cannot; names what differs.
+        """
+
+
+class Unconditional:
+    """A network that is told nothing; see `Conditioning`."""
+
+    columns: Mapping[str, jax.ShapeDtypeStruct] = {}
+
+    def of(self, batch: Mapping[str, jax.Array]) -> None:
+        del batch
+
+    def drop(self, key: jax.Array, condition: None) -> None:
+        del key, condition
+
+    def null(self, condition: None) -> None:
+        raise ValueError("needs a network that is told something: set it to 1")
+
+    def draw(self, key: jax.Array) -> None:
+        del key
+
+    def shown(self, most: int) -> None:
+        del most
+
+    def check_data(self, sources: Iterable[Any]) -> None:
+        del sources
+
+    def check_student(self, student: Conditioning) -> None:
+        if student != self:
+            raise ValueError(f"it has the condition {student}, the teacher has none")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        return "none"
+
+
+UNCONDITIONAL = Unconditional()

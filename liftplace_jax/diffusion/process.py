@@ -1,0 +1,82 @@
+"""The contract of processes: between data and noise, and back.
+
+A new process is one file beside this one, and one line in `diffusion.PROCESSES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+import jax
+import numpy as np
+
+Predict = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Process(Protocol):
+    """What training, sampling and judging know of a process; hashable, a constant under jit.
+
+    Data x0, noise and noised data x_t are (B, ..., C); t is (B,), of the process' own kind
+    (integer timesteps, or times in [0, 1]), which networks take as it is.
+
+    Attributes:
+      kind: its name, config.process.kind.
+      samplers: names of its samplers, the first is the usual one.
+      outputs: channels that the network predicts for each channel of the data.
+    """
+
+    kind: ClassVar[str]
+    samplers: ClassVar[tuple[str, ...]]
+    outputs: int
+
+    def draw_t(self, key: jax.Array, batch: int) -> jax.Array:
+        """(batch,): the t of a training batch."""
+
+    def at(self, level: jax.Array | float) -> jax.Array:
+        """t at levels in [0, 1), from the data to the noise: for scoring, reports, importances."""
+
+    def sweep(self) -> np.ndarray:
+        """(N,) t from the data to the noise, evenly, for what looks at all of them."""
+
+    def add_noise(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+        """x_t."""
+
+    def target(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+        """What the network should predict at x_t; of x0's shape."""
+
+    def weight(self, t: jax.Array) -> jax.Array | None:
+        """(B,) factor of each example's loss on data; None: 1."""
+
+    def split(self, prediction: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """A network's output as (what compares with `target`, the rest or None)."""
+
+    def to_x0(self, prediction: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
+        """The data that a prediction (the first part of `split`) amounts to."""
+
+    def bound(
+        self,
+        prediction: jax.Array,
+        x0: jax.Array,
+        x_t: jax.Array,
+        t: jax.Array,
+        teacher: jax.Array | None = None,
+    ) -> jax.Array | None:
+        """(B,) loss of the rest of `split`, from data or from a teacher; None: there is none."""
+
+    def sampler(
+        self, fields: Any, clip: float | None = None
+    ) -> Callable[..., jax.Array]:
+        """(predict, x_T, noise=) -> samples, one compiled scan.
+
+        `predict` is (x_t, t) -> prediction; `noise` a function from the number of a step to
+        (B, ...) standard normal draws, called by samplers that are random.
+
+        Args:
+          fields: config.evaluation.
+          clip: limits predicted data to [-clip, clip] at each step; infinite: nothing does; None:
+            the sampler's default.
+
+        Raises:
+          ValueError: a field does not fit (some when the sampler is called).
+        """

@@ -1,0 +1,52 @@
+"""The contract of families: a kind of network, in all that the house asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from liftplace_jax.compress import Pruner
+from liftplace_jax.nn.model_config import DenoiserConfig
+
+
+class Family(NamedTuple):
+    """A family of networks; a folder of this room holds one.
+
+    Attributes:
+      config: class of its configs; `config.model` is the family's name.
+      macs: config -> multiply-accumulates of one forward pass on one image.
+      parameters: config -> parameters, without building the network.
+      pruners: how its students are made; the first is the usual one.
+      published: name -> config of its published networks.
+      preset: sets what the family's published experiments share, in a config.
+      miniature: makes a config's experiment one of under a minute, on any folder of images.
+      frozen: full names of the parameters that are never trained and must not decay.
+    """
+
+    config: type[DenoiserConfig]
+    macs: Callable[[Any], int]
+    parameters: Callable[[Any], int]
+    pruners: tuple[Pruner, ...]
+    published: Mapping[str, DenoiserConfig]
+    preset: Callable[[ConfigDict], None]
+    miniature: Callable[[ConfigDict], None]
+    frozen: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """config.model.model."""
+        return self.config.model
+
+    def pruner(self, name: str) -> Pruner:
+        """The pruner of a name.
+
+        Raises:
+          ValueError: the family has no such pruner.
+        """
+        for pruner in self.pruners:
+            if pruner.name == name:
+                return pruner
+        known = [pruner.name for pruner in self.pruners]
+        raise ValueError(f"pruner must be one of {known} for a {self.name!r}, got {name!r}")
