@@ -54,7 +54,7 @@ def collect(
     seed,
     sharding=None,
     keep_images=0,
-    labels=None,
+    condition=None,
     progress=None,
 ):
     """Draws samples and gathers their features, in one compiled program a batch.
@@ -73,7 +73,7 @@ def collect(
       seed: int.
       sharding: optional `NamedSharding` of the batch axis, such as P("data").
       keep_images: number of images to return.
-      labels: optional (N,) classes, handed to `sample_fn` after the keys.
+      condition: optional pytree of (N, ...) arrays, handed to `sample_fn` after the keys.
       progress: optional function called with the number of samples done.
 
     Returns:
@@ -88,15 +88,16 @@ def collect(
     apply, extractor_params = _apply(extractor, sharding)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
     shape = jax.eval_shape(sample_fn, params, keys).shape
-    if labels is not None and np.shape(labels) != (num_samples,):
-        raise ValueError(f"want {num_samples} labels, got an array of {np.shape(labels)}")
+    for leaf in jax.tree.leaves(condition):
+        if np.shape(leaf)[:1] != (num_samples,):
+            raise ValueError(f"want {num_samples} conditions, got an array of {np.shape(leaf)}")
 
     def batch(moments, first, keep):
         program = _sample_program(sample_fn, apply, sharding, keep)
         more = ()
-        if labels is not None:
+        if condition is not None:
             positions = np.minimum(first + np.arange(batch_size), num_samples - 1)
-            more = (np.asarray(labels, np.int32)[positions],)
+            more = (jax.tree.map(lambda x: np.asarray(x)[positions], condition),)
         return program(extractor_params, moments, params, seed, first, num_samples, *more,
                        batch_size=batch_size)  # fmt: skip
 
@@ -183,15 +184,15 @@ def _real_program(apply, sharding, keep):
 
 @functools.lru_cache(maxsize=8)
 def _sample_program(sample_fn, apply, sharding, keep):
-    """Jitted (extractor's params, moments, params, seed, first, count, labels, batch_size) ->
-    likewise; labels may be left out."""
+    """Jitted (extractor's params, moments, params, seed, first, count, condition,
+    batch_size) -> likewise; the condition may be left out."""
 
-    def program(extractor_params, moments, params, seed, first, count, *labels, batch_size):
+    def program(extractor_params, moments, params, seed, first, count, *condition, batch_size):
         indices = first + jnp.arange(batch_size)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
         if sharding:
-            keys, *labels = jax.lax.with_sharding_constraint((keys, *labels), sharding)
-        images = sample_fn(params, keys, *labels)
+            keys, *condition = jax.lax.with_sharding_constraint((keys, *condition), sharding)
+        images = sample_fn(params, keys, *condition)
         result, pixels = _add(apply, extractor_params, moments, images, indices < count)
         return result, pixels if keep else None
 

@@ -43,7 +43,7 @@ def output_error(teacher, student, noising, source, *, batch_size, seed, limit=N
     and every evaluation sees the same inputs.
 
     Args:
-      teacher: (noisy, t, labels) -> prediction (B, ...); jitted by the caller.
+      teacher: (noisy, t, batch) -> prediction (B, ...); jitted by the caller.
       student: the same, of the same shape.
       noising: (images, levels, noise) -> (noisy, t), with `levels` (B,) in [0, 1) the fraction of
         the way from clean to noise, such as t = floor(levels * T) for T timesteps.
@@ -65,7 +65,7 @@ def output_error(teacher, student, noising, source, *, batch_size, seed, limit=N
     for batch in global_batches(source, batch_size, limit, sharding):
         levels, noise = _levels_and_noise(seed, batch["index"], source.image_shape)
         noisy, t = noising(batch["image"], levels, noise)
-        outputs = [model(noisy, t, batch["label"]) for model in (teacher, student)]
+        outputs = [model(noisy, t, batch) for model in (teacher, student)]
         if outputs[0].shape != outputs[1].shape:
             raise ValueError(
                 f"teacher predicts {outputs[0].shape}, student {outputs[1].shape}; they must agree"

@@ -146,24 +146,3 @@ def _check_evaluation(config):
             f"config.evaluation.neighbours {config.evaluation.neighbours} must be below "
             f"config.evaluation.num_samples {config.evaluation.num_samples}"
         )
-
-
-def read_layer_map(text: str | None) -> dict[str, str] | None:
-    """config.distill.layer_map as {student feature: teacher feature}, None if not set.
-
-    Raises:
-      ValueError: it is no JSON object of names.
-    """
-    if text is None:
-        return None
-    try:
-        layer_map = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"config.distill.layer_map is no JSON: {error}: {text!r}") from error
-    names = [*layer_map, *layer_map.values()] if isinstance(layer_map, dict) else []
-    if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(
-            'config.distill.layer_map must be like {"student feature": "teacher feature"}, '
-            f"got {text!r}"
-        )
-    return layer_map

@@ -14,8 +14,8 @@ import matplotlib
 import numpy as np
 
 from liftplace_jax.data import eval_batches
-from liftplace_jax.experiment.context import Experiment
-from liftplace_jax.experiment.scoring import CLASS_COLUMNS, CLASS_ROWS, predictor
+from liftplace_jax.experiment.context import Context
+from liftplace_jax.experiment.scoring import CLASS_COLUMNS, CLASS_ROWS
 from liftplace_jax.families import registry
 from liftplace_jax.families.registry import count_macs
 from liftplace_jax.host import processes
@@ -40,41 +40,41 @@ CURVES = (
 )  # fmt: skip
 
 
-def is_reported(experiment: Experiment) -> bool:
+def is_reported(context: Context) -> bool:
     """Whether all files of the report are there."""
-    workdir = experiment.workdir
+    workdir = context.workdir
     return processes.told_by_first(lambda: all((workdir / name).exists() for name in FILES))
 
 
-def write_report(experiment: Experiment) -> None:
+def write_report(context: Context) -> None:
     """Writes report.json, report.md, samples.png, curves.png and groups.png; process 0 does.
 
     Raises:
       ValueError: teacher or a student is not evaluated yet.
     """
-    rows = collect_rows(experiment)
+    rows = collect_rows(context)
     if processes.is_first():
-        _write_files(experiment, rows)
-    processes.wait_for(experiment.workdir / "report.json")
+        _write_files(context, rows)
+    processes.wait_for(context.workdir / "report.json")
 
 
-def _write_files(experiment: Experiment, rows: list[dict[str, Any]]) -> None:
-    summary, workdir = summarise(rows), experiment.workdir
-    save_figure(samples_figure(experiment, rows), workdir / "samples.png")
-    save_figure(curves_figure(experiment), workdir / "curves.png")
-    save_figure(groups_figure(experiment), workdir / "groups.png")
+def _write_files(context: Context, rows: list[dict[str, Any]]) -> None:
+    summary, workdir = summarise(rows), context.workdir
+    save_figure(samples_figure(context, rows), workdir / "samples.png")
+    save_figure(curves_figure(context), workdir / "curves.png")
+    save_figure(groups_figure(context), workdir / "groups.png")
     with replacing(workdir / "report.md") as temporary:
-        temporary.write_text(markdown(experiment, summary))
+        temporary.write_text(markdown(context, summary))
     write_json(workdir / "report.json", {
-        "name": experiment.config.name, "rows": rows, "summary": summary, "versions": versions(),
+        "name": context.config.name, "rows": rows, "summary": summary, "versions": versions(),
     })  # fmt: skip
 
 
-def collect_rows(experiment: Experiment) -> list[dict[str, Any]]:
+def collect_rows(context: Context) -> list[dict[str, Any]]:
     """One row for the teacher and for each student."""
     rows, teacher_macs = [], None
-    entries = [("teacher", experiment.config.seed, experiment.teacher_folder)]
-    entries += [(run.method, run.seed, run.folder) for run in experiment.runs]
+    entries = [("teacher", context.config.seed, context.teacher_folder)]
+    entries += [(run.method, run.seed, run.folder) for run in context.runs]
     for method, seed, folder in entries:
         if not (folder / "evaluation.json").exists():
             raise ValueError(f"no evaluation.json in {folder}: run --mode=evaluate first")
@@ -85,7 +85,7 @@ def collect_rows(experiment: Experiment) -> list[dict[str, Any]]:
         teacher_macs = teacher_macs or macs
         rows.append({
             "method": method, "seed": seed, "macs": macs, "folder": str(
-                folder.relative_to(experiment.workdir)),
+                folder.relative_to(context.workdir)),
             "steps": int(metrics[-1]["step"]) if metrics else None,
             "train_seconds": metrics[-1]["seconds"] if metrics else None,
             "final_loss_terms": metrics[-1] if metrics else None,
@@ -113,16 +113,16 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
-def markdown(experiment: Experiment, summary: list[dict[str, Any]]) -> str:
+def markdown(context: Context, summary: list[dict[str, Any]]) -> str:
     """The report as text."""
-    config, evaluation = experiment.config, experiment.config.evaluation
+    config, evaluation = context.config, context.config.evaluation
     lines = [f"# {config.name}", "", *_table(summary), ""]
-    if experiment.extractor:
+    if context.judge.extractor:
         real = f"all of {config.data.name} {config.data.train_split}"
         if evaluation.reference:
             real = f"the reference {Path(evaluation.reference).name}"
         lines.append(
-            f"Frechet: {experiment.extractor.label}, {evaluation.num_samples} samples against "
+            f"Frechet: {context.judge.extractor.label}, {evaluation.num_samples} samples against "
             f"{real}; lower is better."
         )
         if any(row["precision"] is not None for row in summary):
@@ -147,7 +147,7 @@ def markdown(experiment: Experiment, summary: list[dict[str, Any]]) -> str:
     if any(row["images_per_second"] is not None for row in summary):
         lines.append(
             f"Images/s: drawn at batch {evaluation.batch_size}"
-            f"{', features included' if experiment.extractor else ''}, without the first batch."
+            f"{', features included' if context.judge.extractor else ''}, without the first batch."
         )
     if any(row["frechet_spread"] is not None for row in summary):
         lines.append("After +-: standard deviation over seeds.")
@@ -185,17 +185,17 @@ def _table(summary: list[dict[str, Any]]) -> list[str]:
     return [header, "|" + "---|" * len(cells), *rows]
 
 
-def samples_figure(experiment: Experiment, rows: list[dict[str, Any]]) -> plt.Figure:
+def samples_figure(context: Context, rows: list[dict[str, Any]]) -> plt.Figure:
     """Teacher and the first student of each method, drawn from the same noise.
 
     A line of samples as published, and one with clipping if there is one.
     """
     shown = {row["method"]: row for row in reversed(rows)}
     names = list(dict.fromkeys(row["method"] for row in rows))
-    variants = {"": ""} | ({"_clipped": ", clipped"} if experiment.config.evaluation.clip else {})
+    variants = {"": ""} | ({"_clipped": ", clipped"} if context.config.evaluation.clip else {})
     # Few of the large images, so that each can be seen.
-    side, width = (8, 3) if experiment.image_shape[0] <= 32 else (4, 4)
-    by_class = bool(experiment.model_config.num_classes)
+    side, width = (8, 3) if context.image_shape[0] <= 32 else (4, 4)
+    by_class = context.model.conditioning.shown(1) is not None
     height = width * CLASS_ROWS / CLASS_COLUMNS + 0.4 if by_class else width
     figure, axes = plt.subplots(
         len(variants), len(names), squeeze=False, layout="constrained",
@@ -203,7 +203,7 @@ def samples_figure(experiment: Experiment, rows: list[dict[str, Any]]) -> plt.Fi
     )  # fmt: skip
     for line, (suffix, note) in zip(axes, variants.items(), strict=True):
         for axis, name in zip(line, names, strict=True):
-            _show_samples(axis, experiment.workdir / shown[name]["folder"], suffix, side)
+            _show_samples(axis, context.workdir / shown[name]["folder"], suffix, side)
             frechet = shown[name].get(f"frechet{suffix}")
             score = "" if frechet is None else f"\nFrechet {frechet:.1f}"
             axis.set_title(f"{name}{note}{score}", fontsize=10)
@@ -232,15 +232,15 @@ def _show_samples(axis: plt.Axes, folder: Path, suffix: str, side: int) -> None:
     axis.spines[:].set_visible(False)
 
 
-def curves_figure(experiment: Experiment) -> plt.Figure:
+def curves_figure(context: Context) -> plt.Figure:
     """Every logged term over steps, one line for each method (seed by seed)."""
-    metrics = [(run, read_metrics(run.folder)) for run in experiment.runs]
+    metrics = [(run, read_metrics(run.folder)) for run in context.runs]
     names = [name for name in CURVES if any(name in row for _, rows in metrics for row in rows)]
     columns = -(-len(names) // 2)
     figure, axes = plt.subplots(
         2, columns, figsize=(3.5 * columns, 6), layout="constrained", squeeze=False
     )
-    methods = list(dict.fromkeys(run.method for run in experiment.runs))
+    methods = list(dict.fromkeys(run.method for run in context.runs))
     colors = dict(zip(methods, plt.get_cmap("tab10").colors, strict=False))
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
@@ -248,7 +248,7 @@ def curves_figure(experiment: Experiment) -> plt.Figure:
         for run, rows in metrics:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
-                first = run.seed == experiment.config.seeds[0]
+                first = run.seed == context.config.seeds[0]
                 axis.plot(*zip(*points, strict=True), color=colors[run.method], lw=1.2, alpha=0.8,
                           label=run.method if first else None)  # fmt: skip
         axis.set_title(name, fontsize=10)
@@ -263,28 +263,29 @@ def curves_figure(experiment: Experiment) -> plt.Figure:
     return figure
 
 
-def groups_figure(experiment: Experiment) -> plt.Figure:
+def groups_figure(context: Context) -> plt.Figure:
     """Error map and group map of the paper's PLACE figure, on held-out images."""
-    run = experiment.runs[-1]
-    teacher, student = experiment.teacher(), load_network(run.folder)
-    source = experiment.sources["test"]
+    run = context.runs[-1]
+    teacher, student = load_teacher(context), load_network(run.folder)
+    source = context.sources["test"]
     count = min(4, len(source))
     batches = eval_batches(source, batch_size=count, process_index=0, process_count=1)
     with contextlib.closing(batches):
         batch = next(batches)
     images = batch["image"]
-    t = jnp.full((count,), experiment.process.num_timesteps // 4)
-    noise = jax.random.normal(jax.random.key(experiment.config.evaluation.seed), images.shape)
-    x_t = experiment.process.add_noise(jnp.asarray(images), t, noise)
+    t = jnp.full((count,), context.process.at(0.25))
+    noise = jax.random.normal(jax.random.key(context.config.evaluation.seed), images.shape)
+    x_t = context.process.add_noise(jnp.asarray(images), t, noise)
     outputs = [
-        predictor(experiment, network)(x_t, t, batch["label"]) for network in (teacher, student)
+        context.judge.predictor(n.graphdef)(n.params, x_t, t, context.model.conditioning.of(batch))
+        for n in (teacher, student)
     ]
     error = jnp.square(outputs[0] - outputs[1])
-    size = min(experiment.config.distill.loss.group_size, int(np.prod(images.shape[1:3])))
+    size = min(context.config.distill.loss.group_size, int(np.prod(images.shape[1:3])))
     groups = error_groups(outputs[1], outputs[0], size)
     # Errors are sorted within each channel, so one of them is shown.
     channel = {1: "", 3: " (red)"}.get(images.shape[-1], "\nfirst channel")
-    name = "latent" if experiment.autoencoder else "image"
+    name = "latent" if context.autoencoder else "image"
     columns = {
         name: images, f"noisy, t = {int(t[0])}": x_t, f"teacher{channel}": outputs[0],
         f"student{channel}\n{run.method}": outputs[1], f"squared error{channel}": error,
@@ -299,7 +300,7 @@ def groups_figure(experiment: Experiment) -> plt.Figure:
         for row in range(count):
             picture, axis = np.asarray(values[row]), axes[row, column]
             axis.set_axis_off()
-            if column < 2 and experiment.autoencoder:
+            if column < 2 and context.autoencoder:
                 axis.imshow(picture[..., 0], cmap="gray")
             elif column < 2:
                 show(axis, np.clip((picture + 1) * 127.5, 0, 255).astype(np.uint8))

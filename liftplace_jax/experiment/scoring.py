@@ -22,7 +22,7 @@ import tqdm
 
 from liftplace_jax import evaluation
 from liftplace_jax.evaluation.samples import replicated
-from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.experiment.context import Context
 from liftplace_jax.host import processes, sharding
 from liftplace_jax.host.files import write_json, write_npz
 from liftplace_jax.nn import building
@@ -37,28 +37,28 @@ SCORES = (
 )  # fmt: skip
 
 
-def evaluate(experiment: Experiment) -> None:
+def evaluate(context: Context) -> None:
     """Writes evaluation.json and samples.npz beside every model that has none yet.
 
     Raises:
       ValueError: a model is missing, or samples are not finite.
     """
-    folders = model_folders(experiment)
+    folders = model_folders(context)
     missing = {
         title: folder for title, folder in folders.items()
         if not processes.told_by_first((folder / "evaluation.json").exists)
     }  # fmt: skip
     if not missing:
         return
-    teacher = experiment.teacher()
+    teacher = load_teacher(context)
     for title, folder in missing.items():
         started = time.monotonic()
         network = load_network(folder, hint="run --mode=distill first")
-        result, images = _sample_scores(experiment, title, network)
+        result, images = _sample_scores(context, title, network)
         if title != "teacher":
-            result |= _output_error(experiment, teacher, network)
+            result |= _output_error(context, teacher, network)
         result["parameters"] = building.count_parameters(network.params)
-        result["protocol"] = protocol(experiment)
+        result["protocol"] = protocol(context)
         result["seconds"] = time.monotonic() - started
         if processes.is_first():
             write_npz(folder / "samples.npz", images)
@@ -66,70 +66,72 @@ def evaluate(experiment: Experiment) -> None:
         processes.wait_for(folder / "evaluation.json")
 
 
-def model_folders(experiment: Experiment) -> dict[str, Path]:
+def model_folders(context: Context) -> dict[str, Path]:
     """Title -> folder of the teacher and of every student."""
-    folders = {"teacher": experiment.teacher_folder}
-    return folders | {f"{run.method} seed {run.seed}": run.folder for run in experiment.runs}
+    folders = {"teacher": context.teacher_folder}
+    return folders | {f"{run.method} seed {run.seed}": run.folder for run in context.runs}
 
 
-def protocol(experiment: Experiment, params: str = "ema") -> dict[str, Any]:
+def protocol(context: Context, params: str = "ema") -> dict[str, Any]:
     """All that numbers of samples depend on, beside the model."""
-    fields = experiment.config.evaluation
+    fields = context.config.evaluation
     found = fields.to_dict() | {"params": params, "precision": "float32"}
     found["weights"] = fields.weights and Path(fields.weights).name
-    found["reference"] = f"{experiment.config.data.name} {experiment.config.data.train_split}"
-    if isinstance(experiment.real, evaluation.Reference):
-        file = {"file": Path(fields.reference).name, "sha256": experiment.real.digest}
-        found["reference"] = dict(experiment.real.info) | file
-    if experiment.autoencoder:
-        found["autoencoder"] = experiment.autoencoder.identity
-    if experiment.extractor:
-        found["extractor"] = dict(experiment.extractor.info)
+    found["reference"] = f"{context.config.data.name} {context.config.data.train_split}"
+    if isinstance(context.judge.real, evaluation.Reference):
+        file = {"file": Path(fields.reference).name, "sha256": context.judge.real.digest}
+        found["reference"] = dict(context.judge.real.info) | file
+    if context.autoencoder:
+        found["autoencoder"] = context.autoencoder.identity
+    if context.judge.extractor:
+        found["extractor"] = dict(context.judge.extractor.info)
     return found
 
 
-def _sample_scores(experiment, title, network) -> tuple[dict[str, Any], dict[str, Any]]:
-    fields, real = experiment.config.evaluation, experiment.real
+def _sample_scores(context, title, network) -> tuple[dict[str, Any], dict[str, Any]]:
+    fields, real = context.config.evaluation, context.judge.real
     variants = {"": None} | ({"_clipped": fields.clip} if fields.clip else {})
     bar = progress(f"samples, {title}", fields.num_samples * len(variants), unit="image")
     result, images = {}, {}
     for suffix, clip in variants.items():
-        samples, rate = draw(experiment, network, bar, clip=clip, keep_images=KEPT_IMAGES)
+        samples, rate = draw(context, network, bar, clip=clip, keep_images=KEPT_IMAGES)
         if not suffix:
             result["images_per_second"] = rate
         if real:
             # Few samples are for smoke runs, whose numbers mean nothing; the report says so.
-            few = fields.num_samples <= experiment.extractor.dim  # the real side: see Experiment
+            few = fields.num_samples <= context.judge.extractor.dim  # the real side: see Context
             scores = evaluation.score(real, samples, k=fields.neighbours, allow_few=few)
             values = {name + suffix: scores[name] for name in SCORES if name in scores}
             result |= values if suffix else scores
         images[f"images{suffix}"] = samples.images
     bar.close()
-    return result, images | _class_images(experiment, network)
+    return result, images | _shown_images(context, network)
 
 
-def _class_images(experiment: Experiment, network: Network) -> dict[str, Any]:
-    """Samples of every class, or of some of many, from the same noise for every model.
+def _shown_images(context: Context, network: Network) -> dict[str, Any]:
+    """Samples of the conditions that a report shows, from the same noise for every model.
 
     Returns:
-      "classes" (K,) and "images_by_class" (rows * K, H, W, C), row by row; nothing for an
-      unconditional network.
+      "classes" (K,), their titles, and "images_by_class" (rows * K, H, W, C), row by row; nothing
+      where there is no condition.
     """
-    fields, count = experiment.config.evaluation, experiment.model_config.num_classes
-    if not count:
+    fields, shown = context.config.evaluation, context.model.conditioning.shown(CLASS_COLUMNS)
+    if shown is None:
         return {}
-    classes = np.unique(np.linspace(0, count - 1, CLASS_COLUMNS).round().astype(np.int32))
-    labels = np.tile(classes, CLASS_ROWS)
+    condition = jax.tree.map(
+        lambda x: np.tile(x, (CLASS_ROWS, *(1,) * (x.ndim - 1))), shown.condition
+    )
+    count = CLASS_ROWS * len(shown.titles)
     samples = evaluation.collect(
-        experiment.sampler(network.graphdef), _placed_params(experiment, network),
-        len(labels), batch_size=fields.batch_size, extractor=None, seed=fields.seed,
-        sharding=experiment.batch_sharding, keep_images=len(labels), labels=labels,
+        context.judge.sampler(network), context.judge.placed_params(network), count,
+        batch_size=fields.batch_size, extractor=None, seed=fields.seed,
+        sharding=context.batch_sharding, keep_images=count, condition=condition,
     )  # fmt: skip
-    return {"classes": classes, "images_by_class": samples.images}
+    return {"classes": shown.titles, "images_by_class": samples.images}
 
 
 def draw(
-    experiment: Experiment,
+    context: Context,
     network: Network,
     bar: tqdm.tqdm,
     *,
@@ -139,32 +141,25 @@ def draw(
     """Samples of a network by config.evaluation, and how many a second.
 
     Args:
-      experiment: whose process, extractor and mesh are used.
+      context: the experiment's.
       network: the model.
       bar: moved on by the number of samples.
       clip: see `make_sampler`.
       keep_images: how many images to keep.
     """
-    fields, ends, before = experiment.config.evaluation, [], bar.n
+    fields, ends, before = context.config.evaluation, [], bar.n
 
     def update(done):
         ends.append(time.monotonic())
         bar.update(before + done - bar.n)
 
     samples = evaluation.collect(
-        experiment.sampler(network.graphdef, clip), _placed_params(experiment, network),
-        fields.num_samples, batch_size=fields.batch_size, extractor=experiment.extractor,
-        seed=fields.seed, sharding=experiment.batch_sharding, keep_images=keep_images,
+        context.judge.sampler(network, clip), context.judge.placed_params(network),
+        fields.num_samples, batch_size=fields.batch_size, extractor=context.judge.extractor,
+        seed=fields.seed, sharding=context.batch_sharding, keep_images=keep_images,
         progress=update,
     )  # fmt: skip
     return samples, _rate(fields, ends)
-
-
-def _placed_params(experiment: Experiment, network: Network) -> Any:
-    """What the sampler takes as parameters, on every device once and not at every batch."""
-    whole = replicated(experiment.batch_sharding)
-    params = experiment.sampler_params(network.params)
-    return sharding.place(params, jax.tree.map(lambda _: whole, params))
 
 
 def _rate(fields, ends: list[float]) -> float | None:
@@ -173,26 +168,24 @@ def _rate(fields, ends: list[float]) -> float | None:
     return batches * fields.batch_size / (ends[-1] - ends[0]) if batches else None
 
 
-def predictor(experiment: Experiment, network: Network) -> Callable[..., jax.Array]:
-    """Jitted (x_t, t, labels) -> what a network predicts, without a learned variance."""
-    apply, conditional = make_apply(network.graphdef), bool(experiment.model_config.num_classes)
-
-    def prediction(params, x, t, labels):
-        cond = labels if conditional else None
-        return experiment.process.split(apply(params, x, t, False, None, cond)[0])[0]
-
-    return functools.partial(jax.jit(prediction), network.params)
-
-
-def _output_error(experiment: Experiment, teacher: Network, student: Network) -> dict[str, float]:
-    fields, process = experiment.config.evaluation, experiment.process
+def _output_error(context: Context, teacher: Network, student: Network) -> dict[str, float]:
+    fields, process, judge = context.config.evaluation, context.process, context.judge
+    conditioning = context.model.conditioning
 
     def noising(images, levels, noise):
-        t = jnp.floor(levels * process.num_timesteps).astype(jnp.int32)
+        t = process.at(levels)
         return process.add_noise(images, t, noise), t
 
+    def predictor(network):
+        params = judge.placed(network.params)
+
+        def predict(x, t, batch):
+            return judge.predictor(network.graphdef)(params, x, t, conditioning.of(batch))
+
+        return predict
+
     return evaluation.output_error(
-        predictor(experiment, teacher), predictor(experiment, student), noising,
-        experiment.sources["test"], batch_size=fields.batch_size, seed=fields.seed,
-        sharding=experiment.batch_sharding,
+        predictor(teacher), predictor(student), noising,
+        context.sources["test"], batch_size=fields.batch_size, seed=fields.seed,
+        sharding=context.batch_sharding,
     )  # fmt: skip

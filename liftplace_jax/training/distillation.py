@@ -10,10 +10,10 @@ import optax
 from ml_collections import ConfigDict
 
 from liftplace_jax.diffusion import Process
-from liftplace_jax.experiment.checks import read_layer_map
 from liftplace_jax.losses import PUBLISHED
 from liftplace_jax.nn.model_config import DenoiserConfig
-from liftplace_jax.nn.network import Network, make_adapters, make_apply, match_features
+from liftplace_jax.nn.network import Network, make_apply
+from liftplace_jax.training.features import make_adapters, match_features, read_layer_map
 from liftplace_jax.training.objective import (
     METHODS,
     OUTPUT_LOSSES,

@@ -1,0 +1,107 @@
+"""What would fail after hours of training is found before, from shapes alone."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from liftplace_jax import evaluation
+from liftplace_jax.evaluation.sampling import make_sampler
+from liftplace_jax.experiment.checks import under
+from liftplace_jax.experiment.compressing import predicted_student
+from liftplace_jax.experiment.context import Context
+from liftplace_jax.nn import building
+from liftplace_jax.nn.network import Network, is_finished
+from liftplace_jax.training.distillation import loss_options
+from liftplace_jax.training.features import match_features, read_layer_map
+from liftplace_jax.training.objective import METHODS, OUTPUT_LOSSES
+
+
+def check_stages(context: Context, trains: bool) -> None:
+    """Checks what the stages that are still to run will need.
+
+    Args:
+      context: the experiment's.
+      trains: whether anything will be trained; else samples are drawn alone.
+
+    Raises:
+      ValueError: a stage would fail; names the field of the config.
+    """
+    _check_batches(context, trains)
+    _check_shapes(context)
+    _check_judging(context)
+    for method in {METHODS[run.method] for run in context.runs}:
+        if method.output in OUTPUT_LOSSES:
+            options = loss_options(context.config.distill.loss, method)
+            loss = functools.partial(OUTPUT_LOSSES[method.output], **options)
+            image = jax.ShapeDtypeStruct((1, *context.model.shape), jnp.float32)
+            with under("distill.loss."):
+                jax.eval_shape(loss, image, image)
+    if trains:
+        _check_students(context)
+
+
+def _check_batches(context: Context, trains: bool) -> None:
+    """Batches must be shared by the devices, those of stages that are still to run."""
+    config, fields = context.config, ["evaluation"]
+    if trains and not (config.teacher.checkpoint or is_finished(context.teacher_folder)):
+        fields.append("teacher")
+    if trains and not all(is_finished(run.folder) for run in context.runs):
+        fields.append("distill")
+    if trains and not (config.compress.checkpoint or is_finished(context.pruned_folder)):
+        fields += [f"compress.{name}" for name in context.pruner.trainings(config.compress)]
+    for name in fields:
+        room = functools.reduce(lambda part, key: part[key], name.split("."), config)
+        if room.batch_size % context.mesh.size:
+            raise ValueError(
+                f"config.{name}.batch_size {room.batch_size} is not a multiple of the "
+                f"{context.mesh.size} devices of the mesh"
+            )
+
+
+def _check_shapes(context: Context) -> None:
+    config, model, outputs = context.config, context.model, context.process.outputs
+    if model.out_channels != outputs * model.in_channels:
+        raise ValueError(
+            f"config.model: the network predicts {model.out_channels} channels for an input of "
+            f"{model.in_channels}; config.process.variance={config.process.variance} needs "
+            f"{outputs * model.in_channels}"
+        )
+    size = config.data.image_size
+    if size is not None and size != context.image_shape[0]:
+        raise ValueError(
+            f"images of config.data.image_size {size} do not fit: config.model takes "
+            f"{model.image_size}x{model.image_size}"
+            + (f", latents of {context.image_shape[0]}" if context.autoencoder else
+               "; change one of them, or set config.latents (latent diffusion)")
+        )  # fmt: skip
+
+
+def _check_judging(context: Context) -> None:
+    fields, model, judge = context.config.evaluation, context.model, context.judge
+    with under("evaluation: "):
+        if judge.extractor:
+            judge.extractor.check_shape(context.image_shape)
+        if fields.reference:
+            if not judge.extractor:
+                raise ValueError("reference is set, but features are not: set both or neither")
+            evaluation.check_reference(judge.real, judge.extractor)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+        sampler = make_sampler(
+            fields, context.process, model,
+            lambda params, x, *_: (jnp.concatenate(context.process.outputs * [x], axis=-1), {}),
+        )  # fmt: skip
+        latents = jax.eval_shape(sampler, None, keys)
+    if context.autoencoder:
+        jax.eval_shape(context.autoencoder.decode, context.autoencoder.params, latents)
+
+
+def _check_students(context: Context) -> None:
+    fields, config = context.config.distill, predicted_student(context)
+    if config and any(METHODS[run.method].feature for run in context.runs):
+        student, teacher = (Network(c, *building.abstract(c)) for c in (config, context.model))
+        match_features(
+            student, teacher, read_layer_map(fields.layer_map), fields.feature.adapters
+        )
