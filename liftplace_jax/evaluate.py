@@ -145,10 +145,9 @@ def generate() -> str:
     for stem in stems.values():
         refuse_other(out / f"{stem}.json", wanted)
     for title, network in networks.items():
-        bar = progress(title, fields.num_samples, unit="image")
         keep = fields.num_samples if _FLAGS.save_npz else 0
-        samples, rate = draw(experiment, network, bar, clip=fields.clip, keep_images=keep)
-        bar.close()
+        with progress(title, fields.num_samples, unit="image") as bar:
+            samples, rate = draw(experiment, network, bar, clip=fields.clip, keep_images=keep)
         scores = evaluation.score(
             experiment.real, samples, k=fields.neighbours, allow_few=_FLAGS.allow_few
         )
