@@ -124,8 +124,8 @@ def generate() -> str:
     from liftplace_jax.experiment.scoring import draw, model_folders, protocol
     from liftplace_jax.host import processes
     from liftplace_jax.host.files import write_json, write_npz
+    from liftplace_jax.host.progress import progress
     from liftplace_jax.nn.network import load_network
-    from liftplace_jax.training.metrics_io import progress
 
     workdir = as_path(_FLAGS.workdir)
     experiment = Experiment(read_config(workdir), workdir, claim=False)
@@ -147,10 +147,9 @@ def generate() -> str:
     for stem in stems.values():
         refuse_other(out / f"{stem}.json", wanted)
     for title, network in networks.items():
-        bar = progress(title, fields.num_samples, unit="image")
         keep = fields.num_samples if _FLAGS.save_npz else 0
-        samples, rate = draw(experiment, network, bar, clip=fields.clip, keep_images=keep)
-        bar.close()
+        with progress(title, fields.num_samples, unit="image") as bar:
+            samples, rate = draw(experiment, network, bar, clip=fields.clip, keep_images=keep)
         scores = evaluation.score(
             experiment.real, samples, k=fields.neighbours, allow_few=_FLAGS.allow_few
         )
@@ -240,7 +239,7 @@ def features_of(source, limit: int | None = None, generated: bool = False):
     """`Samples` of the images of a `Source`, over all devices, with progress."""
     from liftplace_jax import evaluation
     from liftplace_jax.host import sharding
-    from liftplace_jax.training.metrics_io import progress
+    from liftplace_jax.host.progress import progress
 
     extractor = evaluation.feature_extractor(_FLAGS.features, _FLAGS.weights)
     extractor.check_shape(source.image_shape)

@@ -28,7 +28,7 @@ from liftplace_jax.experiment.report import versions
 from liftplace_jax.experiment.sources import check_classes, load_split
 from liftplace_jax.host import processes
 from liftplace_jax.host.buckets import on_this_machine
-from liftplace_jax.training.metrics_io import progress
+from liftplace_jax.host.progress import progress
 
 
 def encode_data(

@@ -9,25 +9,22 @@ in mean and variance.
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from liftplace_jax import evaluation
-from liftplace_jax.evaluation.samples import replicated
 from liftplace_jax.experiment.context import Context
-from liftplace_jax.host import processes, sharding
+from liftplace_jax.experiment.training import load_teacher
+from liftplace_jax.families.loading import load_network
+from liftplace_jax.host import processes
 from liftplace_jax.host.files import write_json, write_npz
+from liftplace_jax.host.progress import Progress, progress
 from liftplace_jax.nn import building
-from liftplace_jax.nn.network import Network, load_network, make_apply
-from liftplace_jax.training.metrics_io import progress
+from liftplace_jax.nn.network import Network
 
 KEPT_IMAGES = 64
 CLASS_ROWS, CLASS_COLUMNS = 4, 10
@@ -91,20 +88,21 @@ def protocol(context: Context, params: str = "ema") -> dict[str, Any]:
 def _sample_scores(context, title, network) -> tuple[dict[str, Any], dict[str, Any]]:
     fields, real = context.config.evaluation, context.judge.real
     variants = {"": None} | ({"_clipped": fields.clip} if fields.clip else {})
-    bar = progress(f"samples, {title}", fields.num_samples * len(variants), unit="image")
+    total = fields.num_samples * len(variants)
     result, images = {}, {}
-    for suffix, clip in variants.items():
-        samples, rate = draw(context, network, bar, clip=clip, keep_images=KEPT_IMAGES)
-        if not suffix:
-            result["images_per_second"] = rate
-        if real:
-            # Few samples are for smoke runs, whose numbers mean nothing; the report says so.
-            few = fields.num_samples <= context.judge.extractor.dim  # the real side: see Context
-            scores = evaluation.score(real, samples, k=fields.neighbours, allow_few=few)
-            values = {name + suffix: scores[name] for name in SCORES if name in scores}
-            result |= values if suffix else scores
-        images[f"images{suffix}"] = samples.images
-    bar.close()
+    with progress(f"samples, {title}", total, unit="image") as bar:
+        for suffix, clip in variants.items():
+            samples, rate = draw(context, network, bar, clip=clip, keep_images=KEPT_IMAGES)
+            if not suffix:
+                result["images_per_second"] = rate
+            if real:
+                # Few samples are for smoke runs, whose numbers mean nothing; the report says so.
+                # Of few real images: see Context.
+                few = fields.num_samples <= context.judge.extractor.dim
+                scores = evaluation.score(real, samples, k=fields.neighbours, allow_few=few)
+                values = {name + suffix: scores[name] for name in SCORES if name in scores}
+                result |= values if suffix else scores
+            images[f"images{suffix}"] = samples.images
     return result, images | _shown_images(context, network)
 
 
@@ -133,7 +131,7 @@ def _shown_images(context: Context, network: Network) -> dict[str, Any]:
 def draw(
     context: Context,
     network: Network,
-    bar: tqdm.tqdm,
+    bar: Progress,
     *,
     clip: float | None = None,
     keep_images: int = 0,
@@ -143,11 +141,12 @@ def draw(
     Args:
       context: the experiment's.
       network: the model.
-      bar: moved on by the number of samples.
+      bar: of `progress`; moved on by the number of samples.
       clip: see `make_sampler`.
       keep_images: how many images to keep.
     """
     fields, ends, before = context.config.evaluation, [], bar.n
+    bar.compiles()
 
     def update(done):
         ends.append(time.monotonic())

@@ -17,7 +17,6 @@ from liftplace_jax.experiment.configuration import differences
 from liftplace_jax.families import registry
 from liftplace_jax.families.loading import OF_DIFFUSERS, find_folder, read_diffusers
 from liftplace_jax.host import processes, sharding
-from liftplace_jax.losses import init_adapters
 from liftplace_jax.nn import building
 
 Shardings = Callable[[Any], Any]

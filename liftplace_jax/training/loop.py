@@ -13,8 +13,9 @@ from typing import Any
 import jax
 
 from liftplace_jax.host.processes import Agreement
+from liftplace_jax.host.progress import progress
 from liftplace_jax.training.checkpoints import Checkpoints
-from liftplace_jax.training.metrics_io import MetricsLog, progress
+from liftplace_jax.training.metrics_io import MetricsLog
 from liftplace_jax.training.state import TrainState
 
 
@@ -72,9 +73,9 @@ def train(
         state = checkpoints.restore(abstract, shardings)
     _say_where(title, first, checkpoints.unfinished)
     log = MetricsLog(folder, first, tensorboard)
-    bar = progress(title, total_steps, first)
     batches = make_batches(first)
     agreed = Agreement()  # several processes save the same step, whoever got the signal
+    bar = progress(title, total_steps, first)
     try:
         with _Signals() as signals:
             # The order matters for exact resume: batch, step, check, log, save.

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import tqdm
 
 from liftplace_jax.host.buckets import as_path, is_in_bucket, upload
 from liftplace_jax.host.files import unwritable
@@ -129,13 +128,3 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-def progress(title: str, total: int, done: int = 0, unit: str = "step") -> tqdm.tqdm:
-    """One live line with rate and ETA; on a log file a line every half minute; of process 0."""
-    live = sys.stderr.isatty()
-    return tqdm.tqdm(
-        total=total, initial=done, desc=title, unit=unit, dynamic_ncols=live,
-        mininterval=0.2 if live else 30, maxinterval=0.2 if live else 60,
-        disable=jax.process_index() > 0,
-    )  # fmt: skip
