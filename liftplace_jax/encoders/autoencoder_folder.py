@@ -20,7 +20,7 @@ from liftplace_jax.families.loading import current_name, read_weights
 from liftplace_jax.families.unet.diffusers import DiffusersError
 from liftplace_jax.host.buckets import as_path
 from liftplace_jax.nn import building
-from liftplace_jax.nn.network import Network, from_tensors, load_network
+from liftplace_jax.nn.network import Network, from_tensors, read_network
 
 # diffusers' defaults of the fields that are ours too (0.42 "autoencoder_kl.py"); shift_factor is
 # None there.
@@ -100,12 +100,16 @@ def load_autoencoder(path: str | os.PathLike) -> AutoencoderNetwork:
     if "_class_name" in fields:
         network = _from_diffusers(fields, found)
     else:
-        network = load_network(found)
-        if not isinstance(network.config, AutoencoderConfig):
+        if fields.get("model") != AutoencoderConfig.model:
             raise ValueError(f"{path} holds a {fields.get('model')!r}, not an autoencoder")
+        network = read_network(found, _own_config)
     return AutoencoderNetwork(
         network.config, network.graphdef, network.params, folder.resolve().name
     )
+
+
+def _own_config(fields: Mapping[str, Any]) -> AutoencoderConfig:
+    return AutoencoderConfig.from_dict({k: v for k, v in fields.items() if k != "model"})
 
 
 def _from_diffusers(fields: Mapping[str, Any], folder: Path) -> Network:

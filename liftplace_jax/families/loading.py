@@ -264,3 +264,74 @@ def write_diffusers(folder: str | os.PathLike, config: Any, params: Any) -> None
         path = temporary / f"{WEIGHTS_NAME}.safetensors"
         weights.write_safetensors(path, tensors, {"format": "pt"})
         write_json(temporary / "config.json", fields)
+
+
+def load_network(folder: str | os.PathLike, *args: Any, **options: Any) -> Network:
+    """A denoising network from its folder; arguments as of `network.read_network`."""
+    return read_network(as_path(folder), registry.config_from_dict, *args, **options)
+
+
+def load_checkpoint(
+    path: Path,
+    config: Any | None = None,
+    entry: str | int | None = None,
+    dtype: str = "float32",
+    said_by: str = "config.model",
+) -> Network:
+    """A model from wherever it was trained.
+
+    Args:
+      path: a folder of ours (model.safetensors and config.json); a folder of diffusers'
+        `UNet2DModel` or `DiTTransformer2DModel`, or of a pipeline with one; or a file of
+        published weights, as of `weights.read_tensors`. Of this machine or a bucket.
+      config: what the model must be. A folder's own config must agree with it, but for what is no
+        property of weights, such as dropout: that of `config` counts. Needed for a file, which
+        does not say what it is; without it a folder's own config counts.
+      entry: where in a file the weights are, as of `weights.read_tensors`.
+      dtype: of the computation.
+      said_by: where `config` comes from, for the error message.
+
+    Raises:
+      ValueError: the path cannot be read, or does not fit; names the path and every misfit.
+    """
+    if path.is_dir():
+        if entry is not None:
+            raise ValueError(f"{path} is a folder, only a file has an entry {entry!r}")
+        if find_folder(path):
+            network = from_tensors(*read_diffusers(path), path, dtype)
+        else:
+            network = load_network(path, dtype)
+        return network if config is None else _as_config(network, config, path, dtype, said_by)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if config is None:
+        raise ValueError(f"{path}: a file of weights does not say its model, so give its config")
+    tensors = weights.read_tensors(path, entry)
+    if not OF_DIFFUSERS.isdisjoint(tensors):
+        raise ValueError(f"{path} is the weights of diffusers alone: give its folder")
+    seen = config.visible_in(tensors)  # a wrong depth is one line, not a hundred tensors
+    wanted = [{name: getattr(config, name) for name in seen}]
+    _check_agreement(path, [seen], wanted, said_by)
+    return from_tensors(config, tensors, path, dtype)
+
+
+def _as_config(network: Network, config: Any, path: Path, dtype: str, said_by: str) -> Network:
+    """The network as `config`, from which it may differ only in what no weights tell."""
+    _check_agreement(path, _architecture(network.config), _architecture(config), said_by)
+    return Network(config, building.abstract(config, jnp.dtype(dtype))[0], network.params)
+
+
+def _architecture(config: Any) -> list[dict[str, Any]]:
+    return [{"model": config.model}, *config.architecture()]
+
+
+def _check_agreement(path: Path, found: list[dict], wanted: list[dict], said_by: str) -> None:
+    # A later dictionary says something only where those before it agree.
+    pairs = zip(found, wanted, strict=False)
+    lines = next((lines for pair in pairs if (lines := differences(*pair))), None)
+    if lines:
+        raise ValueError(
+            f"{path} is not what {said_by} says (checkpoint -> {said_by}):\n  "
+            + "\n  ".join(lines)
+            + f"\nSet {said_by} to what the checkpoint is, or choose another checkpoint."
+        )
