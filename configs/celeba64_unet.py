@@ -36,21 +36,24 @@ FOLDER/test, or any images: then both splits are the same. The aligned photograp
 the published crop, which TFDS's celeb_a gets by itself: `--config.data.crop="(25, 57, 153, 185)"`.
 """
 
-from liftplace_jax.experiment.presets import pixel_unet_config, unet_runlocal
+from liftplace_jax.experiment.presets import family_config, runlocal, steps_for
+
+STEPS = {0.3: 100_000, 0.5: 200_000, 0.7: 240_000, 0.9: 500_000}
+"""Of a student, by ratio."""
 
 
 def get_config(arg=None):
     """The config; see the module's text for `arg`."""
-    config, args = pixel_unet_config(
-        arg, "celeba64", "celeba", ratio=0.9,
-        steps={0.3: 100_000, 0.5: 200_000, 0.7: 240_000, 0.9: 500_000},
-    )  # fmt: skip
+    config, args = family_config(
+        arg, "celeba64", "unet", "celeba", ratio=0.9, normalisation="published"
+    )
     config.data.name = "celeb_a"
     config.memory_cache_mb = 2560  # all of it, decoded
+    config.distill.steps = steps_for(args.ratio, STEPS)
     config.teacher.steps = 500_000
     for run in (config.teacher, config.distill):
         run.batch_size = 96
         run.ema_decay = 0.9999
         run.optimizer.learning_rate = 2e-4
     config.compress.taylor_threshold = 0.0
-    return unet_runlocal(config) if args.runlocal else config
+    return runlocal(config) if args.runlocal else config

@@ -27,13 +27,19 @@ Without TFDS: `--config.data.name=folder --config.data.path=FOLDER`, images in F
 FOLDER/test, or any images: then both splits are the same.
 """
 
-from liftplace_jax.experiment.presets import pixel_unet_config, unet_runlocal
+from liftplace_jax.experiment.presets import family_config, runlocal, steps_for
+
+STEPS = {0.3: 100_000}
+"""Of a student, by ratio."""
 
 
 def get_config(arg=None):
     """The config; see the module's text for `arg`."""
-    config, args = pixel_unet_config(arg, "cifar10", "cifar10", ratio=0.3, steps={0.3: 100_000})
+    config, args = family_config(
+        arg, "cifar10", "unet", "cifar10", ratio=0.3, normalisation="published"
+    )
     config.data.name = "cifar10"
+    config.distill.steps = steps_for(args.ratio, STEPS)
     config.teacher.steps = 800_000
     for run in (config.teacher, config.distill):
         run.batch_size = 128
@@ -42,4 +48,4 @@ def get_config(arg=None):
     config.compress.taylor_batch_size = 128
     config.evaluation.skip_type = "quad"
     config.evaluation.batch_size = 512
-    return unet_runlocal(config) if args.runlocal else config
+    return runlocal(config) if args.runlocal else config

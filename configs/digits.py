@@ -21,6 +21,7 @@ def get_config(arg=None):
     config, args = experiment_config(
         arg, "digits", method="lift_place", ratio=0.9, normalisation="published"
     )
+    config.model.update(image_size=8, ch=32, ch_mult=(1, 2), num_groups=8)
     config.teacher.steps = 2400
     config.teacher.ema_decay = 0.998
     config.teacher.optimizer = optimizer_config(learning_rate=2e-3, schedule="cosine")

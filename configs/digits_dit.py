@@ -14,19 +14,14 @@ Arguments after a colon, for example `--config=configs/digits_dit.py:method=outp
     runlocal  the same in about a minute
 """
 
-from ml_collections import ConfigDict
-
 from liftplace_jax.experiment.configuration import optimizer_config
-from liftplace_jax.experiment.presets import dit_config
+from liftplace_jax.experiment.presets import family_config
 
 
 def get_config(arg=None):
     """The config; see the module's text for `arg`."""
-    config, args = dit_config(arg, "digits_dit", depth=2, layers="uniform")
-    config.model = ConfigDict(
-        dict(model="dit", image_size=8, patch_size=2, in_channels=1, hidden_size=64, depth=8,
-             num_heads=4, num_classes=10)
-    )  # fmt: skip
+    config, args = family_config(arg, "digits_dit", "dit", depth=2, layers="uniform")
+    config.model.update(image_size=8, patch_size=2, hidden_size=64, depth=8, num_heads=4)
     config.teacher.steps = 4000
     config.distill.steps = 4000
     for run in (config.teacher, config.distill):

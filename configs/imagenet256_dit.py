@@ -38,32 +38,30 @@ Arguments after a colon, as in `--config=configs/imagenet256_dit.py:student=D7,l
     runlocal  teacher to report on two CPU cores in a minute or two: 16x16 images, latents of 4x4,
               4 blocks of width 32, 30 steps; its numbers mean nothing. It needs an autoencoder of
               three levels, and a random one will do:
-              python -c "import liftplace_jax.encoders.autoencoder_folder as a; a.write_random_autoencoder('ae')"
+              python -c "from liftplace_jax.encoders import autoencoder_folder as a
+              a.write_random_autoencoder('ae')"
 
 Without TFDS: `--config.data.name=folder --config.data.path=FOLDER`, images in FOLDER/train/<class>/
 and FOLDER/validation/<class>/, with `--config.model.num_classes=N` if there are not 1000 classes.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import config_dict
 
-from liftplace_jax.experiment.presets import dit_config, dit_runlocal
-from liftplace_jax.families.dit.published import PUBLISHED_DITS
+from liftplace_jax.experiment.presets import family_config, runlocal
 
 STUDENTS = {"D19": 19, "D14": 14, "D7": 7, "D4": 4}
 
 
 def get_config(arg=None):
     """The config; see the module's text for `arg`."""
-    config, args = dit_config(
-        arg, "imagenet256_dit", layers="uniform", others={"student": "D14"}
+    config, args = family_config(
+        arg, "imagenet256_dit", "dit", "DiT-XL/2", layers="uniform", others={"student": "D14"}
     )
     if args.student not in STUDENTS:
         raise ValueError(f"student must be one of {list(STUDENTS)}, got {args.student!r}")
     config.data.update(
         name="imagenet2012", test_split="validation", image_size=256, flip=True, resize="adm"
     )
-    model = PUBLISHED_DITS["DiT-XL/2"].to_dict()
-    config.model = ConfigDict({"model": "dit"} | {k: v for k, v in model.items() if v is not None})
     config.compress.depth = STUDENTS[args.student]
     # The search runs one epoch, as "TinyFusion_EXP/prune_by_learning.py" is started.
     config.compress.learned.update(batch_size=128, steps=10_009, dtype="bfloat16")
@@ -81,4 +79,4 @@ def get_config(arg=None):
         num_samples=50_000, sampler="ancestral", sample_steps=250, skip_type="spaced",
         batch_size=64,  # decoding takes 0.24 GB an image
     )  # fmt: skip
-    return dit_runlocal(config) if args.runlocal else config
+    return runlocal(config) if args.runlocal else config

@@ -32,17 +32,20 @@ Without TFDS: `--config.data.name=folder --config.data.path=FOLDER`, images in F
 FOLDER/validation, or any images: then both splits are the same.
 """
 
-from liftplace_jax.experiment.presets import pixel_unet_config, unet_runlocal
+from liftplace_jax.experiment.presets import family_config, runlocal, steps_for
+
+STEPS = {0.3: 200_000, 0.5: 500_000, 0.7: 700_000}
+"""Of a student, by ratio."""
 
 
 def get_config(arg=None):
     """The config; see the module's text for `arg`."""
-    config, args = pixel_unet_config(
-        arg, "lsun_bedroom256", "bedroom", ratio=0.3,
-        steps={0.3: 200_000, 0.5: 500_000, 0.7: 700_000},
-    )  # fmt: skip
+    config, args = family_config(
+        arg, "lsun_bedroom256", "unet", "bedroom", ratio=0.3, normalisation="published"
+    )
     config.data.name = "lsun/bedroom"
     config.data.test_split = "validation"
+    config.distill.steps = steps_for(args.ratio, STEPS)
     config.teacher.steps = 2_400_000
     for run in (config.teacher, config.distill):
         run.batch_size = 8
@@ -52,4 +55,4 @@ def get_config(arg=None):
     config.compress.taylor_batch_size = 4
     config.compress.taylor_threshold = 0.01
     config.evaluation.batch_size = 64
-    return unet_runlocal(config) if args.runlocal else config
+    return runlocal(config) if args.runlocal else config

@@ -47,11 +47,10 @@ def convert() -> str:
     # Late, so that --help and a misspelt flag answer at once.
     from liftplace_jax import weights
     from liftplace_jax.families import registry
-    from liftplace_jax.families.loading import write_diffusers
+    from liftplace_jax.families.loading import load_checkpoint, write_diffusers
     from liftplace_jax.host.buckets import as_path, on_this_machine
     from liftplace_jax.host.files import replacing_folder
     from liftplace_jax.nn import building
-    from liftplace_jax.nn.network import load_checkpoint
 
     path, out = as_path(_MODEL.value), on_this_machine(_OUT.value, "--out")
     config = None

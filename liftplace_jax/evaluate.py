@@ -89,6 +89,7 @@ def make_reference() -> str:
     """The verb ref."""
     from liftplace_jax import data, evaluation
     from liftplace_jax.host import processes
+    from liftplace_jax.host.versions import versions
 
     out = as_path(_FLAGS.out)
     if out.suffix != ".npz" or not (is_in_bucket(out) or out.parent.is_dir()):
@@ -120,38 +121,39 @@ def make_reference() -> str:
 def generate() -> str:
     """The verb gen: one JSON file for each model."""
     from liftplace_jax import evaluation
-    from liftplace_jax.experiment.context import Experiment
     from liftplace_jax.experiment.scoring import draw, model_folders, protocol
+    from liftplace_jax.experiment.stages import open_experiment
+    from liftplace_jax.families.loading import load_network
     from liftplace_jax.host import processes
     from liftplace_jax.host.files import write_json, write_npz
     from liftplace_jax.host.progress import progress
-    from liftplace_jax.nn.network import load_network
+    from liftplace_jax.host.versions import versions
 
     workdir = as_path(_FLAGS.workdir)
-    experiment = Experiment(read_config(workdir), workdir, claim=False)
-    folders = model_folders(experiment)
+    context = open_experiment(read_config(workdir), workdir, claim=False)
+    folders = model_folders(context)
     if _FLAGS.model is not None:
         if _FLAGS.model not in folders:
             raise ValueError(f"--model={_FLAGS.model}: {workdir} has {list(folders)}")
         folders = {_FLAGS.model: folders[_FLAGS.model]}
-    check_count(_FLAGS.num_samples, experiment.extractor)
+    check_count(_FLAGS.num_samples, context.judge.extractor)
     networks = {
         title: load_network(folder, hint="finish the run first", params=_FLAGS.params)
         for title, folder in folders.items()
     }
     out = as_path(_FLAGS.out) if _FLAGS.out else workdir / "evaluations"
     make_folder(out)
-    fields, lines = experiment.config.evaluation, []
+    fields, lines = context.config.evaluation, []
     stems = {t: f"{t.replace(' ', '_')}-{_FLAGS.params}-{fields.num_samples}" for t in networks}
-    wanted = json.loads(json.dumps(protocol(experiment, _FLAGS.params)))
+    wanted = json.loads(json.dumps(protocol(context, _FLAGS.params)))
     for stem in stems.values():
         refuse_other(out / f"{stem}.json", wanted)
     for title, network in networks.items():
         keep = fields.num_samples if _FLAGS.save_npz else 0
         with progress(title, fields.num_samples, unit="image") as bar:
-            samples, rate = draw(experiment, network, bar, clip=fields.clip, keep_images=keep)
+            samples, rate = draw(context, network, bar, clip=fields.clip, keep_images=keep)
         scores = evaluation.score(
-            experiment.real, samples, k=fields.neighbours, allow_few=_FLAGS.allow_few
+            context.judge.real, samples, k=fields.neighbours, allow_few=_FLAGS.allow_few
         )
         result = scores | {
             "model": title, "images_per_second": rate, "versions": versions(), "protocol": wanted,
@@ -197,6 +199,7 @@ def calculate() -> str:
     from liftplace_jax import evaluation
     from liftplace_jax.host import processes
     from liftplace_jax.host.files import write_json
+    from liftplace_jax.host.versions import versions
 
     generated = features_of(open_images(_FLAGS.images), generated=True)
     reference = as_path(_FLAGS.ref)
@@ -267,7 +270,7 @@ def check_count(count: int, extractor) -> None:
 
 def refuse_other(path: Path, protocol: dict[str, Any]) -> None:
     """Raises a ValueError if a result is there that was made in another way."""
-    from liftplace_jax.experiment.configuration import differences
+    from liftplace_jax.host.differences import differences
 
     if path.exists():
         lines = differences(json.loads(path.read_text())["protocol"], protocol)
@@ -276,13 +279,6 @@ def refuse_other(path: Path, protocol: dict[str, Any]) -> None:
                 f"{path} holds a result of another protocol ({'; '.join(lines)}): choose another "
                 "--out, or delete it"
             )
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    from liftplace_jax.experiment import report
-
-    return report.versions()
 
 
 def summary(scores: dict[str, Any]) -> str:

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from liftplace_jax import main
-from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.experiment.stages import open_experiment
+from liftplace_jax.experiment.training import run_training
 from liftplace_jax.host import files, processes, sharding
 from liftplace_jax.training.state import random_key
 
@@ -35,12 +36,12 @@ def run(config, workdir, mode):
     """20 steps of the teacher's fields."""
     config.teacher.update(steps=20, checkpoint_every=5)
     config.sharding_rules = (("inner", ("fsdp",)), ("outer", ("fsdp", None)))
-    experiment = Experiment(config, workdir)
+    experiment = open_experiment(config, workdir)
     processes.log_to(workdir / "logs")
     keys = jax.random.split(jax.random.key(0))
     student = {"inner": jax.random.normal(keys[0], (64, 16)) / 8,
                "outer": jax.random.normal(keys[1], (16, 64)) / 8}  # fmt: skip
-    state = experiment.run_training(
+    state = run_training(experiment, 
         config.teacher, loss_fn, {"student": student}, None, 0, workdir / "teacher", "teacher", None
     )
     leaves = jax.tree_util.tree_flatten_with_path(sharding.gathered(state))[0]

@@ -14,11 +14,13 @@ import torch
 from torch_unet import TorchUNet, randomise
 
 from liftplace_jax import weights
-from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.experiment.stages import open_experiment
+from liftplace_jax.experiment.training import train_teacher
 from liftplace_jax.families import registry
+from liftplace_jax.families.loading import load_checkpoint
 from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.nn import building
-from liftplace_jax.nn.network import load_checkpoint, make_apply
+from liftplace_jax.nn.network import make_apply
 
 FIELDS = dict(
     image_size=8, in_channels=2, out_channels=3, ch=8, ch_mult=(1, 3), num_res_blocks=2,
@@ -150,7 +152,7 @@ def run(tmp_path):
         config = tiny_config.get_config()
         config.teacher.checkpoint, config.teacher.entry = str(path), entry
         config.model.update(model)
-        Experiment(config, tmp_path / "run").train_teacher()
+        train_teacher(open_experiment(config, tmp_path / "run"))
         return tmp_path / "run" / "teacher"
 
     return run

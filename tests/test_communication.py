@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from liftplace_jax.compress import pruned_config
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
 from liftplace_jax.experiment.configuration import default_config
 from liftplace_jax.families import registry
+from liftplace_jax.families.unet.channels import pruned_config
 from liftplace_jax.host import sharding
 from liftplace_jax.nn import building
 from liftplace_jax.nn.network import Network

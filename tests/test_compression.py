@@ -16,10 +16,10 @@ import tiny_config
 from conftest import GOLDEN
 from matplotlib.image import imread
 
-from liftplace_jax.compress import pruned_config
-from liftplace_jax.experiment.context import Experiment
 from liftplace_jax.experiment.report import collect_rows, summarise
+from liftplace_jax.experiment.stages import open_experiment
 from liftplace_jax.families.registry import config_parameters, count_macs
+from liftplace_jax.families.unet.channels import pruned_config
 from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.families.unet.published import PUBLISHED_UNETS
 from liftplace_jax.host.files import write_json
@@ -109,9 +109,9 @@ def make_workdir(folder, ratio, seeds=(0, 1), *, frechet=10.0, changes=()):
     for field, value in dict(changes).items():
         room, name = field.split(".")
         config[room][name] = value
-    experiment = Experiment(config, folder)
-    students = pruned_config(experiment.model_config, ratio)
-    folders = [(experiment.teacher_folder, experiment.model_config, {"frechet": 2.0})]
+    experiment = open_experiment(config, folder)
+    students = pruned_config(experiment.model, ratio)
+    folders = [(experiment.teacher_folder, experiment.model, {"frechet": 2.0})]
     for run in experiment.runs:
         result = {"frechet": frechet + run.seed, "output_error": 0.1 * frechet}
         folders.append((run.folder, students, result))
@@ -135,11 +135,11 @@ def workdirs(tmp_path_factory):
 def experiment(tmp_path_factory):
     config = tiny_config.get_config()
     config.distill.batch_size = config.evaluation.batch_size = 8
-    return Experiment(config, tmp_path_factory.mktemp("experiment") / "run")
+    return open_experiment(config, tmp_path_factory.mktemp("experiment") / "run")
 
 
 def test_quality_is_the_mean_over_seeds_with_its_spread(workdirs, experiment):
-    rows = read_quality(workdirs, experiment.model_config, "published")
+    rows = read_quality(workdirs, experiment.model, "published")
     assert quality_measure(rows) == "frechet"
     teacher, *students = rows
     assert (teacher["method"], teacher["frechet"], teacher["seeds"]) == ("teacher", 2.0, 1)
@@ -157,13 +157,13 @@ def test_without_frechet_quality_is_the_output_error(workdirs, experiment, tmp_p
     for row in report["rows"]:
         row["frechet"] = None
     write_json(folder / "report.json", report)
-    rows = read_quality([folder], experiment.model_config, "published")
+    rows = read_quality([folder], experiment.model, "published")
     assert quality_measure(rows) == "output_error"
     assert all("frechet" not in row for row in rows)
 
 
 def test_unfit_work_directories_are_refused_by_name(workdirs, experiment, tmp_path):
-    teacher = experiment.model_config
+    teacher = experiment.model
 
     def refused(*folders, match, normalisation="published", teacher=teacher):
         with pytest.raises(ValueError, match=match):
@@ -189,7 +189,7 @@ def test_unfit_work_directories_are_refused_by_name(workdirs, experiment, tmp_pa
 
 
 def test_measured_network(experiment):
-    config = pruned_config(experiment.model_config, 0.5)
+    config = pruned_config(experiment.model, 0.5)
     found = measuring.measure_network(experiment, config, quick=True, repeats=3)
     saved = experiment.workdir / "checkpoint" / "model.safetensors"
     assert found["checkpoint_mb"] == saved.stat().st_size / 1e6
@@ -204,7 +204,7 @@ def test_measured_network(experiment):
 def test_measured_training(experiment):
     student, teacher = (
         measuring.random_network(c)
-        for c in (pruned_config(experiment.model_config, 0.5), experiment.model_config)
+        for c in (pruned_config(experiment.model, 0.5), experiment.model)
     )
     found = measuring.measure_training(experiment, "output_kd", student, teacher, repeats=3)
     np.testing.assert_allclose(found["examples_per_s"], 8e3 / found["step_ms"])

@@ -15,11 +15,11 @@ from conftest import GOLDEN, QUICK_XLA
 from conftest import config_module as module
 from PIL import Image
 
-from liftplace_jax.compress import pruned_config
 from liftplace_jax.experiment.checks import check_config
-from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.experiment.stages import open_experiment
 from liftplace_jax.families import registry
 from liftplace_jax.families.registry import config_parameters, count_macs
+from liftplace_jax.families.unet.channels import pruned_config
 
 ROOT = Path(__file__).parent.parent
 FACTS = json.loads((GOLDEN / "ddpm_facts.json").read_text())["models"]
@@ -126,7 +126,7 @@ def test_full_size_experiments_fit_their_tfds_data(name, tmp_path, monkeypatch):
     config = get_config(name)
     config.data.data_dir = str(tmp_path / "data")
     # Every check of shapes, and no array; the tests have eight devices.
-    experiment = Experiment(config, tmp_path / "run")
+    experiment = open_experiment(config, tmp_path / "run")
     with tfds.testing.mock_data(num_examples=2):
         size = config.model.image_size
         for source in experiment.sources.values():

@@ -34,12 +34,14 @@ from liftplace_jax.compress import (
     uniform_layers,
 )
 from liftplace_jax.compress.learned_depth import merge_lora, sample_gates
-from liftplace_jax.experiment.compressing import keep_probabilities
-from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.experiment.pictures import keep_probabilities
+from liftplace_jax.experiment.stages import open_experiment
+from liftplace_jax.experiment.training import train_teacher
 from liftplace_jax.families import registry
 from liftplace_jax.families.dit.config import DiTConfig
+from liftplace_jax.families.loading import load_network
 from liftplace_jax.nn import building
-from liftplace_jax.nn.network import from_tensors, load_network, make_apply
+from liftplace_jax.nn.network import from_tensors, make_apply
 from liftplace_jax.training.metrics_io import read_metrics
 from liftplace_jax.weights import to_torch
 
@@ -350,9 +352,9 @@ def experiment(folder, teacher, **changes):
         {"image": rng.integers(0, 256, (8, 8, 1), np.uint8), "label": i % 10} for i in range(32)
     ]
     source = data.Source("noise", records, image_shape=(8, 8, 1), num_classes=10)
-    made = Experiment(tiny(teacher__checkpoint=str(teacher), **changes), folder)
+    made = open_experiment(tiny(teacher__checkpoint=str(teacher), **changes), folder)
     made.sources = {"train": source, "test": source}
-    made.train_teacher()
+    train_teacher(made)
     return made
 
 
@@ -445,7 +447,7 @@ def test_a_search_that_was_cut_ends_as_one_that_was_not(tmp_path, constructed):
 ])  # fmt: skip
 def test_bad_fields_are_named_before_anything_is_written(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        Experiment(tiny(**changes), tmp_path / "run")
+        open_experiment(tiny(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -453,7 +455,7 @@ def test_the_fields_of_depth_are_refused_for_a_unet(tmp_path):
     config = tiny_config.get_config()
     config.compress.depth = 2
     with pytest.raises(ValueError, match="config.compress.depth 2 is for a DiT; a U-Net is pruned"):
-        Experiment(config, tmp_path / "run")
+        open_experiment(config, tmp_path / "run")
 
 
 def test_published_weights_of_a_pruned_start(tmp_path, teacher, constructed):
@@ -474,11 +476,11 @@ def test_published_weights_of_a_pruned_start(tmp_path, teacher, constructed):
         for name, tensor in to_torch(student.params).items():
             np.testing.assert_array_equal(tensor, tensors[name])
     with pytest.raises(ValueError, match=r"d2.pt is not what config.compress (.|\n)*depth: 2 -> 3"):
-        Experiment(tiny(compress__checkpoint=path, compress__depth=3), tmp_path / "bad")
+        open_experiment(tiny(compress__checkpoint=path, compress__depth=3), tmp_path / "bad")
     with pytest.raises(ValueError, match=r"both.pt: .*\(config.compress.entry\)"):
-        Experiment(tiny(compress__checkpoint=str(tmp_path / "both.pt")), tmp_path / "bad")
+        open_experiment(tiny(compress__checkpoint=str(tmp_path / "both.pt")), tmp_path / "bad")
     with pytest.raises(ValueError, match="has null_label 10, config.model.null_label is None"):
-        Experiment(
+        open_experiment(
             tiny(compress__checkpoint=str(teacher), model__class_dropout=0.0), tmp_path / "bad"
         )
 

@@ -18,8 +18,8 @@ from diffusers import UNet2DModel
 from torch_unet import randomise
 
 from liftplace_jax import weights
-from liftplace_jax.compress import pruned_config
-from liftplace_jax.families.loading import read_diffusers, write_diffusers
+from liftplace_jax.families.loading import load_checkpoint, read_diffusers, write_diffusers
+from liftplace_jax.families.unet.channels import pruned_config
 from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.families.unet.diffusers import (
     DiffusersError,
@@ -27,7 +27,7 @@ from liftplace_jax.families.unet.diffusers import (
     config_to_diffusers,
 )
 from liftplace_jax.nn import building
-from liftplace_jax.nn.network import load_checkpoint, make_apply
+from liftplace_jax.nn.network import make_apply
 
 ROOT = Path(__file__).parent.parent
 # config.json of google/ddpm-cifar10-32, as published: fields of diffusers 0.0.4.

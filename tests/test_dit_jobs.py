@@ -19,8 +19,8 @@ from PIL import Image
 from liftplace_jax.data import Source, load_source
 from liftplace_jax.encoders.autoencoder_folder import write_random_autoencoder
 from liftplace_jax.experiment.checks import check_config
-from liftplace_jax.experiment.context import Experiment
 from liftplace_jax.experiment.sources import check_classes
+from liftplace_jax.experiment.stages import open_experiment
 from liftplace_jax.families import registry
 from liftplace_jax.families.registry import config_parameters
 from liftplace_jax.training.metrics_io import read_metrics
@@ -112,7 +112,7 @@ def test_a_bad_field_is_named_before_anything_is_written(tmp_path, changes, mess
         with node.ignore_type(), node.unlocked():
             node[name] = value
     with pytest.raises(ValueError, match=message):
-        Experiment(config, tmp_path / "run")
+        open_experiment(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -121,7 +121,7 @@ def test_the_classes_of_data_and_model_must_agree(tmp_path):
     config.data.data_dir = str(tmp_path / "data")
     config.model.num_classes = 7
     with pytest.raises(ValueError, match="digits .train. has 10 classes, .*num_classes is 7"):
-        Experiment(config, tmp_path / "run").sources  # noqa: B018
+        open_experiment(config, tmp_path / "run").sources  # noqa: B018
 
 
 # In miniature, teacher to report --------------------------------------------------------------
@@ -222,19 +222,19 @@ def test_another_autoencoder_at_evaluation_is_refused(finished, tmp_path):
     config.model.num_classes = 10
     config.latents.update(autoencoder=str(tmp_path / "other"), path=str(home / "latents"))
     with pytest.raises(ValueError, match="encoded by another autoencoder .*\n *sha256: "):
-        Experiment(config, tmp_path / "run")
+        open_experiment(config, tmp_path / "run")
     # The same weights with another scale are another autoencoder too.
     shutil.copytree(home / "autoencoder", tmp_path / "scaled")
     fields = json.loads((tmp_path / "scaled" / "config.json").read_text())
     (tmp_path / "scaled" / "config.json").write_text(json.dumps(fields | {"scaling_factor": 0.5}))
     config.latents.autoencoder = str(tmp_path / "scaled")
     with pytest.raises(ValueError, match="scaling_factor: 0.18215 -> 0.5"):
-        Experiment(config, tmp_path / "run")
+        open_experiment(config, tmp_path / "run")
     # Latents are no network to begin with.
     config.latents.update(autoencoder=str(home / "autoencoder"))
     config.compress.checkpoint = str(home / "autoencoder")
     with pytest.raises(ValueError, match="compress.checkpoint .* is no network that denoises"):
-        Experiment(config, tmp_path / "run")
+        open_experiment(config, tmp_path / "run")
 
 
 def test_labels_must_be_classes_in_every_split(tmp_path):
@@ -247,11 +247,11 @@ def test_labels_must_be_classes_in_every_split(tmp_path):
     config.model.num_classes = 3
     config.evaluation.num_samples = 64
     with pytest.raises(ValueError, match="test. has 2 classes, config.model.num_classes is 3"):
-        Experiment(config, tmp_path / "run").sources  # noqa: B018
+        open_experiment(config, tmp_path / "run").sources  # noqa: B018
     (tmp_path / "pictures" / "test" / "d").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "pictures" / "test" / "d" / "6.png")
     with pytest.raises(ValueError, match="different classes: .'a', 'd'. are in one of them alone"):
-        Experiment(config, tmp_path / "run").sources  # noqa: B018
+        open_experiment(config, tmp_path / "run").sources  # noqa: B018
     records = [{"image": np.zeros((8, 8, 1), np.uint8), "label": -1}]
     unlabelled, used = (
         Source("x", records, image_shape=(8, 8, 1), num_classes=3) for _ in range(2)
@@ -265,4 +265,4 @@ def test_labels_must_be_classes_in_every_split(tmp_path):
 def test_latent_models_on_images_are_refused(tmp_path):
     message = "config.data.image_size 256 do not fit: config.model takes 32x32; .*config.latents"
     with pytest.raises(ValueError, match=message):
-        Experiment(imagenet(), tmp_path / "run")
+        open_experiment(imagenet(), tmp_path / "run")

@@ -15,13 +15,16 @@ from ml_collections import ConfigDict
 from liftplace_jax import data, weights
 from liftplace_jax.evaluation.sampling import make_sampler
 from liftplace_jax.experiment import configuration
-from liftplace_jax.experiment.configuration import differences, parse_arg
-from liftplace_jax.experiment.context import Experiment, Run
+from liftplace_jax.experiment.configuration import parse_arg
+from liftplace_jax.experiment.context import Run
 from liftplace_jax.experiment.report import grid, groups_figure, markdown, samples_figure, summarise
+from liftplace_jax.experiment.stages import open_experiment
 from liftplace_jax.families import registry
+from liftplace_jax.host.differences import differences
 from liftplace_jax.losses import PUBLISHED
 from liftplace_jax.nn import building
-from liftplace_jax.nn.network import Network, make_adapters
+from liftplace_jax.nn.network import Network
+from liftplace_jax.training.features import make_adapters
 from liftplace_jax.training.objective import BASIC_METHODS, METHODS
 
 
@@ -90,9 +93,9 @@ def test_checks_name_the_field():
 
 
 def test_folders_of_one_and_of_many_students(tmp_path):
-    one = Experiment(tiny(), tmp_path / "one")
+    one = open_experiment(tiny(), tmp_path / "one")
     assert one.runs == [Run("lift_place", 0, tmp_path / "one" / "student")]
-    many = Experiment(tiny("method=all,seeds=0+3"), tmp_path / "many")
+    many = open_experiment(tiny("method=all,seeds=0+3"), tmp_path / "many")
     assert [(run.method, run.seed) for run in many.runs] == [
         (method, seed) for method in BASIC_METHODS for seed in (0, 3)
     ]
@@ -158,7 +161,7 @@ def test_folders_of_one_and_of_many_students(tmp_path):
 ])  # fmt: skip
 def test_a_bad_field_is_named_before_anything_is_written(tmp_path, field, value, message):
     with pytest.raises(ValueError, match=message) as error:
-        Experiment(tiny(**{field.replace(".", "__"): value}), tmp_path / "run")
+        open_experiment(tiny(**{field.replace(".", "__"): value}), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -179,7 +182,7 @@ def test_a_bad_field_is_named_before_anything_is_written(tmp_path, field, value,
 ])  # fmt: skip
 def test_fields_that_do_not_go_together_are_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        Experiment(tiny(**changes), tmp_path / "run")
+        open_experiment(tiny(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -197,22 +200,22 @@ def test_fields_that_do_not_go_together_are_named(tmp_path, changes, message):
     dict(data__name="folder", data__path="pictures", data__crop=(0, 0, 8, 8)),
 ])  # fmt: skip
 def test_good_choices_are_taken(tmp_path, changes):
-    Experiment(tiny(**changes), tmp_path / "run")
+    open_experiment(tiny(**changes), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
 def test_a_refused_first_run_does_not_bind_the_work_directory(tmp_path):
-    Experiment(tiny(), tmp_path / "run")
-    Experiment(tiny(seed=3), tmp_path / "run")  # nothing was made yet
+    open_experiment(tiny(), tmp_path / "run")
+    open_experiment(tiny(seed=3), tmp_path / "run")  # nothing was made yet
     (tmp_path / "run" / "teacher").mkdir()
     with pytest.raises(ValueError, match="seed: 3 -> 0"):
-        Experiment(tiny(), tmp_path / "run")
-    Experiment(tiny(seed=3, mesh__data=2, mesh__fsdp=4), tmp_path / "run")
+        open_experiment(tiny(), tmp_path / "run")
+    open_experiment(tiny(seed=3, mesh__data=2, mesh__fsdp=4), tmp_path / "run")
 
 
 def test_a_run_killed_before_its_config_was_written_starts_again(tmp_path):
     (tmp_path / ".config.json.123").write_text('{"na')
-    Experiment(tiny(), tmp_path)
+    open_experiment(tiny(), tmp_path)
     assert (tmp_path / "config.json").exists()
 
 
@@ -226,9 +229,9 @@ def test_samplers_are_a_function_of_the_keys(tmp_path):
         {}, {"evaluation__eta": 0.5}, {"evaluation__sampler": "ancestral"},
         {"evaluation__skip_type": "quad"},
     ):  # fmt: skip
-        experiment = Experiment(tiny(**changes), tmp_path / "run")
+        experiment = open_experiment(tiny(**changes), tmp_path / "run")
         fields = experiment.config.evaluation
-        sample = jax.jit(make_sampler(fields, experiment.process, experiment.model_config, predict))
+        sample = jax.jit(make_sampler(fields, experiment.process, experiment.model, predict))
         images = sample(0.1, keys)
         assert images.shape == (3, 8, 8, 1) and np.isfinite(images).all()
         np.testing.assert_allclose(sample(0.1, keys[::-1])[::-1], images, atol=1e-6)
@@ -281,7 +284,7 @@ def test_summaries_are_means_and_spreads_over_seeds():
 
 
 def test_the_table_has_a_line_for_each_method(tmp_path):
-    experiment = Experiment(tiny("method=all,seeds=0+1+2"), tmp_path / "run")
+    experiment = open_experiment(tiny("method=all,seeds=0+1+2"), tmp_path / "run")
     text = markdown(experiment, summarise(rows()))
     table = [re.split(r"\s*\|\s*", line)[1:-1] for line in text.splitlines() if line[:2] == "| "]
     assert [line[0] for line in table] == ["method", "teacher", "no_kd (3 seeds)", "lift (3 seeds)"]
@@ -297,7 +300,7 @@ def test_the_table_has_a_line_for_each_method(tmp_path):
 
 def test_a_report_without_features_says_so(tmp_path):
     config = tiny(evaluation__features=None, evaluation__clip=None)
-    experiment = Experiment(config, tmp_path / "run")
+    experiment = open_experiment(config, tmp_path / "run")
     measured = [
         {k: v for k, v in row.items() if k not in ("frechet", "precision", "recall")}
         | {"images_per_second": 20.0 + row["seed"]}
@@ -324,13 +327,13 @@ def test_grids_hold_every_image():
 def test_pictures_of_every_size_and_fewer_images_than_rows(tmp_path, size, channels):
     config = tiny(evaluation__features=None, evaluation__clip=None)
     config.model.update(image_size=size, in_channels=channels, out_channels=channels)
-    experiment = Experiment(config, tmp_path / "run")
+    experiment = open_experiment(config, tmp_path / "run")
     records = [{"image": np.full((size, size, channels), 40 * i, np.uint8)} for i in range(3)]
     source = data.Source("three", records, image_shape=(size, size, channels))
     experiment.sources = {"train": source, "test": source}
     for folder in (experiment.teacher_folder, experiment.runs[0].folder):
-        params = building.create(experiment.model_config, 0)[1]
-        weights.save_model(folder, experiment.model_config.described(), params)
+        params = building.create(experiment.model, 0)[1]
+        weights.save_model(folder, experiment.model.described(), params)
         np.savez(folder / "samples.npz", images=np.zeros((64, size, size, channels), np.uint8))
     figure = groups_figure(experiment)
     assert len(figure.axes) == 3 * 6

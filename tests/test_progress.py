@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from liftplace_jax.training.metrics_io import progress
+from liftplace_jax.host.progress import progress
 
 
 @pytest.fixture

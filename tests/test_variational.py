@@ -22,7 +22,7 @@ from liftplace_jax.diffusion import (
     vb_kd_loss,
     vb_loss,
 )
-from liftplace_jax.diffusion.gaussian import reverse_steps
+from liftplace_jax.diffusion.tables import reverse_steps
 from liftplace_jax.nn.network import make_apply
 
 PROCESS = GaussianDiffusion(beta_schedule("linear", 1000), variance="learned_range")

@@ -18,9 +18,9 @@ from safetensors.torch import save_file as save_torch_file
 
 from liftplace_jax import weights
 from liftplace_jax.families.dit.config import DiTConfig
+from liftplace_jax.families.loading import load_network
 from liftplace_jax.host import sharding
 from liftplace_jax.nn import building
-from liftplace_jax.nn.network import load_network
 from liftplace_jax.weights import WeightFileError, WeightMismatchError
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict, config_dict
 
 from liftplace_jax.compress import depth as depths
 from liftplace_jax.compress import learned_depth
@@ -30,15 +31,18 @@ class DepthPruner:
 
     name = "depth"
 
-    def defaults(self, training: Callable[..., Any]) -> dict[str, Any]:
+    def defaults(self, training: Callable[..., ConfigDict]) -> ConfigDict:
         learned = training(
             ema_decay=0.999, rank=8, alpha=16.0, gate_scale=1000.0, temperature_start=4.0,
-            temperature_end=0.1, optimizer=dict(name="adamw", learning_rate=1e-4), unset=dict(keep=int, group=int),
+            temperature_end=0.1,
         )  # fmt: skip
-        return {
-            "depth": int, "layers": "uniform", "score_batches": 16, "score_batch_size": 64,
-            "learned": learned,
-        }  # fmt: skip
+        learned.optimizer.update(name="adamw", learning_rate=1e-4)
+        learned.keep = learned.group = config_dict.placeholder(int)
+        config = ConfigDict(
+            dict(layers="uniform", score_batches=16, score_batch_size=64, learned=learned)
+        )
+        config.depth = config_dict.placeholder(int)
+        return config
 
     def trainings(self, fields: Any) -> tuple[str, ...]:
         return ("learned",) if fields.layers == "learned" else ()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -86,7 +87,7 @@ class Pruner(Protocol):
 
     name: str
 
-    def defaults(self, training: Callable[..., Any]) -> dict[str, Any]:
+    def defaults(self, training: Callable[..., ConfigDict]) -> ConfigDict:
         """The pruner's fields of config.compress, with their defaults.
 
         Args:

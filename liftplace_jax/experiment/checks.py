@@ -9,20 +9,22 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from liftplace_jax import evaluation
-from liftplace_jax.compress import IMPORTANCES
-from liftplace_jax.diffusion import SAMPLERS, TIMESTEPS
-from liftplace_jax.experiment.configuration import check_choice, check_positive
+from liftplace_jax.experiment.configuration import (
+    check_choice,
+    check_positive,
+    training_config,
+)
+from liftplace_jax.families.registry import family_named
 from liftplace_jax.host.buckets import on_this_machine
 from liftplace_jax.losses import PUBLISHED
 from liftplace_jax.losses.weighting import DIRECTIONS
 from liftplace_jax.nn.layers import REMAT_POLICIES
+from liftplace_jax.training.features import read_layer_map
 from liftplace_jax.training.objective import FEATURE_SCHEDULES, METHODS, REDUCTIONS, WEIGHTS
 from liftplace_jax.training.optimizer import make_optimizer
 from liftplace_jax.training.profiling import TRANSFER_GUARDS, read_profile_steps
 
 DTYPES = ("float32", "bfloat16")
-NORMALISATIONS = {"published": None, "adapted": 2}
-"""Name -> the student's least number of channels in a normalisation group."""
 
 
 @contextlib.contextmanager
@@ -52,18 +54,8 @@ def check_config(config: ConfigDict) -> None:
             raise ValueError(f"config.{field} must be in 0..2^31 - 1, got {seeds}")
     _check_training(config, "teacher", config.teacher)
     _check_training(config, "distill", config.distill)
-    _check_training(config, "compress.learned", config.compress.learned)
-    check_choice("compress.importance", config.compress.importance, IMPORTANCES)
-    check_choice("compress.normalisation", config.compress.normalisation, NORMALISATIONS)
-    names = ("taylor_batch_size", "score_batches", "score_batch_size", "learned.rank",
-             "learned.alpha", "learned.gate_scale", "learned.temperature_start",
-             "learned.temperature_end")  # fmt: skip
-    check_positive(config, *(f"compress.{name}" for name in names), "distill.loss.group_size")
-    if not 0 <= config.compress.taylor_threshold < 1:
-        raise ValueError(
-            f"config.compress.taylor_threshold must be in [0, 1), "
-            f"got {config.compress.taylor_threshold}"
-        )
+    _check_compress(config)
+    check_positive(config, "distill.loss.group_size")
     check_positive(config, "input_threads")
     if config.data_cache:
         on_this_machine(config.data_cache, "config.data_cache")
@@ -72,7 +64,6 @@ def check_config(config: ConfigDict) -> None:
     if config.transfer_guard is not None:
         check_choice("transfer_guard", config.transfer_guard, TRANSFER_GUARDS)
     read_profile_steps(config.profile_steps)
-    check_choice("process.timesteps", config.process.timesteps, TIMESTEPS)
     check_choice("process.reduction", config.process.reduction, REDUCTIONS)
     check_choice("distill.feature.reduction", config.distill.feature.reduction, REDUCTIONS)
     check_choice("distill.feature.layers", config.distill.feature.layers, REDUCTIONS)
@@ -97,6 +88,23 @@ def check_config(config: ConfigDict) -> None:
         )
 
 
+def _check_compress(config):
+    """Fields and ranges are the pruner's."""
+    family = family_named(config.model.get("model"))
+    with under("compress."):
+        pruner = family.pruner(config.compress.pruner)
+    known = {*pruner.defaults(training_config), "pruner", "checkpoint", "entry"}
+    others = sorted(set(config.compress) - known)
+    if others:
+        raise ValueError(
+            f"config.compress has {', '.join(others)}, which pruner {pruner.name!r} does not know; "
+            f"its fields: {sorted(known)}"
+        )
+    for name, part in config.compress.items():
+        if isinstance(part, ConfigDict):
+            _check_training(config, f"compress.{name}", part)
+
+
 def _check_training(config, room, fields):
     check_choice(f"{room}.dtype", fields.dtype, DTYPES)
     if fields.remat is not None:
@@ -119,7 +127,6 @@ def _check_evaluation(config):
     check_positive(config, *(f"evaluation.{name}" for name in names))
     if config.evaluation.features:
         check_choice("evaluation.features", config.evaluation.features, evaluation.FEATURES)
-    check_choice("evaluation.sampler", config.evaluation.sampler, SAMPLERS)
     every = config.evaluation.curve_every
     if every < 0 or (every and not config.evaluation.features):
         raise ValueError(

@@ -12,6 +12,9 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from liftplace_jax.families.family import Family
+from liftplace_jax.families.registry import FAMILIES, family_named
+
 SEPARATOR = ","
 SETUP = (
     "mesh", "input_threads", "memory_cache_mb", "data_cache", "profile_steps", "compile_cache",
@@ -29,7 +32,7 @@ def optimizer_config(**changes: Any) -> ConfigDict:
 
 
 def training_config(**changes: Any) -> ConfigDict:
-    """One training run, teacher's or student's."""
+    """One training run: a teacher's, a student's, or a search of a pruner."""
     config = ConfigDict(
         dict(
             steps=1000,  # optimizer updates
@@ -44,11 +47,32 @@ def training_config(**changes: Any) -> ConfigDict:
     )
     # A policy of jax.checkpoint, such as "nothing_saveable", for less memory in more time.
     config.remat = config_dict.placeholder(str)
+    config.optimizer = optimizer_config()
     return config
 
 
-def default_config() -> ConfigDict:
-    """All fields of an experiment, pixel space, with their published or neutral defaults."""
+def compress_config(family: Family) -> ConfigDict:
+    """How students are made: the fields of the family's usual pruner, and where to read one."""
+    pruner = family.pruners[0]
+    config = ConfigDict({"pruner": pruner.name})
+    config.update(pruner.defaults(training_config))
+    # Instead of the pruned teacher: a folder with model.safetensors and config.json, or a file of
+    # published weights of the student that the fields above describe.
+    config.checkpoint = config_dict.placeholder(str)
+    config.entry = config_dict.placeholder(str)  # as teacher.entry
+    return config
+
+
+def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
+    """All fields of an experiment, pixel space, with their published or neutral defaults.
+
+    Args:
+      family: of the networks, a name of `FAMILIES`.
+
+    Raises:
+      ValueError: there is no such family.
+    """
+    networks = family_named(family)
     config = ConfigDict()
     config.name = "experiment"
     config.seed = 0  # of the teacher, and of pruning by random importance
@@ -66,18 +90,13 @@ def default_config() -> ConfigDict:
     # (left, upper, right, lower) in pixels, cut out first; default: the data set's published crop.
     config.data.crop = config_dict.placeholder(tuple)
 
-    config.model = ConfigDict(
-        dict(model="unet", image_size=8, in_channels=1, out_channels=1, ch=32, ch_mult=(1, 2),
-             num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, resamp_with_conv=True,
-             num_groups=8, min_channels_per_group=1)
-    )  # fmt: skip
+    config.model = ConfigDict({"model": family, **networks.default_model})
     config.process = ConfigDict(
-        dict(schedule="linear", num_timesteps=1000, beta_start=1e-4, beta_end=0.02,
+        dict(kind="gaussian", schedule="linear", num_timesteps=1000, beta_start=1e-4, beta_end=0.02,
              prediction="epsilon", variance="fixed", timesteps="antithetic", reduction="sum")
     )  # fmt: skip
 
     config.teacher = training_config()
-    config.teacher.optimizer = optimizer_config()
     # Instead of training one: a folder of ours (model.safetensors and config.json) or of diffusers'
     # UNet2DModel or DiTTransformer2DModel, or a file of published weights (.safetensors, .pt, .pth,
     # .ckpt, .bin, .npz). Whichever it is, it must be what config.model says; only what is no
@@ -86,36 +105,9 @@ def default_config() -> ConfigDict:
     # Where in a file of several state dicts: a key ("ema") or the number of an item ("-1").
     config.teacher.entry = config_dict.placeholder(str)
 
-    config.compress = ConfigDict(
-        dict(
-            ratio=0.9,  # share of channels removed
-            importance="magnitude",  # magnitude, random or taylor
-            normalisation="published",  # the teacher's groups stay; "adapted": >= 2 channels each
-            taylor_threshold=0.05,
-            taylor_batch_size=64,
-        )
-    )
-    # Of a DiT, instead of all these: how many blocks are kept, and which: "uniform"; those of most
-    # influence by "similarity" or "loss", on score_batches batches; "learned"; or numbers, "0,2,5".
-    config.compress.depth = config_dict.placeholder(int)
-    config.compress.update(layers="uniform", score_batches=16, score_batch_size=64)
-    # layers="learned", as TinyFusion: keep of each group of consecutive blocks; default: of the
-    # smallest groups that leave depth. gate_scale is the published 100, times 10 for the published
-    # learning rate of the gates, ten times the rest's.
-    config.compress.learned = training_config(
-        ema_decay=0.999, rank=8, alpha=16.0, gate_scale=1000.0, temperature_start=4.0,
-        temperature_end=0.1,
-    )  # fmt: skip
-    config.compress.learned.keep = config_dict.placeholder(int)
-    config.compress.learned.group = config_dict.placeholder(int)
-    config.compress.learned.optimizer = optimizer_config(name="adamw", learning_rate=1e-4)
-    # Instead of the pruned teacher: a folder with model.safetensors and config.json, or a file of
-    # published weights of the student that the fields above describe.
-    config.compress.checkpoint = config_dict.placeholder(str)
-    config.compress.entry = config_dict.placeholder(str)  # as teacher.entry
+    config.compress = compress_config(networks)
 
     config.distill = training_config()
-    config.distill.optimizer = optimizer_config()
     config.distill.task_scale = 1.0  # of the diffusion loss
     config.distill.scale = 1.0  # lambda of the output loss
     config.distill.feature_scale = 1e-6  # of the feature loss, where the method has it
@@ -174,8 +166,8 @@ def default_config() -> ConfigDict:
 
 
 def experiment_config(
-    arg: str | None, name: str, *, method: str, others: Mapping[str, Any] | None = None,
-    **compress: Any,
+    arg: str | None, name: str, *, method: str, family: str = next(iter(FAMILIES)),
+    others: Mapping[str, Any] | None = None, **compress: Any,
 ) -> tuple[ConfigDict, ConfigDict]:  # fmt: skip
     """The default config with the arguments of every experiment.
 
@@ -183,6 +175,7 @@ def experiment_config(
       arg: what follows the colon: method, seed, seeds, runlocal and those below.
       name: of the experiment.
       method: the default one.
+      family: of the networks, a name of `FAMILIES`.
       others: more arguments, with their defaults, that the caller understands.
       compress: fields of config.compress that are arguments too, with their defaults.
 
@@ -195,13 +188,15 @@ def experiment_config(
     args = parse_arg(
         arg, method=method, seed=0, seeds=(-1,), runlocal=False, **compress, **(others or {})
     )
-    config = default_config()
+    config = default_config(family)
     config.name = name
     config.method = args.method
     config.seed = args.seed
     config.seeds = args.seeds if args.seeds != (-1,) else (args.seed,)
     for field in compress:
-        config.compress[field] = args[field]
+        value = args[field]
+        # On the command line a comma separates arguments.
+        config.compress[field] = value.replace("+", ",") if isinstance(value, str) else value
     return config, args
 
 
@@ -258,24 +253,22 @@ def filled(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def completed(old: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored config with the fields that newer versions have added, as their defaults."""
-    defaults = to_json(default_config())
+    """A stored config with the fields that newer versions have added, as their defaults.
+
+    Raises:
+      ValueError: it is of a family that is not known.
+    """
     model = old.get("model")
-    if isinstance(model, Mapping) and model.get("model") != defaults["model"]["model"]:
-        del defaults["model"]  # another family has other fields
+    family = model.get("model") if isinstance(model, Mapping) else None
+    defaults = to_json(default_config(family) if family in FAMILIES else default_config())
+    compress = old.get("compress")
+    if isinstance(compress, Mapping) and "pruner" not in compress:
+        # Once it had the fields of all families' pruners.
+        kept = {name: compress[name] for name in compress if name in defaults["compress"]}
+        old = {**old, "compress": kept}
+    if isinstance(model, Mapping):
+        del defaults["model"]  # which has other fields where another network is meant
     return filled(old, defaults)
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Lines "field: old -> new" for all fields of two nested dicts that differ."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
-    return lines
 
 
 def check_choice(field: str, value: Any, choices: Any) -> None:

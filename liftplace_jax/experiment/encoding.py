@@ -24,11 +24,12 @@ from liftplace_jax.data import encoded
 from liftplace_jax.data.encoded import Shard
 from liftplace_jax.encoders.autoencoder_folder import AutoencoderNetwork, load_autoencoder
 from liftplace_jax.evaluation.samples import check_batch, replicated
-from liftplace_jax.experiment.report import versions
-from liftplace_jax.experiment.sources import check_classes, load_split
+from liftplace_jax.experiment.sources import load_split
+from liftplace_jax.families import registry
 from liftplace_jax.host import processes
 from liftplace_jax.host.buckets import on_this_machine
 from liftplace_jax.host.progress import progress
+from liftplace_jax.host.versions import versions
 
 
 def encode_data(
@@ -111,7 +112,9 @@ def _open_images(config: ConfigDict, autoencoder: AutoencoderNetwork) -> dict[st
             f"{config.latents.autoencoder} makes latents of {autoencoder.config.latent_channels} "
             f"channels, config.model.in_channels is {config.model.in_channels}: change one of them"
         )
-    check_classes(sources, config.model.get("num_classes", 0))
+    registry.config_from_dict(config.model.to_dict(), partial=True).conditioning.check_data(
+        sources.values()
+    )
     return sources
 
 

@@ -16,13 +16,15 @@ import numpy as np
 from liftplace_jax.data import eval_batches
 from liftplace_jax.experiment.context import Context
 from liftplace_jax.experiment.scoring import CLASS_COLUMNS, CLASS_ROWS
+from liftplace_jax.experiment.training import load_teacher
 from liftplace_jax.families import registry
+from liftplace_jax.families.loading import load_network
 from liftplace_jax.families.registry import count_macs
 from liftplace_jax.host import processes
 from liftplace_jax.host.buckets import local_copy
 from liftplace_jax.host.files import replacing, write_json
+from liftplace_jax.host.versions import versions
 from liftplace_jax.losses import error_groups
-from liftplace_jax.nn.network import load_network
 from liftplace_jax.training.metrics_io import read_metrics
 
 matplotlib.use("agg")
@@ -334,17 +336,6 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
-
-
-def versions() -> dict[str, str]:
-    """Of the libraries that numbers depend on, and of the device."""
-    import flax
-    import optax
-
-    import liftplace_jax
-
-    modules = {m.__name__: m.__version__ for m in (liftplace_jax, jax, flax, optax, np)}
-    return modules | {"device": jax.devices()[0].device_kind}
 
 
 def _guidance(evaluation: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -61,33 +60,3 @@ def open_latents(config: ConfigDict, model: Any) -> dict[str, data.LatentSource]
             f"{expected}: change config.model, or encode the data anew"
         )
     return sources
-
-
-def check_classes(sources: Mapping[str, Any], num_classes: int) -> None:
-    """Checks the labels of every split against each other and a model, where labels are used.
-
-    Args:
-      sources: by use or split.
-      num_classes: of the model; 0 if it is unconditional.
-
-    Raises:
-      ValueError: a split has other classes than the model, or than another split.
-    """
-    if not num_classes:
-        return
-    for source in sources.values():
-        if source.num_classes != num_classes:
-            raise ValueError(
-                f"{source.name} has {source.num_classes or 'no'} classes, "
-                f"config.model.num_classes is {num_classes} (the classes of a folder of images are "
-                "the subfolders of each split)"
-            )
-        source.check_labels = True
-    first, *others = sources.values()
-    for other in others:
-        if other.classes != first.classes:
-            differ = sorted(set(first.classes).symmetric_difference(other.classes))
-            raise ValueError(
-                f"{first.name} and {other.name} have different classes: {differ[:5]} are in one of "
-                "them alone"
-            )

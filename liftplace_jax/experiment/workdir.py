@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from liftplace_jax.experiment import configuration
 from liftplace_jax.host import processes
 from liftplace_jax.host.buckets import listed, reaching
+from liftplace_jax.host.differences import differences
 from liftplace_jax.host.files import write_json
 
 
@@ -59,4 +60,4 @@ def _changes(path: Path, new: dict, alone: bool) -> list[str]:
         return []  # of a run that was refused before it made anything
     # A run may go on on other hardware.
     setup = dict.fromkeys(configuration.SETUP)
-    return configuration.differences(configuration.completed(old) | setup, new | setup)
+    return differences(configuration.completed(old) | setup, new | setup)

@@ -20,8 +20,9 @@ class Family(NamedTuple):
       parameters: config -> parameters, without building the network.
       pruners: how its students are made; the first is the usual one.
       published: name -> config of its published networks.
+      default_model: fields of config.model of a small network, for 8x8 grey images.
       preset: sets what the family's published experiments share, in a config.
-      miniature: makes a config's experiment one of under a minute, on any folder of images.
+      miniature: makes network and data of a config small: 16x16 images.
       frozen: full names of the parameters that are never trained and must not decay.
     """
 
@@ -30,6 +31,7 @@ class Family(NamedTuple):
     parameters: Callable[[Any], int]
     pruners: tuple[Pruner, ...]
     published: Mapping[str, DenoiserConfig]
+    default_model: Mapping[str, Any]
     preset: Callable[[ConfigDict], None]
     miniature: Callable[[ConfigDict], None]
     frozen: tuple[str, ...] = ()

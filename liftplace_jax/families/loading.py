@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from liftplace_jax import weights
+from liftplace_jax.families import registry
 from liftplace_jax.families.dit import diffusers as diffusers_dit
 from liftplace_jax.families.dit.config import DiTConfig
 from liftplace_jax.families.unet.config import Node, UNetConfig
@@ -26,8 +28,10 @@ from liftplace_jax.families.unet.diffusers import (
     config_to_diffusers,
 )
 from liftplace_jax.host.buckets import as_path
+from liftplace_jax.host.differences import differences
 from liftplace_jax.host.files import replacing_folder, write_json
 from liftplace_jax.nn import building
+from liftplace_jax.nn.network import Network, from_tensors, read_network
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 PARTS = ("unet", "transformer")

@@ -59,6 +59,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
+def parameter_name(path: tuple[Any, ...]) -> str:
+    """A leaf's path in a tree of parameters as a name, such as "down.0.block.1.conv1.kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
 def tree_shardings(tree: Any, rules: Rules, mesh: Mesh, prefix: str = "") -> Any:
     """A sharding for each leaf of a tree of arrays or `jax.ShapeDtypeStruct`.
 
@@ -74,8 +79,7 @@ def tree_shardings(tree: Any, rules: Rules, mesh: Mesh, prefix: str = "") -> Any
     """
 
     def place(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-        name = prefix + name
+        name = prefix + parameter_name(path)
         spec = [None] * len(leaf.shape)
         for pattern, partition in rules:
             if re.search(pattern, name):

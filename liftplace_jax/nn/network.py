@@ -13,9 +13,6 @@ import numpy as np
 from flax import nnx
 
 from liftplace_jax import weights
-from liftplace_jax.experiment.configuration import differences
-from liftplace_jax.families import registry
-from liftplace_jax.families.loading import OF_DIFFUSERS, find_folder, read_diffusers
 from liftplace_jax.host import processes, sharding
 from liftplace_jax.nn import building
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
-from liftplace_jax.compress import pruned_config
-from liftplace_jax.experiment.checks import NORMALISATIONS
-from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.experiment.context import Context
 from liftplace_jax.experiment.report import MEASURES
+from liftplace_jax.experiment.stages import open_experiment
+from liftplace_jax.experiment.training import load_teacher, train_teacher
 from liftplace_jax.families.registry import config_parameters, count_macs
 from liftplace_jax.host.progress import progress
 from liftplace_jax.suites.compression_plots import cost_figure, pareto_figure
@@ -60,44 +61,44 @@ def run(options: Options) -> Result:
         for room in (config.teacher, config.distill, config.evaluation):
             room.batch_size = options.batch_size
     with tempfile.TemporaryDirectory() as folder:
-        experiment = Experiment(config, Path(folder) / "run")
-        teacher = _teacher(experiment)
+        context = open_experiment(config, Path(folder) / "run")
+        teacher = _teacher(context)
         quality = []
         if options.workdirs:
             quality = read_quality(options.workdirs, teacher, config.compress.normalisation)
         ratios = options.ratios or (QUICK_RATIOS if options.quick else RATIOS)
         # The smallest first: what it takes on the device is then seen before larger ones hide it.
         ratios = sorted({0.0, *ratios, *(row["ratio"] for row in quality)}, reverse=True)
-        networks, training = _measure(experiment, teacher, ratios, options)
-    return _result(experiment, networks, training, quality, options)
+        networks, training = _measure(context, teacher, ratios, options)
+    return _result(context, networks, training, quality, options)
 
 
-def _teacher(experiment: Experiment) -> Any:
+def _teacher(context: Context) -> Any:
     """The teacher's architecture: the checkpoint's, or that of config.model."""
-    if experiment.config.teacher.checkpoint:
-        experiment.train_teacher()
-        return experiment.teacher().config
-    return experiment.model_config
+    if context.config.teacher.checkpoint:
+        train_teacher(context)
+        return load_teacher(context).config
+    return context.model
 
 
-def _measure(experiment, teacher, ratios, options) -> tuple[list[Measured], list[Measured]]:
+def _measure(context, teacher, ratios, options) -> tuple[list[Measured], list[Measured]]:
     """Rows of the networks and of the training steps, by ratio."""
     methods = QUICK_METHODS if options.quick else BASIC_METHODS
     # Of the teacher, its own training.
     jobs = [(ratio, methods if ratio else ("no_kd",)) for ratio in ratios]
-    teacher_network = random_network(teacher, experiment.config.distill.dtype)
+    teacher_network = random_network(teacher, context.config.distill.dtype)
     total = sum(1 + len(names) for _, names in jobs)
     networks, training = [], []
     with progress("compression", total, unit="measurement") as bar:
         for ratio, names in jobs:
             bar.set_description(f"ratio {ratio:g}: network")
-            config, row = _network_row(experiment, teacher, ratio, options)
+            config, row = _network_row(context, teacher, ratio, options)
             networks.append(row)
             bar.update()
             for name in names if config else ():
                 bar.set_description(f"ratio {ratio:g}: {name}")
                 work = functools.partial(
-                    _training_row, experiment, name, config, teacher_network, options.repeats
+                    _training_row, context, name, config, teacher_network, options.repeats
                 )
                 measured, status = _attempt(work)
                 training.append({"ratio": ratio, "method": name} | (measured or {}))
@@ -108,26 +109,26 @@ def _measure(experiment, teacher, ratios, options) -> tuple[list[Measured], list
     return tuple(sorted(rows, key=lambda row: row["ratio"]) for rows in (networks, training))
 
 
-def _network_row(experiment, teacher, ratio, options) -> tuple[Any, Measured]:
+def _network_row(context, teacher, ratio, options) -> tuple[Any, Measured]:
     """A ratio's architecture, None if there is none, and its row."""
-    normalisation = NORMALISATIONS[experiment.config.compress.normalisation]
+    fields = ConfigDict({**context.config.compress, "ratio": ratio})
     row = {"ratio": ratio}
     config, status = teacher, "ok"
     if ratio:
-        config, status = _attempt(lambda: pruned_config(teacher, ratio, normalisation))
+        config, status = _attempt(lambda: context.pruner.predict(fields, teacher))
     if config:
         row |= {"parameters": config_parameters(config), "macs": count_macs(config)}
         row["compression"] = config_parameters(teacher) / row["parameters"]
         measured, status = _attempt(
-            lambda: measure_network(experiment, config, options.quick, options.repeats)
+            lambda: measure_network(context, config, options.quick, options.repeats)
         )
         row |= measured or {}
     return config, row | {"status": status}
 
 
-def _training_row(experiment, name, config, teacher, repeats) -> Measured:
-    student = random_network(config, experiment.config.distill.dtype)
-    return measure_training(experiment, name, student, teacher, repeats)
+def _training_row(context, name, config, teacher, repeats) -> Measured:
+    student = random_network(config, context.config.distill.dtype)
+    return measure_training(context, name, student, teacher, repeats)
 
 
 def _attempt(work: Callable[[], Any]) -> tuple[Any, str]:
@@ -141,8 +142,8 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, str]:
         return None, f"out of memory: {reason}" if out else f"failed: {reason}"
 
 
-def _result(experiment, networks, training, quality, options) -> Result:
-    config = experiment.config
+def _result(context, networks, training, quality, options) -> Result:
+    config = context.config
     name = f"compression_{config.name}"
     tables = {
         "training": {
@@ -173,7 +174,7 @@ def _result(experiment, networks, training, quality, options) -> Result:
             f"{name}_{kind}.{form}": figure
             for kind, figure in figures.items() for form in ("png", "svg")
         },
-        "notes": _notes(experiment, options, bool(quality)),
+        "notes": _notes(context, options, bool(quality)),
     }  # fmt: skip
 
 
@@ -185,13 +186,13 @@ def _joined(quality: list[Measured], networks: list[Measured]) -> list[Measured]
     ]
 
 
-def _notes(experiment: Experiment, options: Options, quality: bool) -> list[str]:
-    config, fields = experiment.config, experiment.config.evaluation
-    steps = timed_steps(experiment, options.quick)
+def _notes(context: Context, options: Options, quality: bool) -> list[str]:
+    config, fields = context.config, context.config.evaluation
+    steps = timed_steps(context, options.quick)
     sampler = f"{fields.sampler} with {fields.sample_steps} steps, float32"
     if steps < fields.sample_steps:
         sampler += f", of which {steps} were run and the time scaled up"
-    devices = experiment.mesh.size
+    devices = context.mesh.size
     return [
         "ratio: share of channels removed; 0 is the teacher, for which training is its own, "
         "without distillation. Weights are random. Times are medians, with quartiles in the JSON. "

@@ -82,14 +82,14 @@ def _plain(folder: Path) -> Any:
 
 
 def _one_device(folder: Path) -> Any:
-    from liftplace_jax.nn.network import load_network
+    from liftplace_jax.families.loading import load_network
 
     return load_network(folder).params
 
 
 def _split(folder: Path) -> Any:
+    from liftplace_jax.families.loading import load_network
     from liftplace_jax.host import sharding
-    from liftplace_jax.nn.network import load_network
 
     mesh = sharding.make_mesh({"data": 1, "fsdp": DEVICES})
     shardings = functools.partial(sharding.tree_shardings, rules=RULES, mesh=mesh)
@@ -99,7 +99,7 @@ def _split(folder: Path) -> Any:
 def _checkpoint(folder: Path) -> Any:
     from liftplace_jax import weights
     from liftplace_jax.families import registry
-    from liftplace_jax.nn.network import load_checkpoint
+    from liftplace_jax.families.loading import load_checkpoint
 
     config = registry.config_from_dict(json.loads((folder / "config.json").read_text()))
     network = load_checkpoint(folder / "model.safetensors", config)

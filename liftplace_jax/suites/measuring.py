@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from liftplace_jax import weights
 from liftplace_jax.evaluation.sampling import make_sampler
-from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.experiment.context import Context
 from liftplace_jax.families.registry import count_macs
 from liftplace_jax.nn import building
 from liftplace_jax.nn.network import Network, make_apply
@@ -35,33 +35,33 @@ def random_network(config: Any, dtype: str = "float32") -> Network:
     return Network(config, *building.create(config, 0, jnp.dtype(dtype)))
 
 
-def timed_steps(experiment: Experiment, quick: bool) -> int:
+def timed_steps(context: Context, quick: bool) -> int:
     """Sampling steps that are run: the config's; if quick, a few, which divide T."""
-    steps, timesteps = experiment.config.evaluation.sample_steps, experiment.process.num_timesteps
+    steps, timesteps = context.config.evaluation.sample_steps, context.process.num_timesteps
     if not quick:
         return steps
     return next(n for n in range(min(steps, QUICK_STEPS), 0, -1) if timesteps % n == 0)
 
 
-def measure_network(experiment: Experiment, config: Any, quick: bool, repeats: int) -> Measured:
+def measure_network(context: Context, config: Any, quick: bool, repeats: int) -> Measured:
     """Size on disk, latency, sampling throughput.
 
     Args:
-      experiment: whose process, sampler and mesh are used; a checkpoint is written in its folder.
+      context: whose process, sampler and mesh are used; a checkpoint is written in its folder.
       config: of the network.
       quick: run few sampling steps and extrapolate.
       repeats: timed calls of each.
     """
-    fields = experiment.config.evaluation
-    steps = timed_steps(experiment, quick)
+    fields = context.config.evaluation
+    steps = timed_steps(context, quick)
     network = random_network(config)
     params, apply = network.params, make_apply(network.graphdef)
     shape = (config.image_size, config.image_size, config.in_channels)
     sampler = make_sampler(
-        ConfigDict(fields.to_dict() | {"sample_steps": steps}), experiment.process, config, apply
+        ConfigDict(fields.to_dict() | {"sample_steps": steps}), context.process, config, apply
     )
     keys = jax.random.split(jax.random.key(0), fields.batch_size)
-    everywhere = NamedSharding(experiment.mesh, PartitionSpec())
+    everywhere = NamedSharding(context.mesh, PartitionSpec())
     evaluation, _ = _compiled(
         lambda params, x, t: apply(params, x, t, False, None)[0],
         params, jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32),
@@ -69,7 +69,7 @@ def measure_network(experiment: Experiment, config: Any, quick: bool, repeats: i
     image, _ = _compiled(sampler, params, keys[:1])
     batch, compile_seconds = _compiled(
         sampler,
-        jax.device_put(params, everywhere), jax.device_put(keys, experiment.batch_sharding),
+        jax.device_put(params, everywhere), jax.device_put(keys, context.batch_sharding),
     )  # fmt: skip
     times = time_side_by_side({"evaluation": evaluation, "image": image}, repeats)
     times |= time_side_by_side({"batch": batch}, max(3, repeats // 3))
@@ -78,41 +78,41 @@ def measure_network(experiment: Experiment, config: Any, quick: bool, repeats: i
     rate = fields.batch_size / times["batch"].median
     macs = count_macs(config)
     return {
-        "checkpoint_mb": _checkpoint_bytes(experiment, network) / MEGA,
+        "checkpoint_mb": _checkpoint_bytes(context, network) / MEGA,
         "images_per_s": rate,
         "evaluation_ms": times["evaluation"].median * 1e3,
         "image_ms": times["image"].median * 1e3,
         "sampler_compile_s": compile_seconds,
-        **_speed(2 * macs * fields.sample_steps * rate, experiment.mesh.size),
+        **_speed(2 * macs * fields.sample_steps * rate, context.mesh.size),
         "seconds": {name: timing._asdict() for name, timing in times.items()},
     }
 
 
 def measure_training(
-    experiment: Experiment, method: str, student: Network, teacher: Network, repeats: int
+    context: Context, method: str, student: Network, teacher: Network, repeats: int
 ) -> Measured:
     """Time and memory of a training step, on one random batch.
 
     Args:
-      experiment: whose distillation and mesh are used.
+      context: whose distillation and mesh are used.
       method: of METHODS.
       student: the network that is trained.
       teacher: its teacher.
       repeats: timed steps.
     """
-    fields, needs_teacher = experiment.config.distill, METHODS[method].needs_teacher
-    before = device_peak(experiment)
+    fields, needs_teacher = context.config.distill, METHODS[method].needs_teacher
+    before = device_peak(context)
     objective, params = student_objective(
-        experiment.config, experiment.process, method, 0, student, teacher
+        context.config, context.process, method, 0, student, teacher
     )
     training = prepare(
-        fields, objective, params, teacher.params if needs_teacher else None, experiment.mesh,
-        experiment.config.sharding_rules,
+        fields, objective, params, teacher.params if needs_teacher else None, context.mesh,
+        context.config.sharding_rules,
     )  # fmt: skip
     config = student.config
     shape = (fields.batch_size, config.image_size, config.image_size, config.in_channels)
     images = jax.random.normal(jax.random.key(0), shape)
-    batch = {"image": jax.device_put(images, experiment.batch_sharding)}
+    batch = {"image": jax.device_put(images, context.batch_sharding)}
     started = time.perf_counter()
     step = training.step.lower(training.state, training.teacher_params, batch).compile()
     compile_seconds = time.perf_counter() - started
@@ -124,7 +124,7 @@ def measure_training(
         jax.block_until_ready((state, metrics))
 
     timing = time_side_by_side({method: call}, repeats)[method]
-    after = device_peak(experiment)
+    after = device_peak(context)
     macs = 3 * count_macs(config) + (count_macs(teacher.config) if needs_teacher else 0)
     return {
         "step_ms": timing.median * 1e3,
@@ -132,7 +132,7 @@ def measure_training(
         "memory_mb": planned_bytes(step) / MEGA,
         "device_peak_mb": after / MEGA if after is not None and after > before else None,
         "step_compile_s": compile_seconds,
-        **_speed(2 * macs * fields.batch_size / timing.median, experiment.mesh.size),
+        **_speed(2 * macs * fields.batch_size / timing.median, context.mesh.size),
         "seconds": timing._asdict(),
     }
 
@@ -148,9 +148,9 @@ def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
     )  # fmt: skip
 
 
-def device_peak(experiment: Experiment) -> int | None:
+def device_peak(context: Context) -> int | None:
     """Most memory of a device that was ever in use in this process; None if it does not say."""
-    stats = [device.memory_stats() for device in experiment.mesh.local_devices]
+    stats = [device.memory_stats() for device in context.mesh.local_devices]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     return max(peaks, default=None)
 
@@ -166,8 +166,8 @@ def _compiled(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[[
     return lambda: jax.block_until_ready(compiled(*leaves)), seconds
 
 
-def _checkpoint_bytes(experiment: Experiment, network: Network) -> int:
-    folder = experiment.workdir / "checkpoint"
+def _checkpoint_bytes(context: Context, network: Network) -> int:
+    folder = context.workdir / "checkpoint"
     weights.save_model(folder, network.config.described(), network.params)
     return (folder / "model.safetensors").stat().st_size
 

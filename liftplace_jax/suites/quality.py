@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from liftplace_jax.compress import pruned_config
-from liftplace_jax.experiment.checks import NORMALISATIONS
-from liftplace_jax.experiment.configuration import differences
 from liftplace_jax.experiment.report import summarise
+from liftplace_jax.families.unet.channels import NORMALISATIONS, pruned_config
 from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.host.differences import differences
 
 Row = dict[str, Any]
 

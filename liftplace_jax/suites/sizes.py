@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from liftplace_jax.compress import pruned_config
 from liftplace_jax.families.dit.published import PUBLISHED_DITS
 from liftplace_jax.families.registry import config_parameters, count_macs
+from liftplace_jax.families.unet.channels import pruned_config
 from liftplace_jax.families.unet.published import PUBLISHED_UNETS
 from liftplace_jax.suites.options import Options, Result
 

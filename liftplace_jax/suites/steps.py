@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import tqdm
 
-from liftplace_jax.compress import pruned_config
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
+from liftplace_jax.families.unet.channels import pruned_config
 from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.families.unet.published import PUBLISHED_UNETS
 from liftplace_jax.nn import building

@@ -77,9 +77,9 @@ def prepare_step(devices: int, quick: bool) -> tuple[dict[str, Any], Callable[[]
     import jax
     import numpy as np
 
-    from liftplace_jax.compress import pruned_config
     from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
     from liftplace_jax.experiment.configuration import default_config
+    from liftplace_jax.families.unet.channels import pruned_config
     from liftplace_jax.host import sharding
     from liftplace_jax.suites.communication import collectives, total_bytes
     from liftplace_jax.suites.measuring import random_network

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import optax
 from ml_collections import ConfigDict
 
+from liftplace_jax.host.sharding import parameter_name
+
 OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw}
 SCHEDULES = ("constant", "cosine", "linear")
-FROZEN = "pos_embed"
-"""The parameter, by the last part of its name, that models never train: it must not decay."""
 
 
 def make_schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
@@ -44,14 +46,15 @@ def make_schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: ConfigDict, total_steps: int
+    config: ConfigDict, total_steps: int, frozen: Collection[str] = ()
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer and its schedule.
 
     Args:
-      config: name ("adam" or "adamw"), b1, b2, eps, weight_decay (adamw; of all but `FROZEN`),
+      config: name ("adam" or "adamw"), b1, b2, eps, weight_decay (adamw; of all but the frozen),
         grad_clip (global norm; 0 or None for none), and the schedule's fields.
       total_steps: see `make_schedule`.
+      frozen: full names of parameters that the model never trains: they must not decay.
 
     Raises:
       ValueError: unknown name or schedule, or weight decay with plain adam.
@@ -65,7 +68,7 @@ def make_optimizer(
     if config.name == "adamw":
         extra["weight_decay"] = config.weight_decay
     if config.weight_decay:
-        extra["mask"] = _decays
+        extra["mask"] = functools.partial(_decays, frozen=frozenset(frozen))
     optimizer = OPTIMIZERS[config.name](
         schedule, b1=config.b1, b2=config.b2, eps=config.eps, **extra
     )
@@ -74,8 +77,8 @@ def make_optimizer(
     return optimizer, schedule
 
 
-def _decays(params: Any) -> Any:
+def _decays(params: Any, frozen: Collection[str]) -> Any:
     """Which parameters decay: the same tree of booleans."""
     return jax.tree.map_with_path(
-        lambda path, _: FROZEN not in jax.tree_util.keystr(path, simple=True, separator="/"), params
+        lambda path, _: parameter_name(path).removeprefix("student.") not in frozen, params
     )

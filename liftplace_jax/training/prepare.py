@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +36,7 @@ class Training(NamedTuple):
 
 def prepare(
     fields: ConfigDict, objective: LossFn, params: dict[str, Any], teacher_params: Any,
-    mesh: jax.sharding.Mesh, rules: sharding.Rules,
+    mesh: jax.sharding.Mesh, rules: sharding.Rules, frozen: Collection[str] = (),
 ) -> Training:  # fmt: skip
     """Places a run on a mesh.
 
@@ -47,8 +47,9 @@ def prepare(
       teacher_params: None without a teacher.
       mesh: of `sharding.make_mesh`.
       rules: config.sharding_rules.
+      frozen: as of `make_optimizer`.
     """
-    optimizer, schedule = make_optimizer(fields.optimizer, fields.steps)
+    optimizer, schedule = make_optimizer(fields.optimizer, fields.steps, frozen)
     abstract = jax.eval_shape(functools.partial(create_state, optimizer=optimizer), params)
     shardings = sharding.tree_shardings(abstract, rules, mesh)
     # Straight into its sharding: no device ever holds all of a state that does not fit on one.

@@ -38,6 +38,16 @@ def miniature(config: ConfigDict) -> None:
 
 
 DIT = Family(
-    DiTConfig, cost.macs, cost.parameters, (DepthPruner(),), PUBLISHED_DITS, preset, miniature,
+    config=DiTConfig,
+    macs=cost.macs,
+    parameters=cost.parameters,
+    pruners=(DepthPruner(),),
+    published=PUBLISHED_DITS,
+    default_model=dict(
+        image_size=8, patch_size=2, in_channels=1, hidden_size=64, depth=8, num_heads=4,
+        num_classes=10,
+    ),
+    preset=preset,
+    miniature=miniature,
     frozen=("pos_embed",),
-)  # fmt: skip
+)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from liftplace_jax.compress import Student, Tools
 from liftplace_jax.families.unet.channels import NORMALISATIONS, prune_unet, pruned_config
 from liftplace_jax.families.unet.config import UNetConfig
@@ -25,12 +27,12 @@ class ChannelPruner:
 
     name = "channels"
 
-    def defaults(self, training: Callable[..., Any]) -> dict[str, Any]:
+    def defaults(self, training: Callable[..., ConfigDict]) -> ConfigDict:
         del training
-        return {
-            "ratio": 0.9, "importance": "magnitude", "normalisation": "published",
-            "taylor_threshold": 0.05, "taylor_batch_size": 64,
-        }  # fmt: skip
+        return ConfigDict(
+            dict(ratio=0.9, importance="magnitude", normalisation="published",
+                 taylor_threshold=0.05, taylor_batch_size=64)
+        )  # fmt: skip
 
     def trainings(self, fields: Any) -> tuple[str, ...]:
         del fields
