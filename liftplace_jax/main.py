@@ -12,7 +12,6 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from liftplace_jax.experiment.stages import MODES, run
 from liftplace_jax.host.flags import (
     EXIT_INTERRUPTED,
     define_runtime_flags,
@@ -20,6 +19,8 @@ from liftplace_jax.host.flags import (
     quieten_libraries,
     running,
 )
+
+MODES = ("all", "teacher", "compress", "distill", "evaluate", "report")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, FILE.py[:key=value,...]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "work directory, also gs://...; made if missing")
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> None:
     quieten_libraries()
     with running(_DEBUG.value):
         # Late, so that JAX's processes are joined before anything else of it runs.
+        from liftplace_jax.experiment.stages import run
         from liftplace_jax.host.buckets import as_path
         from liftplace_jax.training.loop import Interrupted
 

@@ -72,7 +72,7 @@ def test_guidance_acts_on_the_channels_it_is_given():
 
 def test_guidance_without_classes_or_without_a_null_label_is_refused():
     fields = ConfigDict(FIELDS | {"guidance": 2.0})
-    with pytest.raises(ValueError, match="guidance 2.0 needs a class-conditional network"):
+    with pytest.raises(ValueError, match="guidance 2.0 needs a network that is told something"):
         make_sampler(fields, PROCESS, UNetConfig(image_size=8, ch=8, num_groups=4), apply)
     with pytest.raises(ValueError, match="guidance_channels must be in 1..2, not 3"):
         sampler(guidance_channels=3)
@@ -111,13 +111,13 @@ def test_samples_of_given_classes_count_exactly_on_any_devices(sharded):
 
     samples = evaluation.collect(
         by_class(), 0.0, 11, batch_size=8, extractor=None, seed=0, sharding=sharding,
-        keep_images=11, labels=labels,
+        keep_images=11, condition=labels,
     )  # fmt: skip
     expected = np.round((labels / 10 + 1) * 127.5)
     np.testing.assert_array_equal(samples.images[:, 0, 0, 0], expected)
-    with pytest.raises(ValueError, match="want 11 labels, got an array of .10,."):
+    with pytest.raises(ValueError, match="want 11 conditions, got an array of .10,."):
         evaluation.collect(by_class(), 0.0, 11, batch_size=8, extractor=None, seed=0,
-                           labels=labels[:10])  # fmt: skip
+                           condition=labels[:10])  # fmt: skip
 
 
 def test_the_subfolders_of_a_folder_are_its_classes(tmp_path):

@@ -34,12 +34,14 @@ from liftplace_jax.compress import (
     uniform_layers,
 )
 from liftplace_jax.compress.learned_depth import merge_lora, sample_gates
+from liftplace_jax.experiment.configuration import compress_config
 from liftplace_jax.experiment.pictures import keep_probabilities
 from liftplace_jax.experiment.stages import open_experiment
 from liftplace_jax.experiment.training import train_teacher
 from liftplace_jax.families import registry
 from liftplace_jax.families.dit.config import DiTConfig
 from liftplace_jax.families.loading import load_network
+from liftplace_jax.families.registry import family_named
 from liftplace_jax.nn import building
 from liftplace_jax.nn.network import from_tensors, make_apply
 from liftplace_jax.training.metrics_io import read_metrics
@@ -330,6 +332,7 @@ def tiny(**changes):
     config = tiny_config.get_config()
     config.model = ConfigDict(dict(CONFIG.described()) | {"kept_layers": None})
     config.evaluation.features = None
+    config.compress = compress_config(family_named("dit"))
     config.compress.depth = 2
     config.compress.update(score_batches=2, score_batch_size=16)
     config.compress.learned.update(steps=4, batch_size=16, log_every=1, checkpoint_every=2)
@@ -423,7 +426,7 @@ def test_a_search_that_was_cut_ends_as_one_that_was_not(tmp_path, constructed):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(compress__depth=None), "config.compress.depth must be set for a DiT: how many of its 4"),
+    (dict(compress__depth=None), "config.compress.depth must be set: how many of 4 blocks stay"),
     (dict(compress__depth=4), r"config.compress.depth must be in 1\.\.3, below the teacher's 4"),
     (dict(compress__layers="best"), "config.compress.layers must be .*got 'best'; .*'similarity'"),
     (dict(compress__layers="0,1,2"), "config.compress.layers names 3 blocks, compress.depth is 2"),

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from liftplace_jax import weights
 from liftplace_jax.families import registry
 from liftplace_jax.families.dit.config import DiTConfig, published_layer_map
-from liftplace_jax.families.dit.model import DiT, position_embedding
+from liftplace_jax.families.dit.model import position_embedding
 from liftplace_jax.families.dit.published import PUBLISHED_DITS
 from liftplace_jax.families.loading import load_checkpoint
 from liftplace_jax.families.registry import config_parameters, count_macs
@@ -314,7 +314,7 @@ def test_json_round_trip_and_contract():
     for config in (TINY, TINY.replace(kept_layers=[0, 5], learn_sigma=False)):
         found = registry.config_from_dict(json.loads(json.dumps(config.described())))
         assert found == config and hash(found) == hash(config)
-    assert registry.MODELS["dit"] == (DiTConfig, DiT)
+    assert registry.FAMILIES["dit"].config is DiTConfig
     assert (TINY.out_channels, TINY.null_label) == (2, 3)
     plain = TINY.replace(learn_sigma=False, class_dropout=0.0)
     assert (plain.out_channels, plain.null_label) == (1, None)
@@ -341,7 +341,7 @@ def test_published_sizes_to_the_unit():
         config = PUBLISHED_DITS[f"DiT-{name}"]
         assert abs(config_parameters(config) / 1e6 - millions) < 1
         assert count_macs(config) / 1e9 == pytest.approx(giga, rel=2e-3, abs=6e-3)
-    with pytest.raises(ValueError, match="how to count a model of dict is not known"):
+    with pytest.raises(ValueError, match="dict is of no family"):
         count_macs({})
 
 

@@ -16,10 +16,10 @@ from conftest import GOLDEN, QUICK_XLA
 from conftest import config_module as module
 from PIL import Image
 
+from liftplace_jax.conditioning import Classes
 from liftplace_jax.data import Source, load_source
 from liftplace_jax.encoders.autoencoder_folder import write_random_autoencoder
 from liftplace_jax.experiment.checks import check_config
-from liftplace_jax.experiment.sources import check_classes
 from liftplace_jax.experiment.stages import open_experiment
 from liftplace_jax.families import registry
 from liftplace_jax.families.registry import config_parameters
@@ -42,7 +42,7 @@ def test_imagenet_is_as_published():
     model = registry.config_from_dict(config.model.to_dict(), partial=True)
     assert config_parameters(model) == FACTS["models"]["DiT-XL/2"]["total_params"]
     assert config.process.to_dict() == dict(
-        schedule="linear", num_timesteps=1000, beta_start=1e-4, beta_end=0.02,
+        kind="gaussian", schedule="linear", num_timesteps=1000, beta_start=1e-4, beta_end=0.02,
         prediction="epsilon", variance="learned_range", timesteps="uniform", reduction="mean",
     )  # fmt: skip
     distill = config.distill
@@ -257,7 +257,7 @@ def test_labels_must_be_classes_in_every_split(tmp_path):
         Source("x", records, image_shape=(8, 8, 1), num_classes=3) for _ in range(2)
     )
     assert unlabelled.get([0])["label"] == -1  # fine where labels are not used
-    check_classes({"train": used}, 3)
+    Classes(3, None, 0.0).check_data([used])
     with pytest.raises(ValueError, match="example 0: label -1 is no class, there are 3 from 0"):
         used.get([0])
 

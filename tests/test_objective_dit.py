@@ -1,5 +1,6 @@
 """The one objective on class-conditional networks with learned variance: the published DiT form."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from conftest import nhwc
 from golden_dit import golden_dit
 from ml_collections import ConfigDict
 
+from liftplace_jax.conditioning import UNCONDITIONAL, Classes
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
 from liftplace_jax.experiment.configuration import default_config, optimizer_config
 from liftplace_jax.families.dit.config import DiTConfig
@@ -22,7 +24,6 @@ from liftplace_jax.training.distillation import make_task, student_objective
 from liftplace_jax.training.objective import (
     METHODS,
     Inputs,
-    Labels,
     Task,
     draw_inputs,
     make_objective,
@@ -30,8 +31,10 @@ from liftplace_jax.training.objective import (
 from liftplace_jax.training.optimizer import make_optimizer
 from liftplace_jax.training.state import random_key
 
-PROCESS = GaussianDiffusion(beta_schedule("linear", 1000), variance="learned_range")
-TASK = Task("uniform", "mean", 1.0, Labels(10, 0.5))
+PROCESS = GaussianDiffusion(
+    beta_schedule("linear", 1000), variance="learned_range", timesteps="uniform"
+)
+TASK = Task("mean", 1.0, Classes(10, 10, 0.5))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +140,7 @@ def test_published_teacher_loss(golden, networks, config, monkeypatch):
     arrays = golden("dit_diffusion_losses")[0]
     batch, teacher = golden_inputs(monkeypatch, arrays), networks[1]
     task = make_task(config, teacher.config)
-    assert task == Task("uniform", "mean", 1.0, Labels(10, 0.1))
+    assert task == Task("mean", 1.0, Classes(10, 10, 0.1))
     apply = make_apply(teacher.graphdef)
     objective = make_objective(METHODS["no_kd"], apply, PROCESS, 0, task=task)
     loss, metrics = jax.jit(objective)({"student": teacher.params}, None, batch, 0)
@@ -160,9 +163,9 @@ def test_labels_are_dropped_by_their_own_stream():
     expected = jax.random.bernoulli(random_key(7, "label", 3), 0.5, (400,))
     np.testing.assert_array_equal(dropped, expected)
     assert np.any(dropped != np.asarray(draw(PROCESS, TASK, 7, batch, 4).cond == 10))
-    kept = draw(PROCESS, TASK._replace(labels=Labels(None, 0.0)), 7, batch, 3)
+    kept = draw(PROCESS, TASK._replace(conditioning=Classes(10, None, 0.0)), 7, batch, 3)
     np.testing.assert_array_equal(kept.cond, batch["label"])
-    unconditional = draw(PROCESS, TASK._replace(labels=None), 7, batch, 3)
+    unconditional = draw(PROCESS, TASK._replace(conditioning=UNCONDITIONAL), 7, batch, 3)
     assert unconditional.cond is None
     # Timesteps and noise do not know of labels.
     for other in (kept, unconditional):
@@ -172,10 +175,11 @@ def test_labels_are_dropped_by_their_own_stream():
 
 def test_timesteps_uniform_or_antithetic():
     batch = {"image": jnp.ones((1000, 1, 1, 1))}
-    t = np.asarray(draw_inputs(PROCESS, Task("uniform"), 0, batch, 0).t)
+    t = np.asarray(draw_inputs(PROCESS, Task(), 0, batch, 0).t)
     assert t.dtype == np.int32 and t.min() >= 0 and t.max() < 1000 and t.std() > 250
     assert np.any(t[:499] + t[501:] != 999)
-    mirrored = np.asarray(draw_inputs(PROCESS, Task("antithetic"), 0, batch, 0).t)
+    antithetic = dataclasses.replace(PROCESS, timesteps="antithetic")
+    mirrored = np.asarray(draw_inputs(antithetic, Task(), 0, batch, 0).t)
     np.testing.assert_array_equal(mirrored[501:], 999 - mirrored[:499])
 
 
@@ -185,7 +189,7 @@ BATCH = {
     "image": np.random.default_rng(0).normal(size=(8, 4, 4, 2)).astype(np.float32),
     "label": np.arange(8) % 3,
 }
-SMALL_TASK = Task("uniform", "mean", 1.0, Labels(3, 0.5))
+SMALL_TASK = Task("mean", 1.0, Classes(3, 3, 0.5))
 
 
 def small_net(seed):
@@ -263,15 +267,19 @@ def test_a_sharded_batch_gives_the_same_numbers():
 
 
 def test_weight_decay_spares_the_position_embedding():
-    params = {"student": {"pos_embed": jnp.ones(3), "blocks": {"0": {"kernel": jnp.ones(3)}}}}
+    blocks = {"0": {"kernel": jnp.ones(3)}, "pos_embed": jnp.ones(3)}
+    params = {"student": {"pos_embed": jnp.ones(3), "blocks": blocks}}
     optimizer, _ = make_optimizer(
-        optimizer_config(name="adamw", weight_decay=0.5, learning_rate=0.1, grad_clip=0.0), 10
+        optimizer_config(name="adamw", weight_decay=0.5, learning_rate=0.1, grad_clip=0.0), 10,
+        frozen=("pos_embed",),
     )
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     after = optax.apply_updates(params, updates)["student"]
     np.testing.assert_array_equal(after["pos_embed"], 1)
     np.testing.assert_allclose(after["blocks"]["0"]["kernel"], 0.95, rtol=1e-6)
+    # Frozen is a full name, no part of one.
+    np.testing.assert_allclose(after["blocks"]["pos_embed"], 0.95, rtol=1e-6)
 
 
 def tiny_dit(depth, **changes):

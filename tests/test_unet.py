@@ -14,7 +14,6 @@ from flax import nnx
 from liftplace_jax import weights
 from liftplace_jax.families import registry
 from liftplace_jax.families.unet.config import UNetConfig
-from liftplace_jax.families.unet.model import UNet
 from liftplace_jax.nn import building
 from liftplace_jax.nn.layers import sinusoidal_embedding
 
@@ -357,7 +356,9 @@ def test_bad_dictionaries():
 
 
 def test_every_model_offers_the_same_contract():
-    for config_class, model in registry.MODELS.values():
-        assert {"to_dict", "from_dict", "replace"} <= set(dir(config_class))
-        assert issubclass(model, nnx.Module)
-    assert registry.MODELS["unet"] == (UNetConfig, UNet)
+    for name, family in registry.FAMILIES.items():
+        config = registry.config_from_dict({"model": name, **family.default_model}, partial=True)
+        assert {"to_dict", "from_dict", "replace"} <= set(dir(config))
+        assert isinstance(nnx.eval_shape(lambda c=config: c.build(
+            rngs=nnx.Rngs(0), dtype=jnp.float32)), nnx.Module)  # fmt: skip
+    assert registry.FAMILIES["unet"].config is UNetConfig

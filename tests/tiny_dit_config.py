@@ -3,6 +3,9 @@
 import tiny_config
 from ml_collections import ConfigDict
 
+from liftplace_jax.experiment.configuration import compress_config
+from liftplace_jax.families.registry import family_named
+
 
 def get_config():
     """The config."""
@@ -11,6 +14,7 @@ def get_config():
         dict(model="dit", image_size=8, in_channels=1, hidden_size=16, depth=2, num_heads=2,
              num_classes=10, learn_sigma=False)
     )  # fmt: skip
+    config.compress = compress_config(family_named("dit"))
     config.compress.update(depth=1, layers="learned")
     config.compress.learned.update(steps=2, batch_size=16, log_every=1)
     config.teacher.steps, config.distill.steps = 4, 2

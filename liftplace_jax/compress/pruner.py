@@ -6,6 +6,8 @@ devices and training comes as `Tools`. A new pruner is one class, and one line i
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -106,3 +108,11 @@ class Pruner(Protocol):
 
     def prune(self, fields: Any, teacher: TeacherNetwork, tools: Tools) -> Student:
         """Makes the student."""
+
+
+def check_positive(fields: Any, *names: str) -> None:
+    """Raises a ValueError naming the first of the (dotted) fields that is no number above 0."""
+    for name in names:
+        value = functools.reduce(lambda part, key: part[key], name.split("."), fields)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be > 0, got {value}")
