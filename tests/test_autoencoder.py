@@ -17,7 +17,8 @@ from flax import nnx
 from torch_unet import randomise
 
 from liftplace_jax import weights
-from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig, from_latents, to_latents
+from liftplace_jax.diffusion.scaling import from_latents, to_latents
+from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
 from liftplace_jax.encoders.autoencoder_folder import (
     config_from_diffusers,
     load_autoencoder,

@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from liftplace_jax.encoders.autoencoder_config import to_latents
+from liftplace_jax.diffusion.scaling import to_latents
 from liftplace_jax.host.buckets import as_path, cached, fetched, is_in_bucket, listed
 from liftplace_jax.host.differences import differences
 from liftplace_jax.host.files import replacing, write_json

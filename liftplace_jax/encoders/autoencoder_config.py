@@ -2,22 +2,12 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from flax import nnx
 from flax.typing import Dtype
 
 from liftplace_jax.nn.model_config import ModelConfig, check_count
-
-
-def to_latents(mean: Any, shift: float, scale: float) -> Any:
-    """What a network sees of what an encoder gives: (mean - shift) * scale."""
-    return (mean - shift) * scale
-
-
-def from_latents(latents: Any, shift: float, scale: float) -> Any:
-    """The inverse of `to_latents`: what a decoder takes."""
-    return latents / scale + shift
 
 
 @dataclasses.dataclass(frozen=True)

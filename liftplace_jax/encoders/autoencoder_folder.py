@@ -15,7 +15,8 @@ import jax
 from flax import nnx
 
 from liftplace_jax import weights
-from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig, from_latents
+from liftplace_jax.diffusion.scaling import from_latents
+from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
 from liftplace_jax.families.loading import current_name, read_weights
 from liftplace_jax.families.unet.diffusers import DiffusersError
 from liftplace_jax.host.buckets import as_path

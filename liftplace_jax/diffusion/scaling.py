@@ -1,0 +1,13 @@
+"""Between what an encoder gives and what a denoising network sees."""
+
+from typing import Any
+
+
+def to_latents(mean: Any, shift: float, scale: float) -> Any:
+    """What a network sees of what an encoder gives: (mean - shift) * scale."""
+    return (mean - shift) * scale
+
+
+def from_latents(latents: Any, shift: float, scale: float) -> Any:
+    """The inverse of `to_latents`: what a decoder takes."""
+    return latents / scale + shift
