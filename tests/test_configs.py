@@ -62,7 +62,7 @@ def test_models_and_processes_are_the_published_ones(name):
     assert config.teacher.ema_decay == config.distill.ema_decay == fields["ema_rate"]
     diffusion = facts["diffusion"]
     assert config.process.to_dict() == dict(
-        schedule=diffusion["beta_schedule"], beta_start=diffusion["beta_start"],
+        kind="gaussian",        schedule=diffusion["beta_schedule"], beta_start=diffusion["beta_start"],
         beta_end=diffusion["beta_end"], num_timesteps=diffusion["num_diffusion_timesteps"],
         prediction="epsilon", variance="fixed", timesteps="antithetic", reduction="sum",
     )  # fmt: skip

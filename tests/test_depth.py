@@ -34,6 +34,7 @@ from liftplace_jax.compress import (
     uniform_layers,
 )
 from liftplace_jax.compress.learned_depth import merge_lora, sample_gates
+from liftplace_jax.experiment.compressing import compress
 from liftplace_jax.experiment.configuration import compress_config
 from liftplace_jax.experiment.pictures import keep_probabilities
 from liftplace_jax.experiment.stages import open_experiment
@@ -356,7 +357,7 @@ def experiment(folder, teacher, **changes):
     ]
     source = data.Source("noise", records, image_shape=(8, 8, 1), num_classes=10)
     made = open_experiment(tiny(teacher__checkpoint=str(teacher), **changes), folder)
-    made.sources = {"train": source, "test": source}
+    made.__dict__["sources"] = {"train": source, "test": source}
     train_teacher(made)
     return made
 
@@ -366,7 +367,7 @@ def experiment(folder, teacher, **changes):
 ])  # fmt: skip
 def test_students_of_the_stage(tmp_path, teacher, layers, kept):
     made = experiment(tmp_path / "run", teacher, compress__layers=layers)
-    made.compress()
+    compress(made)
     record = json.loads((tmp_path / "run" / "pruned" / "layers.json").read_text())
     student, whole = load_network(tmp_path / "run" / "pruned"), load_network(teacher)
     assert list(student.config.kept_layers) == record["kept"]
@@ -457,7 +458,7 @@ def test_bad_fields_are_named_before_anything_is_written(tmp_path, changes, mess
 def test_the_fields_of_depth_are_refused_for_a_unet(tmp_path):
     config = tiny_config.get_config()
     config.compress.depth = 2
-    with pytest.raises(ValueError, match="config.compress.depth 2 is for a DiT; a U-Net is pruned"):
+    with pytest.raises(ValueError, match="config.compress has depth, which pruner 'channels' does not know"):
         open_experiment(config, tmp_path / "run")
 
 
@@ -473,7 +474,7 @@ def test_published_weights_of_a_pruned_start(tmp_path, teacher, constructed):
         (dict(compress__checkpoint=str(tmp_path / "both.pt"), compress__entry="ema"), None),
     ):
         made = experiment(tmp_path / f"run{len(changes)}{recorded}", teacher, **changes)
-        made.compress()
+        compress(made)
         student = load_network(made.workdir / "pruned")
         assert (student.config.depth, student.config.kept_layers) == (2, recorded)
         for name, tensor in to_torch(student.params).items():

@@ -96,7 +96,7 @@ def test_arguments_reach_the_config():
     ({"evaluation.guidance": 2.0, "model.class_dropout": 0.0}, "config.evaluation: guidance 2.0"),
     ({"evaluation.guidance_channels": 2}, "config.evaluation: guidance_channels must be in 1..1"),
     ({"evaluation.guidance": float("nan")}, "config.evaluation.guidance must be a number >= 0"),
-    ({"process.timesteps": "random"}, "config.process.timesteps must be one of"),
+    ({"process.timesteps": "random"}, "config.process: unknown timesteps 'random'"),
     ({"process.variance": "learned"}, "config.process: .*variance 'learned'"),
     ({"distill.feature.schedule": "cosine"}, "config.distill.feature.schedule must be one of"),
     ({"teacher.remat": "everything"}, "config.teacher.remat must be one of"),
@@ -153,7 +153,7 @@ def finished(tmp_path_factory):
              "--workdir=digits_dit"],
         ],
         "imagenet256_dit": [
-            ["data.latents", *latent],
+            ["encode", *latent],
             ["main", *latent, "--workdir=imagenet256_dit", "--config.evaluation.features=digits",
              "--config.evaluation.num_samples=80", "--config.evaluation.curve_every=30",
              "--config.distill.remat=nothing_saveable", "--config.distill.dtype=bfloat16"],

@@ -152,7 +152,7 @@ def test_folders_of_one_and_of_many_students(tmp_path):
     ("evaluation.features", "inception9", "config.evaluation.features must be one of"),
     ("data.name", "folder", "config.data.path must be the folder of images of config.data.name="),
     ("data.path", "pictures", "config.data.path is for config.data.name=folder only.* 'digits'"),
-    ("evaluation.sampler", "euler", r"config.evaluation.sampler must be one of \['ancestral'"),
+    ("evaluation.sampler", "euler", r"config.evaluation: unknown sampler 'euler'; known: \['ancestral'"),
     ("evaluation.sample_steps", 7, "config.evaluation: steps 7 must divide num_timesteps 20"),
     ("evaluation.sample_steps", 21, r"config.evaluation: steps must be in 1\.\.20"),
     ("evaluation.skip_type", "log", "config.evaluation: unknown skip_type 'log'"),
@@ -330,7 +330,7 @@ def test_pictures_of_every_size_and_fewer_images_than_rows(tmp_path, size, chann
     experiment = open_experiment(config, tmp_path / "run")
     records = [{"image": np.full((size, size, channels), 40 * i, np.uint8)} for i in range(3)]
     source = data.Source("three", records, image_shape=(size, size, channels))
-    experiment.sources = {"train": source, "test": source}
+    experiment.__dict__["sources"] = {"train": source, "test": source}
     for folder in (experiment.teacher_folder, experiment.runs[0].folder):
         params = building.create(experiment.model, 0)[1]
         weights.save_model(folder, experiment.model.described(), params)

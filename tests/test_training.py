@@ -50,7 +50,7 @@ def small_net(seed, width):
     }
 
 
-def small_apply(params, x, t, return_features, dropout_key):
+def small_apply(params, x, t, return_features, dropout_key, cond=None):
     hidden = jnp.tanh(x @ params["inner"] + jnp.sin(t * 1.0)[:, None, None, None])
     features = {"hidden": hidden} if return_features else {}
     if dropout_key is not None:

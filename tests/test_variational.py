@@ -256,7 +256,7 @@ def test_guidance_is_that_of_the_equation():
     np.testing.assert_array_equal(guided(predict, labels, 4, 1.0)(x, t), conditional)
     assert calls == [(6, 4, 4, 2), (6, 4, 4, 2), (3, 4, 4, 2)]  # each one call
     assert guided(predict, labels, None, 1.0)(x, t).shape == conditional.shape
-    with pytest.raises(ValueError, match="guidance 1.5 needs a network with a null label"):
+    with pytest.raises(ValueError, match="guidance 1.5 needs a null condition"):
         guided(predict, labels, None, 1.5)
     for channels in (0, 3):
         with pytest.raises(ValueError, match=rf"must be in 1\.\.2, not {channels}"):

@@ -37,7 +37,8 @@ class DepthPruner:
             temperature_end=0.1,
         )  # fmt: skip
         learned.optimizer.update(name="adamw", learning_rate=1e-4)
-        learned.keep = learned.group = config_dict.placeholder(int)
+        learned.keep = config_dict.placeholder(int)
+        learned.group = config_dict.placeholder(int)
         config = ConfigDict(
             dict(layers="uniform", score_batches=16, score_batch_size=64, learned=learned)
         )

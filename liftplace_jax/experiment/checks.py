@@ -90,7 +90,8 @@ def check_config(config: ConfigDict) -> None:
 
 def _check_compress(config):
     """Fields and ranges are the pruner's."""
-    family = family_named(config.model.get("model"))
+    with under("model: "):
+        family = family_named(config.model.get("model"))
     with under("compress."):
         pruner = family.pruner(config.compress.pruner)
     known = {*pruner.defaults(training_config), "pruner", "checkpoint", "entry"}
