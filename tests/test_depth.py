@@ -391,7 +391,7 @@ def test_a_search_that_was_cut_ends_as_one_that_was_not(tmp_path, constructed):
     changes = dict(compress__layers="learned",
                    compress__depth=1, model__depth=2)  # fmt: skip
     whole = experiment(tmp_path / "whole", teacher, **changes)
-    whole.compress()
+    compress(whole)
     # As if it had been killed after step 3: the checkpoint of step 2 is the newest.
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     pruned = tmp_path / "cut" / "pruned"
@@ -399,7 +399,7 @@ def test_a_search_that_was_cut_ends_as_one_that_was_not(tmp_path, constructed):
         (pruned / file).unlink()
     shutil.rmtree(pruned / "search" / "checkpoints" / "4")
     cut = experiment(tmp_path / "cut", teacher, **changes)
-    cut.compress()
+    compress(cut)
     folders = [tmp_path / name / "pruned" for name in ("whole", "cut")]
     for file in ("layers.json", "model.safetensors", "config.json"):
         assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes()
