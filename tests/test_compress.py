@@ -11,7 +11,7 @@ from flax import nnx
 from liftplace_jax.nn import building
 from liftplace_jax.compress import IMPORTANCES, prune_unet, pruned_config, taylor_gradients
 from liftplace_jax.families.unet.coupling import channel_groups
-from liftplace_jax.families.cost import count_macs
+from liftplace_jax.families.registry import count_macs
 from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.weights import from_torch, to_torch
 

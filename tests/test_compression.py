@@ -21,7 +21,8 @@ from liftplace_jax.nn import building
 from liftplace_jax.compress import pruned_config
 from liftplace_jax.experiment.context import Experiment
 from liftplace_jax.host.files import write_json
-from liftplace_jax.families.cost import config_parameters, count_macs
+from liftplace_jax.families.registry import config_parameters
+from liftplace_jax.families.registry import count_macs
 from liftplace_jax.families.published import PUBLISHED_UNETS
 from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.experiment.report import collect_rows, summarise

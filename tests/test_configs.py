@@ -19,7 +19,8 @@ from liftplace_jax.families import registry
 from liftplace_jax.experiment.checks import check_config
 from liftplace_jax.compress import pruned_config
 from liftplace_jax.experiment.context import Experiment
-from liftplace_jax.families.cost import config_parameters, count_macs
+from liftplace_jax.families.registry import config_parameters
+from liftplace_jax.families.registry import count_macs
 
 ROOT = Path(__file__).parent.parent
 FACTS = json.loads((GOLDEN / "ddpm_facts.json").read_text())["models"]

@@ -20,9 +20,10 @@ from liftplace_jax.nn import building
 from liftplace_jax.families.dit.model import DiT
 from liftplace_jax.families.dit.config import DiTConfig
 from liftplace_jax.families.unet.config import UNetConfig
-from liftplace_jax.families.cost import config_parameters, count_macs
-from liftplace_jax.families.dit.model import position_embedding
+from liftplace_jax.families.registry import config_parameters
+from liftplace_jax.families.registry import count_macs
 from liftplace_jax.families.dit.config import published_layer_map
+from liftplace_jax.families.dit.model import position_embedding
 from liftplace_jax.nn.layers import REMAT_POLICIES, sinusoidal_embedding
 from liftplace_jax.families.published import PUBLISHED_DITS
 from liftplace_jax.nn.network import load_checkpoint

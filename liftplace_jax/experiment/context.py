@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,7 +84,7 @@ class Experiment:
         another config; nothing is written then.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path, claim: bool = True):
+    def __init__(self, config: ConfigDict, workdir: str | os.PathLike, claim: bool = True):
         self.config, self.workdir = config, as_path(workdir)
         self._samplers: dict[Any, Sampler] = {}
         check_config(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from liftplace_jax.data import eval_batches
 from liftplace_jax.experiment.context import Experiment
 from liftplace_jax.host.files import replacing, write_json
 from liftplace_jax.losses import error_groups
-from liftplace_jax.families.cost import count_macs
+from liftplace_jax.families.registry import count_macs
 from liftplace_jax.nn.network import load_network
 from liftplace_jax.experiment.scoring import CLASS_COLUMNS, CLASS_ROWS, predictor
 from liftplace_jax.training.metrics_io import read_metrics
@@ -328,7 +329,7 @@ def show(axis: plt.Axes, image: np.ndarray) -> None:
     axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
 
 
-def save_figure(figure: plt.Figure, path: Path) -> None:
+def save_figure(figure: plt.Figure, path: str | os.PathLike) -> None:
     """Saves as PNG, whole or not at all, and closes."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

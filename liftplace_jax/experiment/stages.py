@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from ml_collections import ConfigDict
+
+from liftplace_jax.host.buckets import as_path
 
 MODES = ("all", "teacher", "compress", "distill", "evaluate", "report")
 
 
-def run(config: ConfigDict, workdir: Path, mode: str) -> None:
+def run(config: ConfigDict, workdir: str | os.PathLike, mode: str) -> None:
     """Runs the stages of a mode that are not done yet.
 
     Args:
@@ -23,6 +25,7 @@ def run(config: ConfigDict, workdir: Path, mode: str) -> None:
     from liftplace_jax.experiment.scoring import evaluate
     from liftplace_jax.training.profiling import keep_compiled
 
+    workdir = as_path(workdir)
     keep_compiled(config.compile_cache)
     experiment = Experiment(config, workdir)
     processes.log_to(workdir / "logs")

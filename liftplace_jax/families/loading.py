@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -19,18 +18,23 @@ import numpy as np
 from liftplace_jax import weights
 from liftplace_jax.families.dit import diffusers as diffusers_dit
 from liftplace_jax.nn import building
-from liftplace_jax.host.buckets import as_path
 from liftplace_jax.families.unet.diffusers import (
     DiffusersError,
     config_from_diffusers,
     config_to_diffusers,
 )
+from liftplace_jax.weights.diffusers_files import (
+    WEIGHTS_NAME,
+    choose_folder,
+    is_of_diffusers,
+    read_weights,
+)
 from liftplace_jax.host.files import replacing_folder, write_json
 from liftplace_jax.families.dit.config import DiTConfig
 from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.families.unet.config import Node
+from liftplace_jax.host.outside import shown
 
-WEIGHTS_NAME = "diffusion_pytorch_model"
 PARTS = ("unet", "transformer")
 """Folders of a pipeline in which its denoising network may be."""
 
@@ -49,56 +53,74 @@ OF_DIFFUSERS = frozenset({"conv_norm_out.weight", "proj_out_2.weight"})
 """Names by which weights of diffusers can be told from published ones."""
 
 
-def find_folder(folder: Path) -> Path | None:
+def find_folder(folder: str | os.PathLike, entry: str | None = None) -> Path | None:
     """The folder itself if it is one of diffusers, or the network's in it if it is a pipeline's.
+
+    Args:
+      folder: of this machine or a bucket.
+      entry: as of `read_diffusers`.
 
     Returns:
       The folder with config.json; None if there is none, or it is not of diffusers.
+
+    Raises:
+      ValueError: a config.json cannot be read, or does not say its class; names it.
+      weights.EntryError: there are several networks, or none at `entry`; names those there are.
     """
-    folders = (folder, *(folder / name for name in PARTS))
-    folder = next((f for f in folders if (f / "config.json").exists()), folder)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return folder if isinstance(config, dict) and "_class_name" in config else None
+    found = choose_folder(folder, entry, PARTS, lambda fields: _class_of(fields) in _FAMILIES)
+    return found[0] if found and is_of_diffusers(found[0], found[2]) else None
 
 
-def read_diffusers(folder: str | os.PathLike) -> tuple[Any, dict[str, np.ndarray]]:
+def _class_of(fields: Mapping[str, Any]) -> str:
+    return str(fields.get("_class_name"))
+
+
+def read_diffusers(
+    folder: str | os.PathLike, entry: str | None = None
+) -> tuple[Any, dict[str, np.ndarray]]:
     """Reads the folder of a network of diffusers.
 
     Args:
-      folder: as `find_folder` takes it, with diffusion_pytorch_model.safetensors or .bin (which
-        needs PyTorch), or their index.json and the files that it names. Attention may have the
-        names before diffusers 0.12 (query, key, value, proj_attn).
+      folder: with config.json and diffusion_pytorch_model.safetensors or .bin (which needs
+        PyTorch), or their index.json and the files that it names; or with one such folder in it,
+        as a pipeline. Attention may have the names before diffusers 0.12 (query, key, value,
+        proj_attn).
+      entry: which of the folders in it ("unet_ema"), which variant of the weights ("fp16",
+        "non_ema"), or both ("unet.fp16").
 
     Returns:
       (config, tensors by published name in PyTorch's layouts).
 
     Raises:
       DiffusersError: no such folder, or a network that none of ours can be; lists all why.
+      weights.EntryError: several networks or variants, and entry names none; lists them.
       weights.WeightFileError: a file is missing or damaged.
       weights.WeightMismatchError: tensors do not fit the config; lists all, by their own names.
     """
-    found = find_folder(as_path(folder))
-    if found is None:
+    chosen = choose_folder(folder, entry, PARTS, lambda fields: _class_of(fields) in _FAMILIES)
+    if chosen is None or not is_of_diffusers(chosen[0], chosen[2]):
         raise DiffusersError(
             f"{folder}: no config.json of {_KNOWN} there, or in {'/ or '.join(PARTS)}/"
         )
+    found, variant, fields = chosen
     path = found / "config.json"
-    fields = json.loads(path.read_text())
-    family = _FAMILIES.get(fields["_class_name"])
+    family = _FAMILIES.get(_class_of(fields))
     if family is None:
         raise DiffusersError(
-            f"{path}: _class_name {fields['_class_name']!r}: no network known here, it must be "
-            f"{_KNOWN}"
+            f"{path}: _class_name {shown(fields['_class_name'])}: no network known here, it must "
+            f"be {_KNOWN}"
         )
     try:
         config = family.config_from_diffusers(fields)
     except ValueError as error:
         raise DiffusersError(f"{path}: {error}") from error
+    stored = read_weights(found, variant)
     try:
-        return family.tensors_from_diffusers(config, read_weights(found))
+        config.check_blocks(len(stored))
+    except ValueError as error:
+        raise DiffusersError(f"{path}: {error}") from error
+    try:
+        return family.tensors_from_diffusers(config, stored)
     except weights.WeightMismatchError as error:
         raise weights.WeightMismatchError(error.misfits, found) from error
 
@@ -107,6 +129,9 @@ def _unet_from_diffusers(
     config: UNetConfig, stored: Mapping[str, np.ndarray]
 ) -> tuple[UNetConfig, dict[str, np.ndarray]]:
     names = {theirs: ours for ours, theirs in _tensor_names(config).items()}
+    misfits = weights.find_prefix(names, [current_name(name) for name in stored])
+    if misfits:
+        raise weights.WeightMismatchError(misfits)
     own_names, tensors = {}, {}
     for name, value in stored.items():
         published = names.get(current_name(name), name)
@@ -140,38 +165,6 @@ def current_name(name: str) -> str:
         lambda match: f".{_OLD_ATTENTION[match[1]]}.{match[2]}",
         name,
     )
-
-
-def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """The tensors of a diffusers folder by name, from its one file or its shards.
-
-    Raises:
-      weights.WeightFileError: a file is missing or damaged.
-    """
-    for suffix in (".safetensors", ".bin"):
-        path = folder / f"{WEIGHTS_NAME}{suffix}"
-        index = folder / f"{path.name}.index.json"
-        if path.exists():
-            return weights.read_tensors(path)
-        if index.exists():
-            tensors = {}
-            for name in _shards(index):
-                tensors |= weights.read_tensors(folder / name)
-            return tensors
-    raise weights.WeightFileError(
-        f"{folder}: no {WEIGHTS_NAME}.safetensors or .bin there, nor an index.json of one"
-    )
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise weights.WeightFileError(f"{index}: no index of weight files: {error!r}") from error
-    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if outside:
-        raise weights.WeightFileError(f"{index}: names files outside its folder: {outside}")
-    return names
 
 
 def _tensor_names(config: UNetConfig) -> dict[str, str]:

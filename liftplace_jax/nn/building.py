@@ -13,10 +13,32 @@ from flax.typing import Dtype
 
 from liftplace_jax.encoders.autoencoder import Autoencoder
 from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
+from liftplace_jax.families.cost import config_parameters, count_macs
 from liftplace_jax.families.dit.model import DiT
-from liftplace_jax.families.dit.config import DiTConfig
+from liftplace_jax.families.dit.config import DiTConfig, published_layer_map
+from liftplace_jax.families.published import PUBLISHED_DITS, PUBLISHED_UNETS
 from liftplace_jax.families.unet.model import UNet
 from liftplace_jax.families.unet.config import UNetConfig
+
+__all__ = [
+    "MODELS",
+    "PUBLISHED_DITS",
+    "PUBLISHED_UNETS",
+    "Autoencoder",
+    "AutoencoderConfig",
+    "DiT",
+    "DiTConfig",
+    "UNet",
+    "UNetConfig",
+    "abstract",
+    "config_from_dict",
+    "config_parameters",
+    "config_to_dict",
+    "count_macs",
+    "count_parameters",
+    "create",
+    "published_layer_map",
+]
 
 MODELS = {
     "unet": (UNetConfig, UNet),

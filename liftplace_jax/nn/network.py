@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from liftplace_jax import weights
 from liftplace_jax.families import registry
 from liftplace_jax.nn import building
 from liftplace_jax.host import processes
+from liftplace_jax.host.buckets import as_path
 from liftplace_jax.experiment.configuration import differences
 from liftplace_jax.families.loading import OF_DIFFUSERS, find_folder, read_diffusers
 from liftplace_jax.losses import init_adapters
+from liftplace_jax.host.outside import lies
 from liftplace_jax.host import sharding
 
 Shardings = Callable[[Any], Any]
@@ -54,19 +57,20 @@ def make_apply(graphdef: nnx.GraphDef) -> Callable[..., tuple[jax.Array, dict]]:
     return apply
 
 
-def is_saved(folder: Path) -> bool:
+def is_saved(folder: str | os.PathLike) -> bool:
     """Whether a finished model lies in a folder (config.json is written last)."""
+    folder = as_path(folder)
     return (folder / "model.safetensors").exists() and (folder / "config.json").exists()
 
 
-def is_finished(folder: Path) -> bool:
+def is_finished(folder: str | os.PathLike) -> bool:
     """`is_saved` as process 0 sees it; for decisions that all processes must make alike."""
     return processes.told_by_first(lambda: is_saved(folder))
 
 
 def load_network(
-    folder: Path, dtype: str = "float32", hint: str = "check the path", params: str = "ema",
-    remat: str | None = None, shardings: Shardings | None = None,
+    folder: str | os.PathLike, dtype: str = "float32", hint: str = "check the path",
+    params: str = "ema", remat: str | None = None, shardings: Shardings | None = None,
 ) -> Network:  # fmt: skip
     """A model from its folder.
 
@@ -81,6 +85,9 @@ def load_network(
     Raises:
       ValueError: nothing there, or files that do not fit; names the path.
     """
+    folder = as_path(folder)
+    if params not in PARAMS:
+        raise ValueError(f"params must be one of {sorted(PARAMS)}, got {params!r}")
     if not is_saved(folder):
         raise ValueError(f"no model.safetensors and config.json in {folder}: {hint}")
     if not (folder / PARAMS[params]).exists():
@@ -97,7 +104,7 @@ def load_network(
 
 
 def load_checkpoint(
-    path: Path,
+    path: str | os.PathLike,
     config: Any | None = None,
     entry: str | int | None = None,
     dtype: str = "float32",
@@ -112,27 +119,31 @@ def load_checkpoint(
       config: what the model must be. A folder's own config must agree with it, but for what is no
         property of weights, such as dropout: that of `config` counts. Needed for a file, which
         does not say what it is; without it a folder's own config counts.
-      entry: where in a file the weights are, as of `weights.read_tensors`.
+      entry: where in a file the weights are, as of `weights.read_tensors`; or in a folder of
+        diffusers, as of `read_diffusers`.
       dtype: of the computation.
       said_by: where `config` comes from, for the error message.
 
     Raises:
       ValueError: the path cannot be read, or does not fit; names the path and every misfit.
     """
+    path = as_path(path)
     if path.is_dir():
-        if entry is not None:
-            raise ValueError(f"{path} is a folder, only a file has an entry {entry!r}")
-        if find_folder(path):
-            network = from_tensors(*read_diffusers(path), path, dtype)
+        if find_folder(path, entry):
+            network = from_tensors(*read_diffusers(path, entry), path, dtype)
+        elif entry is not None:
+            raise ValueError(
+                f"{path} is a folder, only a file has an entry {entry!r}, or a folder of diffusers"
+            )
         else:
             network = load_network(path, dtype)
         return network if config is None else _as_config(network, config, path, dtype, said_by)
-    if not path.exists():
+    if not lies(path):
         raise ValueError(f"{path}: no such file or folder")
     if config is None:
         raise ValueError(f"{path}: a file of weights does not say its model, so give its config")
     tensors = weights.read_tensors(path, entry)
-    if not OF_DIFFUSERS.isdisjoint(tensors):
+    if any(name.endswith(theirs) for theirs in OF_DIFFUSERS for name in tensors):
         raise ValueError(f"{path} is the weights of diffusers alone: give its folder")
     seen = config.visible_in(tensors)  # a wrong depth is one line, not a hundred tensors
     wanted = [{name: getattr(config, name) for name in seen}]
@@ -179,6 +190,10 @@ def from_tensors(
     Raises:
       ValueError: tensors do not fit; names the origin and every misfit.
     """
+    try:
+        config.check_blocks(len(tensors))
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
     graphdef, abstract = building.abstract(config, jnp.dtype(dtype), remat)
     places = shardings and jax.tree.leaves(shardings(abstract))
 

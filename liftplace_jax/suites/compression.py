@@ -17,7 +17,8 @@ import jax
 from liftplace_jax.experiment.checks import NORMALISATIONS
 from liftplace_jax.compress import pruned_config
 from liftplace_jax.experiment.context import Experiment
-from liftplace_jax.families.cost import config_parameters, count_macs
+from liftplace_jax.families.registry import config_parameters
+from liftplace_jax.families.registry import count_macs
 from liftplace_jax.experiment.report import MEASURES
 from liftplace_jax.suites.compression_plots import cost_figure, pareto_figure
 from liftplace_jax.suites.measuring import (

@@ -17,7 +17,7 @@ from liftplace_jax.families import registry
 from liftplace_jax.nn import building
 from liftplace_jax.training.distillation import student_objective
 from liftplace_jax.experiment.context import Experiment
-from liftplace_jax.families.cost import count_macs
+from liftplace_jax.families.registry import count_macs
 from liftplace_jax.nn.network import Network, make_apply
 from liftplace_jax.evaluation.sampling import make_sampler
 from liftplace_jax.suites.peaks import peak_fraction

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from liftplace_jax.compress import pruned_config
-from liftplace_jax.families.cost import config_parameters, count_macs
+from liftplace_jax.families.registry import config_parameters
+from liftplace_jax.families.registry import count_macs
 from liftplace_jax.families.published import PUBLISHED_DITS, PUBLISHED_UNETS
 from liftplace_jax.suites.peaks import PEAK_FLOPS
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.families.unet.config import Node
+from liftplace_jax.host.outside import cut, shown
 
 # Field -> (diffusers' default, the values under which it is our U-Net). An absent field has its
 # default, so that a folder that says nothing of norm_eps is refused, not misread.
@@ -46,6 +47,15 @@ _IGNORED = (
 )  # fmt: skip
 
 
+_NAMES = {
+    "ch": "block_out_channels[0]", "ch_mult": "block_out_channels", "image_size": "sample_size",
+    "num_groups": "norm_num_groups", "num_res_blocks": "layers_per_block",
+    "widths['temb.dense.0']": "time_embedding_dim",
+}  # fmt: skip
+MOST_PROBLEMS = 40
+"""Of a config in a message."""
+
+
 class DiffusersError(ValueError):
     """A folder, or a network, that is not in both diffusers and this library; lists why."""
 
@@ -64,9 +74,23 @@ def config_from_diffusers(fields: Mapping[str, Any]) -> UNetConfig:
     if problems:
         raise DiffusersError(
             f"not the DDPM U-Net, {len(problems)} fields cannot be represented:\n"
-            + "\n".join(f"  {problem}" for problem in problems)
+            + "\n".join(f"  {problem}" for problem in cut(problems, MOST_PROBLEMS))
         )
-    return _unet_config(fields, *sizes)
+    try:
+        return _unet_config(fields, *sizes)
+    except ValueError as error:
+        raise DiffusersError(in_their_words(str(error), _NAMES)) from error
+
+
+def in_their_words(message: str, names: Mapping[str, str]) -> str:
+    """A message about a config of ours, with diffusers' name of the field that it begins with.
+
+    Args:
+      message: begins with a name of ours.
+      names: ours -> theirs.
+    """
+    ours = next((name for name in names if re.match(rf"{re.escape(name)}(?!\w)", message)), None)
+    return message if ours is None else f"{message} ({ours} is diffusers' {names[ours]})"
 
 
 def find_problems(
@@ -89,10 +113,10 @@ def find_problems(
         value = fields.get(name, default)
         if value not in allowed:
             absent = "" if name in fields else " (the default, as the field is absent)"
-            problems.append(f"{name} {value!r}{absent}: must be {allowed[0]!r}")
+            problems.append(f"{name} {shown(value)}{absent}: must be {allowed[0]!r}")
     known = {*fixed, *others}
     for name in sorted(name for name in fields if name not in known and name[:1] != "_"):
-        problems.append(f"{name} {fields[name]!r}: not a field known here")
+        problems.append(f"{name} {shown(fields[name])}: not a field known here")
     return problems
 
 
@@ -103,12 +127,15 @@ def _sizes(
     size = fields.get("sample_size")
     if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
+    layers = fields.get("layers_per_block", 2)
+    if not is_count(layers):
+        problems.append(f"layers_per_block {shown(layers)}: must be a number above 0")
     widths = fields.get("block_out_channels", (224, 448, 672, 896))
     if not is_count(size):
-        problems.append(f"sample_size {size!r}: must be the height and width of square images")
+        problems.append(f"sample_size {shown(size)}: must be the height and width of square images")
         size = 0
     if not isinstance(widths, list | tuple) or not widths or not all(map(is_count, widths)):
-        problems.append(f"block_out_channels {widths!r}: must be widths")
+        problems.append(f"block_out_channels {shown(widths)}: must be widths")
         widths = ()
     attention = []
     for field, name, default in (
@@ -121,8 +148,8 @@ def _sizes(
         unknown = sorted(set(types) - {name, f"Attn{name}"})
         if unknown or len(types) != len(widths):
             problems.append(
-                f"{field} {unknown or types}: must be one {name} or Attn{name} for each of the "
-                f"{len(widths)} block_out_channels"
+                f"{field} {shown(unknown or types)}: must be one {name} or Attn{name} for each of "
+                f"the {len(widths)} block_out_channels"
             )
             types = ()
         attention.append(tuple(t.startswith("Attn") for t in types))
@@ -135,10 +162,10 @@ def _sizes(
 def _check_attention(fields, widths, attention, problems):
     groups = fields.get("norm_num_groups", 32)
     if not is_count(groups):
-        problems.append(f"norm_num_groups {groups!r}: must be a number")
+        problems.append(f"norm_num_groups {shown(groups)}: must be a number")
     if fields.get("attn_norm_num_groups") not in (None, groups):
         problems.append(
-            f"attn_norm_num_groups {fields['attn_norm_num_groups']!r}: must be norm_num_groups"
+            f"attn_norm_num_groups {shown(fields['attn_norm_num_groups'])}: must be norm_num_groups"
         )
     # The middle always has attention.
     attended = {w for w, has in zip(widths, attention, strict=False) if has} | set(widths[-1:])
@@ -146,7 +173,7 @@ def _check_attention(fields, widths, attention, problems):
     if head is not None and any(width != head for width in attended):
         absent = "" if "attention_head_dim" in fields else " (the default)"
         problems.append(
-            f"attention_head_dim {head!r}{absent}: must be null, for one head as wide as its "
+            f"attention_head_dim {shown(head)}{absent}: must be null, for one head as wide as its "
             f"level ({sorted(attended)})"
         )
 
@@ -178,7 +205,8 @@ def _unet_config(
         # Whether it fits is judged with the true widths, below.
         num_groups=1,
     )
-    widths = _regular_widths(config, level_widths, fields.get("time_embedding_dim") or 4 * ch)
+    embedding = fields.get("time_embedding_dim")
+    widths = _regular_widths(config, level_widths, 4 * ch if embedding is None else embedding)
     return config.replace(widths=widths, num_groups=fields.get("norm_num_groups", 32))
 
 
