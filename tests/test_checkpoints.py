@@ -120,7 +120,7 @@ def test_every_misfit_of_a_file_is_listed_at_once(tmp_path):
     assert lines == [
         "  conv_in.weight: has shape (8, 1, 3, 3), the model needs (8, 2, 3, 3)",
         "  head.bias: unexpected, of shape (3,)",
-        "  mid.attn_1.q.bias: has values that are not finite",
+        "  mid.attn_1.q.bias: has values that are not finite in float32: 24 of 24",
         "  norm_out.bias: missing, the model needs (8,)",
     ]
 

@@ -21,13 +21,10 @@ from liftplace_jax import weights
 from liftplace_jax.families.loading import load_checkpoint, read_diffusers, write_diffusers
 from liftplace_jax.families.unet.channels import pruned_config
 from liftplace_jax.families.unet.config import UNetConfig
-from liftplace_jax.families.unet.diffusers import (
-    DiffusersError,
-    config_from_diffusers,
-    config_to_diffusers,
-)
+from liftplace_jax.families.unet.diffusers import config_from_diffusers, config_to_diffusers
 from liftplace_jax.nn import building
 from liftplace_jax.nn.network import make_apply
+from liftplace_jax.weights.diffusers import DiffusersError
 
 ROOT = Path(__file__).parent.parent
 # config.json of google/ddpm-cifar10-32, as published: fields of diffusers 0.0.4.
@@ -384,6 +381,9 @@ def commands(*arguments):
 
 def test_the_command_there_and_back(folder, network, tmp_path):
     there, back, file = (tmp_path / name for name in ("published", "unet", "list.ckpt"))
+    state = tmp_path / "state"
+    for name in ("unet", "unet_ema"):
+        shutil.copytree(folder("tiny"), state / name)
     tensors = weights.to_torch(network("tiny").params)
     torch.save([{}, {k: torch.from_numpy(v.copy()) for k, v in tensors.items()}], file)
     config = tmp_path / "config.py"
@@ -395,7 +395,7 @@ def test_the_command_there_and_back(folder, network, tmp_path):
         "    config.model.image_size = 64\n    return config\n"
     )
     ends = commands(
-        [f"--model={folder('tiny')}", "--to=published", f"--out={there}"],
+        [f"--model={state}", "--entry=unet_ema", "--to=published", f"--out={there}"],
         [f"--model={file}", f"--config={config}", "--config.model.image_size=16", "--entry=-1",
          "--to=diffusers", f"--out={back}"],
     )  # fmt: skip
@@ -414,7 +414,11 @@ def test_the_command_there_and_back(folder, network, tmp_path):
 def test_refused_commands_are_one_error_and_leave_nothing(folder, tmp_path):
     out = f"--out={tmp_path / 'out'}"
     (tmp_path / "model.pt").write_bytes(b"no weights")
+    for name in ("unet", "unet_ema"):
+        shutil.copytree(folder("tiny"), tmp_path / "state" / name)
     errors = {
+        f"error: {tmp_path / 'state'}: holds several networks, ['unet', 'unet_ema']; choose one as "
+        "entry (--entry)": [f"--model={tmp_path / 'state'}", "--to=published", out],
         "error: flag --to=None": [f"--model={tmp_path}", out],
         f"error: no model.safetensors and config.json in {tmp_path}":
             [f"--model={tmp_path}", "--to=diffusers", out],
@@ -427,4 +431,4 @@ def test_refused_commands_are_one_error_and_leave_nothing(folder, tmp_path):
     for (status, printed, err), message in zip(commands(*errors.values()), errors, strict=True):
         assert (status, printed) == (2, "")
         assert err.startswith(message) and len(err.splitlines()) == 1, err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "state"]

@@ -15,9 +15,9 @@ from liftplace_jax import weights
 from liftplace_jax.families.dit.config import DiTConfig
 from liftplace_jax.families.dit.model import position_embedding
 from liftplace_jax.families.loading import load_checkpoint, read_diffusers, write_diffusers
-from liftplace_jax.families.unet.diffusers import DiffusersError
 from liftplace_jax.nn import building
 from liftplace_jax.nn.network import make_apply
+from liftplace_jax.weights.diffusers import DiffusersError
 
 WEIGHTS = "diffusion_pytorch_model"
 FIELDS = {

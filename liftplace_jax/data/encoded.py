@@ -118,12 +118,13 @@ def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return dict(manifest) | {"autoencoder": autoencoder, "versions": None}
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     """What latents.json says.
 
     Raises:
       ValueError: there is none, or it is damaged.
     """
+    folder = as_path(folder)
     path = folder / _MANIFEST
     if not path.exists():
         raise ValueError(

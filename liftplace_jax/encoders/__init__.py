@@ -1,0 +1,1 @@
+"""Frozen networks between data and what a denoising network sees."""

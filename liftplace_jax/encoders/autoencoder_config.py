@@ -7,7 +7,7 @@ from typing import ClassVar
 from flax import nnx
 from flax.typing import Dtype
 
-from liftplace_jax.nn.model_config import ModelConfig, check_count
+from liftplace_jax.nn.model_config import MOST_BLOCKS_OF_LEVEL, ModelConfig, check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +55,14 @@ class AutoencoderConfig(ModelConfig):
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
         counts = {f"block_out_channels[{i}]": w for i, w in enumerate(self.block_out_channels)}
         for field in (
-            "layers_per_block", "latent_channels", "norm_num_groups", "in_channels",
+            "latent_channels", "norm_num_groups", "in_channels",
             "out_channels", "sample_size",
         ):  # fmt: skip
             counts[field] = getattr(self, field)
         for name, value in counts.items():
             check_count(name, value)
+        check_count("layers_per_block", self.layers_per_block, maximum=MOST_BLOCKS_OF_LEVEL)
+        check_count("the number of block_out_channels", len(self.block_out_channels), maximum=16)
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise ValueError(
@@ -75,6 +77,11 @@ class AutoencoderConfig(ModelConfig):
         for name in ("use_quant_conv", "use_post_quant_conv"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be a bool, not {getattr(self, name)!r}")
+
+    @property
+    def num_blocks(self) -> int:
+        """See `ModelConfig.num_blocks`."""
+        return len(self.block_out_channels) * (2 * self.layers_per_block + 1) + 4
 
     @property
     def downsampling(self) -> int:

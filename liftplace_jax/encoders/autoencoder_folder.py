@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +16,12 @@ from flax import nnx
 from liftplace_jax import weights
 from liftplace_jax.diffusion.scaling import from_latents
 from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
-from liftplace_jax.families.loading import current_name, read_weights
-from liftplace_jax.families.unet.diffusers import DiffusersError
 from liftplace_jax.host.buckets import as_path
+from liftplace_jax.host.outside import cut, shown
 from liftplace_jax.nn import building
 from liftplace_jax.nn.network import Network, from_tensors, read_network
+from liftplace_jax.weights.diffusers import MOST_PROBLEMS, DiffusersError, current_name
+from liftplace_jax.weights.diffusers_files import choose_folder, is_of_diffusers, read_weights
 
 # diffusers' defaults of the fields that are ours too (0.42 "autoencoder_kl.py"); shift_factor is
 # None there.
@@ -78,48 +78,54 @@ class AutoencoderNetwork(Network):
         return digest.hexdigest()
 
 
-def load_autoencoder(path: str | os.PathLike) -> AutoencoderNetwork:
+def load_autoencoder(path: str | os.PathLike, entry: str | None = None) -> AutoencoderNetwork:
     """An autoencoder from its folder.
 
     Args:
       path: a folder of diffusers' `AutoencoderKL`, or of a pipeline with one in "vae"; its
         weights as of `read_weights`, attention also under its names before diffusers 0.12. Or a
         folder of ours (model.safetensors and config.json).
+      entry: which of the folders in it ("vae_ema"), which variant of the weights ("fp16"), or both.
 
     Raises:
       ValueError: no such folder, it holds another network, or files that do not fit; names the
         path and every misfit.
     """
     folder = as_path(path)
-    found = next((f for f in (folder, folder / "vae") if (f / "config.json").is_file()), None)
+    found = choose_folder(folder, entry, ("vae",), _is_autoencoder)
     if found is None:
         raise ValueError(f"{path}: no config.json of an autoencoder there, or in vae/")
-    try:
-        fields = dict(json.loads((found / "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{found / 'config.json'}: cannot be read: {error}") from error
-    if "_class_name" in fields:
-        network = _from_diffusers(fields, found)
+    place, variant, fields = found
+    if is_of_diffusers(place, fields):
+        network = _from_diffusers(fields, place, variant)
     else:
-        if fields.get("model") != AutoencoderConfig.model:
+        if not _is_ours(fields):
             raise ValueError(f"{path} holds a {fields.get('model')!r}, not an autoencoder")
-        network = read_network(found, _own_config)
+        network = read_network(place, _own_config)
     return AutoencoderNetwork(
         network.config, network.graphdef, network.params, folder.resolve().name
     )
+
+
+def _is_autoencoder(fields: Mapping[str, Any]) -> bool:
+    return "AutoencoderKL" == fields.get("_class_name") or _is_ours(fields)
+
+
+def _is_ours(fields: Mapping[str, Any]) -> bool:
+    return fields.get("model") == AutoencoderConfig.model
 
 
 def _own_config(fields: Mapping[str, Any]) -> AutoencoderConfig:
     return AutoencoderConfig.from_dict({k: v for k, v in fields.items() if k != "model"})
 
 
-def _from_diffusers(fields: Mapping[str, Any], folder: Path) -> Network:
+def _from_diffusers(fields: Mapping[str, Any], folder: Path, variant: str | None) -> Network:
     try:
         config = config_from_diffusers(fields)
     except ValueError as error:
         raise DiffusersError(f"{folder / 'config.json'}: {error}") from error
     tensors = {}
-    for name, value in read_weights(folder).items():
+    for name, value in read_weights(folder, variant).items():
         # Once a 1x1 convolution.
         square = ".attentions." in name and value.ndim == 4 and value.shape[2:] == (1, 1)
         tensors[current_name(name)] = value[:, :, 0, 0] if square else value
@@ -138,23 +144,26 @@ def config_from_diffusers(fields: Mapping[str, Any]) -> AutoencoderConfig:
     """
     problems = []
     if fields.get("_class_name") != "AutoencoderKL":
-        problems.append(f"_class_name {fields.get('_class_name')!r}: must be 'AutoencoderKL'")
+        problems.append(f"_class_name {shown(fields.get('_class_name'))}: must be 'AutoencoderKL'")
     for name, (default, allowed) in _FIXED.items():
         if fields.get(name, default) not in allowed:
-            problems.append(f"{name} {fields[name]!r}: must be {allowed[0]!r}")
+            problems.append(f"{name} {shown(fields[name])}: must be {allowed[0]!r}")
     values = {name: fields.get(name, default) for name, default in _DEFAULTS.items()}
     widths, size = values["block_out_channels"], values["sample_size"]
     for name, block in _BLOCKS.items():
         types = fields.get(name, (block,))
-        if not isinstance(widths, list | tuple) or list(types) != len(widths) * [block]:
-            problems.append(f"{name} {types!r}: must be one {block} for each block_out_channels")
+        given = list(types) if isinstance(types, list | tuple) else None
+        if not isinstance(widths, list | tuple) or given != len(widths) * [block]:
+            problems.append(
+                f"{name} {shown(types)}: must be one {block} for each block_out_channels"
+            )
     known = {*_FIXED, *_DEFAULTS, *_BLOCKS, *_IGNORED}
     for name in sorted(name for name in fields if name not in known and name[:1] != "_"):
-        problems.append(f"{name} {fields[name]!r}: not a field known here")
+        problems.append(f"{name} {shown(fields[name])}: not a field known here")
     if problems:
         raise DiffusersError(
             f"not Stable Diffusion's autoencoder, {len(problems)} fields cannot be represented:\n"
-            + "\n".join(f"  {problem}" for problem in problems)
+            + "\n".join(f"  {problem}" for problem in cut(problems, MOST_PROBLEMS))
         )
     values["shift_factor"] = values["shift_factor"] or 0.0
     values["sample_size"] = size[0] if isinstance(size, list | tuple) and size else size

@@ -12,8 +12,10 @@ from liftplace_jax.evaluation.frechet import (
     moments_update,
     moments_zero,
 )
+from liftplace_jax.evaluation.inception_features import load_inception
 from liftplace_jax.evaluation.metrics import inception_score, kernel_distance, precision_recall
 from liftplace_jax.evaluation.references import Reference, load_reference, save_reference
+from liftplace_jax.evaluation.resize import resize_bilinear
 from liftplace_jax.evaluation.samples import Samples, collect, reference, to_uint8
 from liftplace_jax.evaluation.scores import check_reference, moments_of, score, statistics_of
 from liftplace_jax.evaluation.teacher_error import output_error
@@ -33,6 +35,7 @@ __all__ = [
     "frechet_from_moments",
     "inception_score",
     "kernel_distance",
+    "load_inception",
     "load_reference",
     "moments_merge",
     "moments_of",
@@ -41,6 +44,7 @@ __all__ = [
     "output_error",
     "precision_recall",
     "reference",
+    "resize_bilinear",
     "save_reference",
     "score",
     "statistics_of",

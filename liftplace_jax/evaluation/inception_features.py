@@ -48,7 +48,7 @@ def inception_extractor(name: str, path: str | os.PathLike | None) -> Extractor:
             "of the pytorch-fid project, or weights-inception-2015-12-05-6726825d.pth of "
             "torch-fidelity: ports of the same network"
         )
-    graphdef, params = load_inception(os.fspath(as_path(path)))
+    graphdef, params = load_inception(path)
     label, style, zero, scale = PROTOCOLS[name]
 
     def apply(params, images):
@@ -66,13 +66,24 @@ def inception_extractor(name: str, path: str | os.PathLike | None) -> Extractor:
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=1)
-def load_inception(path: str) -> tuple[nnx.GraphDef, nnx.State]:
-    """The network with the weights of a file, float32.
+def load_inception(path: str | os.PathLike) -> tuple[nnx.GraphDef, nnx.State]:
+    """The FID Inception network with the weights of a file.
+
+    Args:
+      path: one of the published files that this module names, of this machine or a bucket.
+
+    Returns:
+      (graphdef, params), float32; `nnx.merge(graphdef, params)` takes (B, 299, 299, 3) images, as
+      `models.inception.Inception` says. The same ones for the same path, read once.
 
     Raises:
       ValueError: the file cannot be read or does not fit; lists every misfit.
     """
+    return _load_inception(os.fspath(as_path(path)))
+
+
+@functools.lru_cache(maxsize=1)
+def _load_inception(path: str) -> tuple[nnx.GraphDef, nnx.State]:
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Inception(nnx.Rngs(0))))
     tensors = weights.read_tensors(path)
     try:

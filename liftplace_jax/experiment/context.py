@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 
 import jax
@@ -156,7 +157,7 @@ class Context:
         return sources
 
 
-def make_context(config: ConfigDict, workdir: Path) -> Context:
+def make_context(config: ConfigDict, workdir: str | os.PathLike) -> Context:
     """Wires a config; reads no data, writes nothing.
 
     Args:

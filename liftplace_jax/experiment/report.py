@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -331,7 +332,7 @@ def show(axis: plt.Axes, image: np.ndarray) -> None:
     axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
 
 
-def save_figure(figure: plt.Figure, path: Path) -> None:
+def save_figure(figure: plt.Figure, path: str | os.PathLike) -> None:
     """Saves as PNG, whole or not at all, and closes."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -26,7 +26,7 @@ STAGES: dict[str, Callable[[Context], None]] = {
 }
 
 
-def open_experiment(config: ConfigDict, workdir: Path, *, claim: bool = True) -> Context:
+def open_experiment(config: ConfigDict, workdir: str | os.PathLike, *, claim: bool = True) -> Context:
     """A checked context: what can be known to fail fails here, before anything is computed.
 
     Args:
@@ -46,7 +46,7 @@ def open_experiment(config: ConfigDict, workdir: Path, *, claim: bool = True) ->
     return context
 
 
-def run(config: ConfigDict, workdir: Path, mode: str) -> None:
+def run(config: ConfigDict, workdir: str | os.PathLike, mode: str) -> None:
     """Runs the stages of a mode that are not done yet.
 
     Args:
@@ -56,6 +56,7 @@ def run(config: ConfigDict, workdir: Path, mode: str) -> None:
     """
     keep_compiled(config.compile_cache)
     context = open_experiment(config, workdir)
+    workdir = context.workdir
     processes.log_to(workdir / "logs")
     if mode == "all" and is_reported(context):
         print(f"All is done: see {workdir / 'report.md'}")

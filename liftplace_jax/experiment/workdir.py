@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from liftplace_jax.experiment import configuration
 from liftplace_jax.host import processes
-from liftplace_jax.host.buckets import listed, reaching
+from liftplace_jax.host.buckets import as_path, listed, reaching
 from liftplace_jax.host.differences import differences
 from liftplace_jax.host.files import write_json
 
 
-def claim(workdir: Path, config: ConfigDict) -> None:
+def claim(workdir: str | os.PathLike, config: ConfigDict) -> None:
     """Makes a work directory that of a config, or checks that it is.
 
     Args:
@@ -25,6 +26,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
       ValueError: it belongs to another config, or is none; nothing is written then.
       OSError: it cannot be written.
     """
+    workdir = as_path(workdir)
     new, path = configuration.to_json(config), workdir / "config.json"
     with reaching(workdir):
         # Hidden files do not count: a run killed as it wrote config.json leaves one.

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from liftplace_jax.compress import Pruner
 from liftplace_jax.nn.model_config import DenoiserConfig
+from liftplace_jax.weights.diffusers import Format
 
 
 class Family(NamedTuple):
@@ -19,6 +20,7 @@ class Family(NamedTuple):
       macs: config -> multiply-accumulates of one forward pass on one image.
       parameters: config -> parameters, without building the network.
       pruners: how its students are made; the first is the usual one.
+      format: how diffusers' folders are read and written.
       published: name -> config of its published networks.
       default_model: fields of config.model of a small network, for 8x8 grey images.
       preset: sets what the family's published experiments share, in a config.
@@ -30,6 +32,7 @@ class Family(NamedTuple):
     macs: Callable[[Any], int]
     parameters: Callable[[Any], int]
     pruners: tuple[Pruner, ...]
+    format: Format
     published: Mapping[str, DenoiserConfig]
     default_model: Mapping[str, Any]
     preset: Callable[[ConfigDict], None]

@@ -1,16 +1,9 @@
-"""Folders of diffusers' networks, config.json and weights, as ours and back.
-
-`UNet2DModel` is our U-Net, `DiTTransformer2DModel` (once `Transformer2DModel`) our DiT.
-"""
+"""Networks of all families from wherever they lie: our folders, diffusers', published files."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import json
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,232 +12,102 @@ import numpy as np
 
 from liftplace_jax import weights
 from liftplace_jax.families import registry
-from liftplace_jax.families.dit import diffusers as diffusers_dit
-from liftplace_jax.families.dit.config import DiTConfig
-from liftplace_jax.families.unet.config import Node, UNetConfig
-from liftplace_jax.families.unet.diffusers import (
-    DiffusersError,
-    config_from_diffusers,
-    config_to_diffusers,
-)
+from liftplace_jax.families.registry import FAMILIES
 from liftplace_jax.host.buckets import as_path
 from liftplace_jax.host.differences import differences
 from liftplace_jax.host.files import replacing_folder, write_json
+from liftplace_jax.host.outside import lies, shown
 from liftplace_jax.nn import building
 from liftplace_jax.nn.network import Network, from_tensors, read_network
+from liftplace_jax.weights.diffusers import DiffusersError
+from liftplace_jax.weights.diffusers_files import (
+    WEIGHTS_NAME,
+    choose_folder,
+    is_of_diffusers,
+    read_weights,
+)
 
-WEIGHTS_NAME = "diffusion_pytorch_model"
-PARTS = ("unet", "transformer")
+FORMATS = {name: family.format for family in FAMILIES.values() for name in family.format.classes}
+"""diffusers' name of a network -> how it is read and written."""
+PARTS = tuple(dict.fromkeys(format.part for format in FORMATS.values()))
 """Folders of a pipeline in which its denoising network may be."""
+_KNOWN = " or ".join(f"a {name}" for name in FORMATS)
 
-_BLOCK = {
-    "norm1": "norm1", "conv1": "conv1", "temb_proj": "time_emb_proj", "norm2": "norm2",
-    "conv2": "conv2", "nin_shortcut": "conv_shortcut",
-}  # fmt: skip
-_ATTENTION = {
-    "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
-}  # fmt: skip
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# Dense there, 1x1 convolutions here; by our name.
-_LINEAR = re.compile(r"\.(q|k|v|proj_out)\.weight$")
 
-OF_DIFFUSERS = frozenset({"conv_norm_out.weight", "proj_out_2.weight"})
+OF_DIFFUSERS = frozenset(format.telltale for format in FORMATS.values())
 """Names by which weights of diffusers can be told from published ones."""
 
 
-def find_folder(folder: Path) -> Path | None:
+def find_folder(folder: str | os.PathLike, entry: str | None = None) -> Path | None:
     """The folder itself if it is one of diffusers, or the network's in it if it is a pipeline's.
+
+    Args:
+      folder: of this machine or a bucket.
+      entry: as of `read_diffusers`.
 
     Returns:
       The folder with config.json; None if there is none, or it is not of diffusers.
+
+    Raises:
+      ValueError: a config.json cannot be read, or does not say its class; names it.
+      weights.EntryError: there are several networks, or none at `entry`; names those there are.
     """
-    folders = (folder, *(folder / name for name in PARTS))
-    folder = next((f for f in folders if (f / "config.json").exists()), folder)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return folder if isinstance(config, dict) and "_class_name" in config else None
+    found = choose_folder(folder, entry, PARTS, lambda fields: _class_of(fields) in FORMATS)
+    return found[0] if found and is_of_diffusers(found[0], found[2]) else None
 
 
-def read_diffusers(folder: str | os.PathLike) -> tuple[Any, dict[str, np.ndarray]]:
+def _class_of(fields: Mapping[str, Any]) -> str:
+    return str(fields.get("_class_name"))
+
+
+def read_diffusers(
+    folder: str | os.PathLike, entry: str | None = None
+) -> tuple[Any, dict[str, np.ndarray]]:
     """Reads the folder of a network of diffusers.
 
     Args:
-      folder: as `find_folder` takes it, with diffusion_pytorch_model.safetensors or .bin (which
-        needs PyTorch), or their index.json and the files that it names. Attention may have the
-        names before diffusers 0.12 (query, key, value, proj_attn).
+      folder: with config.json and diffusion_pytorch_model.safetensors or .bin (which needs
+        PyTorch), or their index.json and the files that it names; or with one such folder in it,
+        as a pipeline. Attention may have the names before diffusers 0.12 (query, key, value,
+        proj_attn).
+      entry: which of the folders in it ("unet_ema"), which variant of the weights ("fp16",
+        "non_ema"), or both ("unet.fp16").
 
     Returns:
       (config, tensors by published name in PyTorch's layouts).
 
     Raises:
       DiffusersError: no such folder, or a network that none of ours can be; lists all why.
+      weights.EntryError: several networks or variants, and entry names none; lists them.
       weights.WeightFileError: a file is missing or damaged.
       weights.WeightMismatchError: tensors do not fit the config; lists all, by their own names.
     """
-    found = find_folder(as_path(folder))
-    if found is None:
+    chosen = choose_folder(folder, entry, PARTS, lambda fields: _class_of(fields) in FORMATS)
+    if chosen is None or not is_of_diffusers(chosen[0], chosen[2]):
         raise DiffusersError(
             f"{folder}: no config.json of {_KNOWN} there, or in {'/ or '.join(PARTS)}/"
         )
+    found, variant, fields = chosen
     path = found / "config.json"
-    fields = json.loads(path.read_text())
-    family = _FAMILIES.get(fields["_class_name"])
-    if family is None:
+    form = FORMATS.get(_class_of(fields))
+    if form is None:
         raise DiffusersError(
-            f"{path}: _class_name {fields['_class_name']!r}: no network known here, it must be "
-            f"{_KNOWN}"
+            f"{path}: _class_name {shown(fields['_class_name'])}: no network known here, it must "
+            f"be {_KNOWN}"
         )
     try:
-        config = family.config_from_diffusers(fields)
+        config = form.config_from(fields)
+    except ValueError as error:
+        raise DiffusersError(f"{path}: {error}") from error
+    stored = read_weights(found, variant)
+    try:
+        config.check_blocks(len(stored))
     except ValueError as error:
         raise DiffusersError(f"{path}: {error}") from error
     try:
-        return family.tensors_from_diffusers(config, read_weights(found))
+        return form.tensors_from(config, stored)
     except weights.WeightMismatchError as error:
         raise weights.WeightMismatchError(error.misfits, found) from error
-
-
-def _unet_from_diffusers(
-    config: UNetConfig, stored: Mapping[str, np.ndarray]
-) -> tuple[UNetConfig, dict[str, np.ndarray]]:
-    names = {theirs: ours for ours, theirs in _tensor_names(config).items()}
-    own_names, tensors = {}, {}
-    for name, value in stored.items():
-        published = names.get(current_name(name), name)
-        if _LINEAR.search(published) and value.ndim == 2:
-            value = value[:, :, None, None]
-        tensors[published] = value
-        own_names[published] = name
-    misfits = weights.find_misfits(building.abstract(config)[1], tensors)
-    if misfits:
-        theirs = _tensor_names(config) | own_names
-        raise weights.WeightMismatchError(
-            sorted((theirs.get(name, name), problem) for name, problem in misfits)
-        )
-    return config, tensors
-
-
-def _unet_to_diffusers(
-    config: UNetConfig, tensors: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    names = _tensor_names(config)
-    return {
-        names[name]: value[:, :, 0, 0] if _LINEAR.search(name) else value
-        for name, value in tensors.items()
-    }
-
-
-def current_name(name: str) -> str:
-    """A tensor's name since diffusers 0.12, where those of attention changed."""
-    return re.sub(
-        rf"\.({'|'.join(_OLD_ATTENTION)})\.(weight|bias)$",
-        lambda match: f".{_OLD_ATTENTION[match[1]]}.{match[2]}",
-        name,
-    )
-
-
-def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """The tensors of a diffusers folder by name, from its one file or its shards.
-
-    Raises:
-      weights.WeightFileError: a file is missing or damaged.
-    """
-    for suffix in (".safetensors", ".bin"):
-        path = folder / f"{WEIGHTS_NAME}{suffix}"
-        index = folder / f"{path.name}.index.json"
-        if path.exists():
-            return weights.read_tensors(path)
-        if index.exists():
-            tensors = {}
-            for name in _shards(index):
-                tensors |= weights.read_tensors(folder / name)
-            return tensors
-    raise weights.WeightFileError(
-        f"{folder}: no {WEIGHTS_NAME}.safetensors or .bin there, nor an index.json of one"
-    )
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise weights.WeightFileError(f"{index}: no index of weight files: {error!r}") from error
-    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if outside:
-        raise weights.WeightFileError(f"{index}: names files outside its folder: {outside}")
-    return names
-
-
-def _tensor_names(config: UNetConfig) -> dict[str, str]:
-    """Published DDPM name -> diffusers' name of every tensor of a network."""
-    modules = {
-        "temb.dense.0": "time_embedding.linear_1", "temb.dense.1": "time_embedding.linear_2",
-        "norm_out": "conv_norm_out", "conv_out": "conv_out",
-    }  # fmt: skip
-    for node in config.block_plan():
-        theirs = _module_name(node, len(config.ch_mult))
-        parts = {"block": _BLOCK, "attention": _ATTENTION}.get(node.kind)
-        if parts is None:
-            modules[node.name] = theirs
-        else:
-            modules |= {
-                f"{node.name}.{ours}": f"{theirs}.{part}"
-                for ours, part in parts.items()
-                if ours != "nin_shortcut" or node.shortcut
-            }
-    pairs = itertools.product(modules.items(), ("weight", "bias"))
-    return {f"{ours}.{leaf}": f"{theirs}.{leaf}" for (ours, theirs), leaf in pairs}
-
-
-def _module_name(node: Node, num_levels: int) -> str:
-    """Theirs of a node; both sides number the ways down alike, the ways up in opposite order."""
-    middle = {
-        "mid.block_1": "mid_block.resnets.0", "mid.attn_1": "mid_block.attentions.0",
-        "mid.block_2": "mid_block.resnets.1", "conv_in": "conv_in",
-    }  # fmt: skip
-    if node.name in middle:
-        return middle[node.name]
-    way, level, kind, *rest = node.name.split(".")
-    level = int(level) if way == "down" else num_levels - 1 - int(level)
-    if kind.endswith("sample"):
-        return f"{way}_blocks.{level}.{kind}rs.0.conv"
-    return f"{way}_blocks.{level}.{'resnets' if kind == 'block' else 'attentions'}.{rest[0]}"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    """How a class of diffusers and one of our configs are carried into each other.
-
-    Attributes:
-      config_class: ours.
-      config_from_diffusers: fields of config.json -> our config.
-      tensors_from_diffusers: (that config, their tensors) -> (config, our tensors by published
-        name); only the tensors may tell all of the config.
-      config_to_diffusers: our config -> their fields.
-      tensors_to_diffusers: (our config, our tensors) -> theirs.
-    """
-
-    config_class: type
-    config_from_diffusers: Callable[[Mapping[str, Any]], Any]
-    tensors_from_diffusers: Callable[[Any, Mapping], tuple[Any, dict[str, np.ndarray]]]
-    config_to_diffusers: Callable[[Any], dict[str, Any]]
-    tensors_to_diffusers: Callable[[Any, Mapping], dict[str, np.ndarray]]
-
-
-_UNET = _Family(
-    UNetConfig, config_from_diffusers, _unet_from_diffusers, config_to_diffusers, _unet_to_diffusers
-)
-_DIT = _Family(
-    DiTConfig,
-    diffusers_dit.config_from_diffusers,
-    diffusers_dit.tensors_from_diffusers,
-    diffusers_dit.config_to_diffusers,
-    diffusers_dit.tensors_to_diffusers,
-)
-_FAMILIES = {"UNet2DModel": _UNET, "DiTTransformer2DModel": _DIT, "Transformer2DModel": _DIT}
-_KNOWN = " or ".join(f"a {name}" for name in _FAMILIES)
 
 
 def write_diffusers(folder: str | os.PathLike, config: Any, params: Any) -> None:
@@ -259,11 +122,14 @@ def write_diffusers(folder: str | os.PathLike, config: Any, params: Any) -> None
       DiffusersError: diffusers has no such network; says why.
       FileExistsError: there is something in the folder.
     """
-    family = next((f for f in _FAMILIES.values() if isinstance(config, f.config_class)), None)
-    if family is None:
-        raise DiffusersError(f"no network of {type(config).__name__} can be written, only {_KNOWN}")
-    fields = family.config_to_diffusers(config)
-    tensors = family.tensors_to_diffusers(config, weights.to_torch(params))
+    try:
+        form = registry.family_of(config).format
+    except ValueError as error:
+        raise DiffusersError(
+            f"no network of {type(config).__name__} can be written, only {_KNOWN}"
+        ) from error
+    fields = form.config_to(config)
+    tensors = form.tensors_to(config, weights.to_torch(params))
     with replacing_folder(folder) as temporary:
         path = temporary / f"{WEIGHTS_NAME}.safetensors"
         weights.write_safetensors(path, tensors, {"format": "pt"})
@@ -272,11 +138,11 @@ def write_diffusers(folder: str | os.PathLike, config: Any, params: Any) -> None
 
 def load_network(folder: str | os.PathLike, *args: Any, **options: Any) -> Network:
     """A denoising network from its folder; arguments as of `network.read_network`."""
-    return read_network(as_path(folder), registry.config_from_dict, *args, **options)
+    return read_network(folder, registry.config_from_dict, *args, **options)
 
 
 def load_checkpoint(
-    path: Path,
+    path: str | os.PathLike,
     config: Any | None = None,
     entry: str | int | None = None,
     dtype: str = "float32",
@@ -291,27 +157,31 @@ def load_checkpoint(
       config: what the model must be. A folder's own config must agree with it, but for what is no
         property of weights, such as dropout: that of `config` counts. Needed for a file, which
         does not say what it is; without it a folder's own config counts.
-      entry: where in a file the weights are, as of `weights.read_tensors`.
+      entry: where in a file the weights are, as of `weights.read_tensors`; or in a folder of
+        diffusers, as of `read_diffusers`.
       dtype: of the computation.
       said_by: where `config` comes from, for the error message.
 
     Raises:
       ValueError: the path cannot be read, or does not fit; names the path and every misfit.
     """
+    path = as_path(path)
     if path.is_dir():
-        if entry is not None:
-            raise ValueError(f"{path} is a folder, only a file has an entry {entry!r}")
-        if find_folder(path):
-            network = from_tensors(*read_diffusers(path), path, dtype)
+        if find_folder(path, entry):
+            network = from_tensors(*read_diffusers(path, entry), path, dtype)
+        elif entry is not None:
+            raise ValueError(
+                f"{path} is a folder, only a file has an entry {entry!r}, or a folder of diffusers"
+            )
         else:
             network = load_network(path, dtype)
         return network if config is None else _as_config(network, config, path, dtype, said_by)
-    if not path.exists():
+    if not lies(path):
         raise ValueError(f"{path}: no such file or folder")
     if config is None:
         raise ValueError(f"{path}: a file of weights does not say its model, so give its config")
     tensors = weights.read_tensors(path, entry)
-    if not OF_DIFFUSERS.isdisjoint(tensors):
+    if any(name.endswith(theirs) for theirs in OF_DIFFUSERS for name in tensors):
         raise ValueError(f"{path} is the weights of diffusers alone: give its folder")
     seen = config.visible_in(tensors)  # a wrong depth is one line, not a hundred tensors
     wanted = [{name: getattr(config, name) for name in seen}]

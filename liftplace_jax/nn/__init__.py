@@ -1,0 +1,1 @@
+"""What networks are made of, and a network together with its arrays."""

@@ -9,6 +9,9 @@ from flax import nnx
 from flax.typing import Dtype
 
 from liftplace_jax.conditioning import UNCONDITIONAL, Conditioning
+from liftplace_jax.host.outside import cut, shown
+
+_MOST_UNCHECKED = 64
 
 
 class ModelConfig:
@@ -60,6 +63,26 @@ class ModelConfig:
         del tensors
         return {}
 
+    @property
+    def num_blocks(self) -> int:
+        """Parts of the network that are built one after another, each of two tensors or more."""
+        raise NotImplementedError
+
+    def check_blocks(self, count: int) -> None:
+        """Refuses tensors that are far too few, before minutes go into building the model.
+
+        Args:
+          count: of the tensors that there are.
+
+        Raises:
+          ValueError: the model has more blocks, and more than published ones have.
+        """
+        if self.num_blocks > max(_MOST_UNCHECKED, count):
+            raise ValueError(
+                f"the config says {self.num_blocks:,} blocks, and there are {count:,} tensors in "
+                "all: check the config against the file"
+            )
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """The config of `to_dict`'s result.
@@ -70,7 +93,9 @@ class ModelConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown, missing = sorted(fields.keys() - known), sorted(known - fields.keys())
         if unknown or missing:
-            raise ValueError(f"{cls.__name__}: unknown fields {unknown}, missing fields {missing}")
+            raise ValueError(
+                f"{cls.__name__}: unknown fields {cut(unknown)}, missing fields {missing}"
+            )
         return cls(**fields)
 
 
@@ -103,7 +128,15 @@ class DenoiserConfig(ModelConfig):
         return None
 
 
-def check_count(name: str, value: Any, minimum: int = 1) -> None:
-    """Raises a ValueError naming a field that is no integer of at least `minimum`."""
+MOST_BLOCKS, MOST_BLOCKS_OF_LEVEL = 1000, 100
+"""Far above any network; a model of more would seem to hang while it is built."""
+MOST_PIXELS = 2**14
+"""Along a side."""
+
+
+def check_count(name: str, value: Any, minimum: int = 1, maximum: int = 1_000_000) -> None:
+    """Raises a ValueError naming a field that is no integer of minimum..maximum."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, not {value!r}")
+        raise ValueError(f"{name} must be an integer of at least {minimum}, not {shown(value)}")
+    if value > maximum:
+        raise ValueError(f"{name} must be at most {maximum:,}, not {shown(value)}")

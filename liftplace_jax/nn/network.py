@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from flax import nnx
 
 from liftplace_jax import weights
 from liftplace_jax.host import processes, sharding
+from liftplace_jax.host.buckets import as_path
 from liftplace_jax.nn import building
 
 Shardings = Callable[[Any], Any]
@@ -49,18 +50,20 @@ def make_apply(graphdef: nnx.GraphDef) -> Callable[..., tuple[jax.Array, dict]]:
     return apply
 
 
-def is_saved(folder: Path) -> bool:
+def is_saved(folder: str | os.PathLike) -> bool:
     """Whether a finished model lies in a folder (config.json is written last)."""
+    folder = as_path(folder)
     return (folder / "model.safetensors").exists() and (folder / "config.json").exists()
 
 
-def is_finished(folder: Path) -> bool:
+def is_finished(folder: str | os.PathLike) -> bool:
     """`is_saved` as process 0 sees it; for decisions that all processes must make alike."""
     return processes.told_by_first(lambda: is_saved(folder))
 
 
 def read_network(
-    folder: Path, config_of: Callable[[Mapping[str, Any]], Any], dtype: str = "float32", hint: str = "check the path", params: str = "ema",
+    folder: str | os.PathLike, config_of: Callable[[Mapping[str, Any]], Any],
+    dtype: str = "float32", hint: str = "check the path", params: str = "ema",
     remat: str | None = None, shardings: Shardings | None = None,
 ) -> Network:  # fmt: skip
     """A model from its folder.
@@ -77,6 +80,9 @@ def read_network(
     Raises:
       ValueError: nothing there, or files that do not fit; names the path.
     """
+    folder = as_path(folder)
+    if params not in PARAMS:
+        raise ValueError(f"params must be one of {sorted(PARAMS)}, got {params!r}")
     if not is_saved(folder):
         raise ValueError(f"no model.safetensors and config.json in {folder}: {hint}")
     if not (folder / PARAMS[params]).exists():
@@ -109,6 +115,10 @@ def from_tensors(
     Raises:
       ValueError: tensors do not fit; names the origin and every misfit.
     """
+    try:
+        config.check_blocks(len(tensors))
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
     graphdef, abstract = building.abstract(config, jnp.dtype(dtype), remat)
     places = shardings and jax.tree.leaves(shardings(abstract))
 

@@ -75,7 +75,9 @@ def memory_line(title: str, *trees: Any) -> str:
 
 
 @contextlib.contextmanager
-def watched(step: Callable[..., Any], config: ConfigDict, folder: Path) -> Iterator[Callable]:
+def watched(
+    step: Callable[..., Any], config: ConfigDict, folder: str | os.PathLike
+) -> Iterator[Callable]:
     """A train step that is traced and guarded as the config says; itself if it says nothing.
 
     Args:
@@ -91,7 +93,7 @@ def watched(step: Callable[..., Any], config: ConfigDict, folder: Path) -> Itera
     if not steps and not guard:
         yield step
         return
-    trace = _Trace(steps, folder / "profile")
+    trace = _Trace(steps, as_path(folder) / "profile")
 
     def watched_step(state, teacher_params, batch):
         trace.before(state)

@@ -3,6 +3,7 @@
 from liftplace_jax.weights.convert import (
     WeightMismatchError,
     find_misfits,
+    find_prefix,
     from_torch,
     open_model,
     published_shapes,
@@ -10,18 +11,15 @@ from liftplace_jax.weights.convert import (
     save_raw,
     to_torch,
 )
-from liftplace_jax.weights.torch_files import (
-    EntryError,
-    WeightFileError,
-    read_tensors,
-    write_safetensors,
-)
+from liftplace_jax.weights.entries import EntryError, WeightFileError
+from liftplace_jax.weights.torch_files import read_tensors, write_safetensors
 
 __all__ = [
     "EntryError",
     "WeightFileError",
     "WeightMismatchError",
     "find_misfits",
+    "find_prefix",
     "from_torch",
     "open_model",
     "published_shapes",

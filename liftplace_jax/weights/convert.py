@@ -8,26 +8,29 @@ and bare parameters keep their name and layout.
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from liftplace_jax.host.buckets import as_path, make_folder
 from liftplace_jax.host.files import write_json
-from liftplace_jax.weights.torch_files import (
-    WeightFileError,
-    open_tensors,
-    write_safetensors,
-)
+from liftplace_jax.host.outside import MOST_LINES, cut, read_json
+from liftplace_jax.weights.entries import WeightFileError
+from liftplace_jax.weights.torch_files import open_tensors, write_safetensors
 
+_ALL = "*"  # in place of a name, in a misfit of all names together
 _WEIGHTS = ("kernel", "scale", "embedding")
 
 
 class WeightMismatchError(ValueError):
-    """Tensors do not fit a model; the message lists every misfit by its published name.
+    """Tensors do not fit a model; the message says every misfit by its published name.
+
+    Where they are many, those of one kind are one line with their count.
 
     Args:
       misfits: (name, problem) of each, as of `find_misfits`; kept as an attribute.
@@ -36,12 +39,65 @@ class WeightMismatchError(ValueError):
 
     def __init__(self, misfits: Sequence[tuple[str, str]], origin: Any = None):
         self.misfits = list(misfits)
-        lines = "\n".join(f"  {name}: {problem}" for name, problem in misfits)
+        where = "" if origin is None else f"{origin}: "
+        if [name for name, _ in misfits] == [_ALL]:
+            super().__init__(f"{where}the names do not fit the model: {misfits[0][1]}")
+            return
+        lines = "\n".join(f"  {line}" for line in cut(_grouped(self.misfits)))
         super().__init__(
-            ("" if origin is None else f"{origin}: ")
-            + f"{len(misfits)} tensors do not fit the model; check its config against the file:\n"
-            + lines
+            f"{where}{len(misfits)} tensors do not fit the model; check its config against the "
+            f"file:\n{lines}"
         )
+
+
+def _grouped(misfits: Sequence[tuple[str, str]]) -> list[str]:
+    if len(misfits) <= MOST_LINES:
+        return [f"{name}: {problem}" for name, problem in misfits]
+    # What is missing is the model's alone; what there is tells more of the file.
+    misfits = sorted(misfits, key=lambda misfit: misfit[1].startswith("missing"))
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, problem in misfits:
+        groups.setdefault((re.sub(r"\d+", "*", name), problem), []).append(name)
+    lines = [
+        f"{names[0] if len(names) == 1 else f'{pattern} ({len(names)} tensors)'}: {problem}"
+        for (pattern, problem), names in groups.items()
+    ]
+    if len(lines) <= MOST_LINES:
+        return lines
+    counts = Counter(problem for _, problem in misfits)
+    firsts = {problem: name for name, problem in reversed(misfits)}
+    return [
+        firsts[problem] + (f" and {count - 1} more" if count > 1 else "") + f": {problem}"
+        for problem, count in counts.items()
+    ]
+
+
+def find_prefix(expected: Collection[str], names: Collection[str]) -> list[tuple[str, str]]:
+    """Whether no name fits a model as it is, and most would without what they begin with.
+
+    Args:
+      expected: names of the model's tensors.
+      names: those that there are.
+
+    Returns:
+      One misfit for all, as of `find_misfits`; empty if the names are not to blame.
+    """
+    wanted = set(expected)
+    if not wanted.isdisjoint(names):
+        return []
+    found = Counter(
+        name[: dot.end()] for name in names for dot in re.finditer(r"\.", name)
+        if name[dot.end() :] in wanted
+    )  # fmt: skip
+    prefixes = sorted(prefix for prefix, count in found.items() if 2 * count >= len(wanted))
+    if not prefixes:
+        return []
+    said = " or ".join(f"{prefix!r} ({found[prefix]} of {len(names)})" for prefix in prefixes[:4])
+    return [(
+        _ALL,
+        f"they would without the prefix {said}: choose it as the file's entry, "
+        f"{prefixes[0].removesuffix('.')!r}, or save the tensors without it",
+    )]  # fmt: skip
 
 
 def _published_name(path: tuple[Any, ...]) -> tuple[str, bool]:
@@ -78,27 +134,36 @@ def find_misfits(
     """What keeps published tensors from being a model's parameters; arguments as of `from_torch`.
 
     Returns:
-      (published name, problem) of every missing, unexpected, mis-shaped or non-finite tensor, in
-      order; empty if all fit.
+      (published name, problem) of every missing, unexpected, mis-shaped or non-finite tensor, and
+      of every one of whole numbers, in order; empty if all fit. One for all if no name fits, as of
+      `find_prefix`.
     """
-    used, misfits = set(), []
+    leaves = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         name, is_kernel = _published_name(path)
-        used.add(name)
-        expected = _published_shape(leaf, is_kernel)
+        leaves[name] = (_published_shape(leaf, is_kernel), leaf.dtype)
+    misfits = find_prefix(leaves, tensors.keys())
+    if misfits:
+        return misfits
+    for name, (shape, dtype) in leaves.items():
         if name not in tensors:
-            misfits.append((name, f"missing, the model needs {expected}"))
-            continue
-        value = tensors[name]
-        if tuple(value.shape) != expected:
-            found = tuple(value.shape)
-            misfits.append((name, f"has shape {found}, the model needs {expected}"))
-        elif not np.isfinite(value).all():
-            misfits.append((name, "has values that are not finite"))
-    for name in tensors.keys() - used:
+            misfits.append((name, f"missing, the model needs {shape}"))
+        elif problem := _problem(tensors[name], shape, dtype):
+            misfits.append((name, problem))
+    for name in tensors.keys() - leaves.keys():
         if not any(re.fullmatch(pattern, name) for pattern in ignore):
             misfits.append((name, f"unexpected, of shape {tuple(tensors[name].shape)}"))
     return sorted(misfits)
+
+
+def _problem(value: Any, shape: tuple[int, ...], dtype: Any) -> str | None:
+    if tuple(value.shape) != shape:
+        return f"has shape {tuple(value.shape)}, the model needs {shape}"
+    if jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(value.dtype, jnp.floating):
+        return f"is of {value.dtype}, the model needs numbers of {dtype}"
+    with np.errstate(over="ignore"):
+        lost = value.size - np.isfinite(value.astype(dtype, copy=False)).sum()
+    return f"has values that are not finite in {dtype}: {lost} of {value.size}" if lost else None
 
 
 def from_torch(
@@ -119,7 +184,8 @@ def from_torch(
       The same tree with NumPy arrays of the parameters' dtypes, or what `put` made of them.
 
     Raises:
-      WeightMismatchError: names or shapes differ, or values are not finite; lists all.
+      WeightMismatchError: names or shapes differ, values are not finite or no floating point
+        numbers; lists all.
     """
     misfits = find_misfits(params, tensors, ignore=ignore)
     if misfits:
@@ -193,10 +259,8 @@ def open_model(
     folder = as_path(folder)
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise WeightFileError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise WeightFileError(f"{path}: cannot be read: it is no JSON object")
+        config = read_json(path)
+    except ValueError as error:
+        raise WeightFileError(str(error)) from error
     with open_tensors(folder / file) as tensors:
         yield config, tensors

@@ -3,9 +3,11 @@
 Files are data: nothing in a file is run, whatever it asks for.
 """
 
-import argparse
+import math
 import os
 import re
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,37 +18,41 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from liftplace_jax.host.buckets import as_path, local_copy, reaching
+from liftplace_jax.host.buckets import as_path, local_copy
 from liftplace_jax.host.files import replacing
-
-
-class WeightFileError(ValueError):
-    """A weight file cannot be used; the message names the file and the reason."""
-
-
-class EntryError(WeightFileError):
-    """A file holds no state dict, or several and the chosen entry is none; names the entries."""
+from liftplace_jax.host.outside import cut, find_fault, shown
+from liftplace_jax.weights.entries import WeightFileError, find_state_dict, plain_names
+from liftplace_jax.weights.pickled import (
+    check_growth,
+    first_line,
+    read_torch,
+    reason_of,
+    to_numpy,
+)
 
 
 def read_tensors(path: str | os.PathLike, entry: str | int | None = None) -> dict[str, np.ndarray]:
     """Reads a state dict.
 
-    A state dict in a dictionary (such as under "state_dict" or "ema") or in a list (the DDPM
-    checkpoints: model, optimizer, epoch, step, EMA) is unwrapped; a prefix "module." of every
-    name is dropped.
+    A state dict in a dictionary (such as under "state_dict" or "ema"), in one within it
+    ("ema.shadow") or in a list (the DDPM checkpoints: model, optimizer, epoch, step, EMA) is
+    unwrapped; numbers and texts beside its tensors are left out. Any chain of prefixes "module."
+    and "_orig_mod." of every name is dropped, with the `n_averaged` of PyTorch's AveragedModel.
 
     Args:
       path: a .safetensors, .pt, .pth, .ckpt, .bin (PyTorch, weights only) or .npz file, of this
         machine or a bucket. In an .npz with keys "param/<name>" only those count, without the
         prefix.
-      entry: which entry of a dictionary, or item of a list, to take ("ema", "-1" or -1), if
-        there are several state dicts.
+      entry: which entry of a dictionary, or item of a list, to take ("ema", "-1" or -1), or of one
+        within it ("ema.shadow"), if there are several state dicts; or how the names of the wanted
+        tensors begin ("ema_model"), without which they are returned.
 
     Returns:
       Arrays by name, bfloat16 as float32, everything else as stored.
 
     Raises:
-      WeightFileError: the file is missing, damaged, of an unknown kind, or would run code.
+      WeightFileError: the file is missing, empty, no file, damaged, of an unknown kind, would run
+        code or fill the memory, or has a tensor that is no plain array.
       EntryError: it holds no state dict, none at `entry`, or several and entry is None.
       OSError: a bucket cannot be reached.
     """
@@ -58,10 +64,8 @@ def read_tensors(path: str | os.PathLike, entry: str | int | None = None) -> dic
         )
     with _existing(path) as file:
         content = _read(path, reader, file)
-    tensors = {name: _to_numpy(value) for name, value in _unwrap(path, content, entry).items()}
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return tensors
+    tensors = plain_names(path, find_state_dict(path, content, entry))
+    return {name: _to_numpy(path, name, value) for name, value in tensors.items()}
 
 
 @contextmanager
@@ -87,7 +91,8 @@ class _OnDisk(Mapping):
     def __getitem__(self, name):
         if name not in self._names:
             raise KeyError(name)
-        return _to_numpy(_read(self._path, lambda _: self._file.get_tensor(name), self._path))
+        value = _read(self._path, lambda _: self._file.get_tensor(name), self._path)
+        return _to_numpy(self._path, name, value)
 
     def __iter__(self):
         return iter(self._names)
@@ -99,110 +104,114 @@ class _OnDisk(Mapping):
 @contextmanager
 def _existing(path: Path) -> Iterator[Path]:
     """The file on this machine."""
-    with reaching(path):
-        found = path.is_file()
-    if not found:
-        raise WeightFileError(f"{path}: no such file")
+    fault = find_fault(path)
+    if fault:
+        raise WeightFileError(f"{path}: {_said(fault)}")
     with local_copy(path) as file:
+        fault = find_fault(file)
+        if fault:
+            raise WeightFileError(f"{path}: {_said(fault)}")
         yield file
+
+
+def _said(fault: str) -> str:
+    return f"cannot be read: {fault}" if fault.startswith("it ") else fault
 
 
 def _read(path: Path, reader: Callable[[Path], Any], file: Path) -> Any:
     """The content of `file`, a copy of path or path itself."""
     try:
         return reader(file)
-    except WeightFileError:
-        raise
+    except WeightFileError as error:
+        raise WeightFileError(str(error).replace(str(file), str(path), 1)) from error
     except Exception as error:  # a damaged file can fail anywhere inside a reader
-        found = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
-        if found:
-            raise WeightFileError(
-                f"{path}: cannot be read as weights only: it holds a Python object, {found[1]}, "
-                "and reading it would run code. If this is a whole pickled model, save its tensors "
-                "where it was made, torch.save(model.state_dict(), file), and name that file"
-            ) from error
-        reason = (str(error).splitlines() or [""])[0]
-        raise WeightFileError(
-            f"{path}: cannot be read as weights only: {type(error).__name__}: {reason}"
-        ) from error
+        said = reason_of if reader is read_torch else _reason_of
+        reason = _other_kind(file) or said(error)
+        raise WeightFileError(f"{path}: cannot be read as weights only: {reason}") from error
 
 
-def _read_torch(path: Path) -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise WeightFileError(
-            f"{path}: PyTorch reads {path.suffix} files and is not installed: pip install torch, "
-            "or convert the file to .safetensors"
-        ) from error
-    # Training scripts store their parsed flags beside the weights: plain data.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, weights_only=True, map_location="cpu")
+def _reason_of(error: Exception) -> str:
+    kind = re.search(r"module 'numpy' has no attribute '(float\w+)'", str(error))
+    if kind:
+        return f"it has numbers of the kind {kind[1]}, of a quantised model: save it as float32"
+    said = first_line(error)
+    if isinstance(error, OSError | MemoryError):
+        return said
+    return f"it is damaged, or no file of this kind: copy or download it again ({said})"
+
+
+def _other_kind(file: Path) -> str | None:
+    """What a file is that is not what its name says, as far as its beginning tells."""
+    with file.open("rb") as opened:
+        start = opened.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS: fetch what it stands for, git lfs pull"
+    if not start.strip(b"\0"):
+        return "it begins with zeros, as a file that was never written: copy or download it again"
+    if start.lstrip().startswith(b"<"):
+        return "it is a web page, not what was meant to be downloaded: download it again"
+    if start.startswith(b"\x1f\x8b"):
+        return "it is compressed: unpack it with gunzip"
+    if start.startswith(b"PK") and file.suffix == ".safetensors":
+        return "it is an archive, of torch.save (name it .pt) or of NumPy (name it .npz)"
+    if start[8:9] == b"{" and file.suffix != ".safetensors":
+        return "it is a .safetensors file: name it so"
+    return None
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    check_growth(path)
+    with zipfile.ZipFile(path) as archive:
+        names = Counter(archive.namelist())
+        twice = [name for name, count in names.items() if count > 1]
+        if twice:
+            raise WeightFileError(f"{path}: has {', '.join(cut(twice, 4))} more than once")
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                _check_header(path, member, file)
     with np.load(path, allow_pickle=False) as file:
         parameters = [name for name in file.files if name.startswith("param/")]
         return {name.removeprefix("param/"): file[name] for name in parameters or file.files}
 
 
+def _check_header(path: Path, member: zipfile.ZipInfo, file: Any) -> None:
+    """Refuses an array before memory is taken for it."""
+    read = _HEADERS.get(np.lib.format.read_magic(file))
+    shape, _, dtype = read(file) if read else ((), False, np.dtype("u1"))
+    name = member.filename.removesuffix(".npy")
+    if dtype.hasobject:
+        raise WeightFileError(
+            f"{path}: cannot be read as weights only: {name} holds Python objects, and reading "
+            "them would run code: save it as an array of numbers"
+        )
+    size, held = math.prod(shape) * dtype.itemsize, member.file_size - file.tell()
+    if read and size != held:
+        raise WeightFileError(
+            f"{path}: cannot be read as weights only: {name} has shape {shown(shape)} of {dtype}, "
+            f"{size:,} bytes, and the file holds {held:,}"
+        )
+
+
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 _READERS: dict[str, Callable[[Path], Any]] = {
     ".safetensors": load_file,
     ".npz": _read_npz,
-    ".pt": _read_torch,
-    ".pth": _read_torch,
-    ".ckpt": _read_torch,
-    ".bin": _read_torch,
+    ".pt": read_torch,
+    ".pth": read_torch,
+    ".ckpt": read_torch,
+    ".bin": read_torch,
 }
 
 
-def _is_state_dict(content: Any) -> bool:
-    return (
-        isinstance(content, Mapping)
-        and bool(content)
-        and all(
-            isinstance(name, str) and hasattr(value, "shape") and hasattr(value, "dtype")
-            for name, value in content.items()
-        )
-    )
-
-
-def _unwrap(path: Path, content: Any, entry: str | int | None) -> Mapping[str, Any]:
-    if _is_state_dict(content):
-        if entry is None:
-            return content
-        raise EntryError(f"{path}: is itself a state dict, it has no entry {entry!r}")
-    hint, nested = "", dict(content) if isinstance(content, Mapping) else {}
-    if isinstance(content, list | tuple):
-        hint = " (in the published DDPM checkpoints, 0 is the model and -1 its EMA)"
-        nested = dict(enumerate(content))
-        if re.fullmatch(r"-?\d+", str(entry)):
-            entry = int(entry) + (len(content) if int(entry) < 0 else 0)
-    found = [name for name, value in nested.items() if _is_state_dict(value)]
-    if entry is None and len(found) == 1:
-        return nested[found[0]]
-    if entry in found:
-        return nested[entry]
-    if entry is None and found:
-        raise EntryError(f"{path}: holds several state dicts, {found}; choose one as entry{hint}")
-    where = "" if entry is None else f" at entry {entry!r}"
-    held = f"there are some at {found}{hint}" if found else f"it holds {_summary(content)}"
-    raise EntryError(f"{path}: no state dict (named tensors){where}; {held}")
-
-
-def _summary(content: Any) -> str:
-    if isinstance(content, Mapping):
-        return f"a dictionary of {sorted(map(str, content))}"[:500]
-    if isinstance(content, list | tuple):
-        return f"a list of {[type(item).__name__ for item in content]}"[:500]
-    return f"a {type(content).__name__}"
-
-
-def _to_numpy(value: Any) -> np.ndarray:
-    if not isinstance(value, np.ndarray):  # a torch.Tensor; NumPy knows no bfloat16 from torch
-        value = value.detach()
-        value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
-    return value.astype(np.float32) if value.dtype.name == "bfloat16" else value
+def _to_numpy(path: Path, name: str, value: Any) -> np.ndarray:
+    try:
+        return to_numpy(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise WeightFileError(f"{path}: {name} {reason}") from error
 
 
 def write_safetensors(

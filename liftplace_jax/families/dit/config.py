@@ -1,6 +1,7 @@
 """The diffusion transformer's configuration, and which of a teacher's blocks a student follows."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -10,8 +11,14 @@ from flax import nnx
 from flax.typing import Dtype
 
 from liftplace_jax.conditioning import Classes
-from liftplace_jax.nn.model_config import DenoiserConfig, check_count
+from liftplace_jax.nn.model_config import (
+    MOST_BLOCKS,
+    MOST_PIXELS,
+    DenoiserConfig,
+    check_count,
+)
 
+_MOST_TOKENS = 2**16
 EMBEDDERS = ("shared", "per_block")
 
 # Student depth, teacher depth -> (student block, teacher block) pairs that are not uniform.
@@ -70,11 +77,10 @@ class DiTConfig(DenoiserConfig):
     model: ClassVar[str] = "dit"
 
     def __post_init__(self):
-        for field in (
-            "image_size", "hidden_size", "depth", "num_heads", "patch_size", "in_channels",
-            "num_classes",
-        ):  # fmt: skip
+        for field in ("hidden_size", "num_heads", "patch_size", "in_channels", "num_classes"):
             check_count(field, getattr(self, field))
+        check_count("image_size", self.image_size, maximum=MOST_PIXELS)
+        check_count("depth", self.depth, maximum=MOST_BLOCKS)
         for field, divisor in (
             ("image_size", "patch_size"), ("hidden_size", "num_heads"), ("hidden_size", 4),
         ):  # fmt: skip
@@ -83,10 +89,16 @@ class DiTConfig(DenoiserConfig):
             if value % by:
                 named = f"{divisor} {by}" if isinstance(divisor, str) else by
                 raise ValueError(f"{field} {value} must be a multiple of {named}")
+        if self.num_tokens > _MOST_TOKENS:
+            raise ValueError(
+                f"image_size {self.image_size} and patch_size {self.patch_size} make "
+                f"{self.num_tokens:,} tokens of an image, more than {_MOST_TOKENS:,}"
+            )
         for field, fits, said in (
             ("mlp_ratio", lambda v: self.hidden_size * v >= 1, "at least 1 / hidden_size"),
+            ("mlp_ratio", lambda v: self.hidden_size * v <= 1e6, "at most 1,000,000 / hidden_size"),
             ("class_dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
-            ("norm_epsilon", lambda v: v > 0, "above 0"),
+            ("norm_epsilon", lambda v: 0 < v < math.inf, "above 0"),
         ):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
@@ -117,6 +129,11 @@ class DiTConfig(DenoiserConfig):
                 f"not {list(kept)}"
             )
         object.__setattr__(self, "kept_layers", tuple(kept))
+
+    @property
+    def num_blocks(self) -> int:
+        """See `ModelConfig.num_blocks`."""
+        return self.depth
 
     @property
     def out_channels(self) -> int:

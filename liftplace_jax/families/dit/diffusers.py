@@ -17,8 +17,16 @@ import numpy as np
 from liftplace_jax import weights
 from liftplace_jax.families.dit.config import DiTConfig
 from liftplace_jax.families.dit.model import position_embedding
-from liftplace_jax.families.unet.diffusers import DiffusersError, find_problems, is_count
+from liftplace_jax.host.outside import cut, shown
 from liftplace_jax.nn import building
+from liftplace_jax.weights.diffusers import (
+    MOST_PROBLEMS,
+    DiffusersError,
+    Format,
+    find_problems,
+    in_their_words,
+    is_count,
+)
 
 # Field -> the value under which it is our DiT. The later ones are those of the class before.
 _FIXED = {
@@ -52,6 +60,11 @@ _IGNORED = (
     "norm_num_groups", "upcast_attention", "use_additional_conditions", "use_linear_projection",
 )  # fmt: skip
 
+_NAMES = {
+    "depth": "num_layers", "hidden_size": "num_attention_heads * attention_head_dim",
+    "image_size": "sample_size", "norm_epsilon": "norm_eps", "num_classes": "num_embeds_ada_norm",
+    "num_heads": "num_attention_heads",
+}  # fmt: skip
 _EMBEDDERS = {
     "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
@@ -91,11 +104,13 @@ def config_from_diffusers(fields: Mapping[str, Any]) -> DiTConfig:
     values = _DEFAULTS | old | fields
     for name in sorted(_DEFAULTS.keys() - {"norm_eps", "out_channels"}):
         if not is_count(values[name]):
-            problems.append(f"{name} {values[name]!r}: must be a number above 0")
+            problems.append(f"{name} {shown(values[name])}: must be a number above 0")
     channels, out = values["in_channels"], values["out_channels"]
     learn_sigma = is_count(channels) and out == 2 * channels
     if is_count(channels) and out not in (None, channels, 2 * channels):
-        problems.append(f"out_channels {out!r}: must be in_channels {channels}, or twice as many")
+        problems.append(
+            f"out_channels {shown(out)}: must be in_channels {channels}, or twice as many"
+        )
     if not problems:
         try:
             return DiTConfig(
@@ -113,10 +128,10 @@ def config_from_diffusers(fields: Mapping[str, Any]) -> DiTConfig:
                 embedders="per_block",
             )
         except ValueError as error:
-            problems.append(str(error))
+            problems.append(in_their_words(str(error), _NAMES))
     raise DiffusersError(
         f"not a DiT, {len(problems)} fields cannot be represented:\n"
-        + "\n".join(f"  {problem}" for problem in problems)
+        + "\n".join(f"  {problem}" for problem in cut(problems, MOST_PROBLEMS))
     )
 
 
@@ -135,18 +150,20 @@ def tensors_from_diffusers(
     Raises:
       weights.WeightMismatchError: tensors do not fit; lists all, by their own names.
     """
-    side = config.image_size // config.patch_size
-    # Newer versions compute the positions and do not store them.
-    stored = {_POSITIONS: position_embedding(config.hidden_size, side)} | dict(stored)
     shapes = weights.published_shapes(building.abstract(config)[1])
     expected = {}
     for ours, shape in shapes.items():
         theirs = _their_names(ours)
         leaf = jax.ShapeDtypeStruct((shape[0] // len(theirs), *shape[1:]), np.float32)
         expected |= dict.fromkeys(theirs, leaf)
+    # Newer versions compute the positions and do not store them.
+    if _POSITIONS not in stored:
+        del expected[_POSITIONS]
     misfits = weights.find_misfits(expected, stored)
     if misfits:
         raise weights.WeightMismatchError(misfits)
+    side = config.image_size // config.patch_size
+    stored = {_POSITIONS: position_embedding(config.hidden_size, side)} | dict(stored)
     tensors = {name: np.concatenate([stored[t] for t in _their_names(name)]) for name in shapes}
     first = {name: name.removeprefix("blocks.0.") for name in shapes if _is_embedder(name, "0")}
     equal = all(
@@ -234,3 +251,9 @@ def _their_names(name: str) -> list[str]:
 
 def _is_embedder(name: str, block: str = r"\d+") -> bool:
     return re.match(rf"blocks\.{block}\.[ty]_embedder\.", name) is not None
+
+
+FORMAT = Format(
+    ("DiTTransformer2DModel", _OLD), "transformer", "proj_out_2.weight", config_from_diffusers,
+    tensors_from_diffusers, config_to_diffusers, tensors_to_diffusers,
+)  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from liftplace_jax.compress import DepthPruner
-from liftplace_jax.families.dit import cost
+from liftplace_jax.families.dit import cost, diffusers
 from liftplace_jax.families.dit.config import DiTConfig
 from liftplace_jax.families.dit.published import PUBLISHED_DITS
 from liftplace_jax.families.family import Family
@@ -42,6 +42,7 @@ DIT = Family(
     macs=cost.macs,
     parameters=cost.parameters,
     pruners=(DepthPruner(),),
+    format=diffusers.FORMAT,
     published=PUBLISHED_DITS,
     default_model=dict(
         image_size=8, patch_size=2, in_channels=1, hidden_size=64, depth=8, num_heads=4,

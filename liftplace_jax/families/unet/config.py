@@ -11,7 +11,13 @@ import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
-from liftplace_jax.nn.model_config import DenoiserConfig, check_count
+from liftplace_jax.host.outside import cut
+from liftplace_jax.nn.model_config import (
+    MOST_BLOCKS_OF_LEVEL,
+    MOST_PIXELS,
+    DenoiserConfig,
+    check_count,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +105,7 @@ class UNetConfig(DenoiserConfig):
         unknown, missing = sorted(widths.keys() - default), sorted(default.keys() - widths)
         if unknown or missing:
             raise ValueError(
-                f"widths: unknown layers {unknown}, missing layers {missing}; "
+                f"widths: unknown layers {cut(unknown)}, missing layers {cut(missing)}; "
                 "give one width for each layer of this architecture"
             )
         for name, width in widths.items():
@@ -109,11 +115,10 @@ class UNetConfig(DenoiserConfig):
         self._check_plan()
 
     def _check_fields(self):
-        for field in (
-            "image_size", "in_channels", "out_channels", "num_res_blocks", "num_groups",
-            "min_channels_per_group",
-        ):  # fmt: skip
+        for field in ("in_channels", "out_channels", "num_groups", "min_channels_per_group"):
             check_count(field, getattr(self, field))
+        check_count("image_size", self.image_size, maximum=MOST_PIXELS)
+        check_count("num_res_blocks", self.num_res_blocks, maximum=MOST_BLOCKS_OF_LEVEL)
         check_count("ch", self.ch, minimum=4)
         if not self.ch_mult:
             raise ValueError("ch_mult is empty; give one multiplier for each level")
@@ -190,6 +195,11 @@ class UNetConfig(DenoiserConfig):
                 Node(name, kind, inputs, in_width, hidden_width, out[name], resolution, shortcut)
             )
         return tuple(nodes)
+
+    @property
+    def num_blocks(self) -> int:
+        """See `ModelConfig.num_blocks`."""
+        return len(self.ch_mult) * (2 * self.num_res_blocks + 1) + 2
 
     def _unpruned_widths(self) -> dict[str, int]:
         widths = {"temb.dense.0": 4 * self.ch, "temb.dense.1": 4 * self.ch}

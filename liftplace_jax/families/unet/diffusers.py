@@ -7,11 +7,26 @@ diffusers 0.42 "models/unets/unet_2d.py".
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from liftplace_jax import weights
 from liftplace_jax.families.unet.config import Node, UNetConfig
+from liftplace_jax.host.outside import cut, shown
+from liftplace_jax.nn import building
+from liftplace_jax.weights.diffusers import (
+    MOST_PROBLEMS,
+    DiffusersError,
+    Format,
+    current_name,
+    find_problems,
+    in_their_words,
+    is_count,
+)
 
 # Field -> (diffusers' default, the values under which it is our U-Net). An absent field has its
 # default, so that a folder that says nothing of norm_eps is refused, not misread.
@@ -45,10 +60,20 @@ _IGNORED = (
 )  # fmt: skip
 
 
-class DiffusersError(ValueError):
-    """A folder, or a network, that is not in both diffusers and this library; lists why."""
-
-
+_BLOCK = {
+    "norm1": "norm1", "conv1": "conv1", "temb_proj": "time_emb_proj", "norm2": "norm2",
+    "conv2": "conv2", "nin_shortcut": "conv_shortcut",
+}  # fmt: skip
+_ATTENTION = {
+    "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
+}  # fmt: skip
+# Dense there, 1x1 convolutions here; by our name.
+_LINEAR = re.compile(r"\.(q|k|v|proj_out)\.weight$")
+_NAMES = {
+    "ch": "block_out_channels[0]", "ch_mult": "block_out_channels", "image_size": "sample_size",
+    "num_groups": "norm_num_groups", "num_res_blocks": "layers_per_block",
+    "widths['temb.dense.0']": "time_embedding_dim",
+}  # fmt: skip
 def config_from_diffusers(fields: Mapping[str, Any]) -> UNetConfig:
     """Our config of a `UNet2DModel`'s; absent fields have diffusers' defaults.
 
@@ -63,36 +88,12 @@ def config_from_diffusers(fields: Mapping[str, Any]) -> UNetConfig:
     if problems:
         raise DiffusersError(
             f"not the DDPM U-Net, {len(problems)} fields cannot be represented:\n"
-            + "\n".join(f"  {problem}" for problem in problems)
+            + "\n".join(f"  {problem}" for problem in cut(problems, MOST_PROBLEMS))
         )
-    return _unet_config(fields, *sizes)
-
-
-def find_problems(
-    fields: Mapping[str, Any],
-    fixed: Mapping[str, tuple[Any, tuple[Any, ...]]],
-    others: Collection[str],
-) -> list[str]:
-    """What keeps fields of diffusers from being a network of ours.
-
-    Args:
-      fields: the content of a config.json.
-      fixed: field -> (diffusers' default, the values that it may have).
-      others: fields that may have any value.
-
-    Returns:
-      A line for each field of another value, and for each that is unknown.
-    """
-    problems = []
-    for name, (default, allowed) in fixed.items():
-        value = fields.get(name, default)
-        if value not in allowed:
-            absent = "" if name in fields else " (the default, as the field is absent)"
-            problems.append(f"{name} {value!r}{absent}: must be {allowed[0]!r}")
-    known = {*fixed, *others}
-    for name in sorted(name for name in fields if name not in known and name[:1] != "_"):
-        problems.append(f"{name} {fields[name]!r}: not a field known here")
-    return problems
+    try:
+        return _unet_config(fields, *sizes)
+    except ValueError as error:
+        raise DiffusersError(in_their_words(str(error), _NAMES)) from error
 
 
 def _sizes(
@@ -102,12 +103,15 @@ def _sizes(
     size = fields.get("sample_size")
     if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
+    layers = fields.get("layers_per_block", 2)
+    if not is_count(layers):
+        problems.append(f"layers_per_block {shown(layers)}: must be a number above 0")
     widths = fields.get("block_out_channels", (224, 448, 672, 896))
     if not is_count(size):
-        problems.append(f"sample_size {size!r}: must be the height and width of square images")
+        problems.append(f"sample_size {shown(size)}: must be the height and width of square images")
         size = 0
     if not isinstance(widths, list | tuple) or not widths or not all(map(is_count, widths)):
-        problems.append(f"block_out_channels {widths!r}: must be widths")
+        problems.append(f"block_out_channels {shown(widths)}: must be widths")
         widths = ()
     attention = []
     for field, name, default in (
@@ -120,8 +124,8 @@ def _sizes(
         unknown = sorted(set(types) - {name, f"Attn{name}"})
         if unknown or len(types) != len(widths):
             problems.append(
-                f"{field} {unknown or types}: must be one {name} or Attn{name} for each of the "
-                f"{len(widths)} block_out_channels"
+                f"{field} {shown(unknown or types)}: must be one {name} or Attn{name} for each of "
+                f"the {len(widths)} block_out_channels"
             )
             types = ()
         attention.append(tuple(t.startswith("Attn") for t in types))
@@ -134,10 +138,10 @@ def _sizes(
 def _check_attention(fields, widths, attention, problems):
     groups = fields.get("norm_num_groups", 32)
     if not is_count(groups):
-        problems.append(f"norm_num_groups {groups!r}: must be a number")
+        problems.append(f"norm_num_groups {shown(groups)}: must be a number")
     if fields.get("attn_norm_num_groups") not in (None, groups):
         problems.append(
-            f"attn_norm_num_groups {fields['attn_norm_num_groups']!r}: must be norm_num_groups"
+            f"attn_norm_num_groups {shown(fields['attn_norm_num_groups'])}: must be norm_num_groups"
         )
     # The middle always has attention.
     attended = {w for w, has in zip(widths, attention, strict=False) if has} | set(widths[-1:])
@@ -145,14 +149,9 @@ def _check_attention(fields, widths, attention, problems):
     if head is not None and any(width != head for width in attended):
         absent = "" if "attention_head_dim" in fields else " (the default)"
         problems.append(
-            f"attention_head_dim {head!r}{absent}: must be null, for one head as wide as its "
+            f"attention_head_dim {shown(head)}{absent}: must be null, for one head as wide as its "
             f"level ({sorted(attended)})"
         )
-
-
-def is_count(value: Any) -> bool:
-    """Whether a field is an integer above 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _unet_config(
@@ -177,7 +176,8 @@ def _unet_config(
         # Whether it fits is judged with the true widths, below.
         num_groups=1,
     )
-    widths = _regular_widths(config, level_widths, fields.get("time_embedding_dim") or 4 * ch)
+    embedding = fields.get("time_embedding_dim")
+    widths = _regular_widths(config, level_widths, 4 * ch if embedding is None else embedding)
     return config.replace(widths=widths, num_groups=fields.get("norm_num_groups", 32))
 
 
@@ -258,3 +258,78 @@ def _num_groups(config: UNetConfig, nodes: tuple[Node, ...]) -> set[int]:
         normed |= {node.in_width} if node.kind in ("block", "attention") else set()
         normed |= {node.hidden_width} if node.kind == "block" else set()
     return {config.norm_groups(width, "normalisation") for width in normed}
+
+
+def tensors_from_diffusers(
+    config: UNetConfig, stored: Mapping[str, np.ndarray]
+) -> tuple[UNetConfig, dict[str, np.ndarray]]:
+    names = {theirs: ours for ours, theirs in _tensor_names(config).items()}
+    misfits = weights.find_prefix(names, [current_name(name) for name in stored])
+    if misfits:
+        raise weights.WeightMismatchError(misfits)
+    own_names, tensors = {}, {}
+    for name, value in stored.items():
+        published = names.get(current_name(name), name)
+        if _LINEAR.search(published) and value.ndim == 2:
+            value = value[:, :, None, None]
+        tensors[published] = value
+        own_names[published] = name
+    misfits = weights.find_misfits(building.abstract(config)[1], tensors)
+    if misfits:
+        theirs = _tensor_names(config) | own_names
+        raise weights.WeightMismatchError(
+            sorted((theirs.get(name, name), problem) for name, problem in misfits)
+        )
+    return config, tensors
+
+
+def tensors_to_diffusers(
+    config: UNetConfig, tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    names = _tensor_names(config)
+    return {
+        names[name]: value[:, :, 0, 0] if _LINEAR.search(name) else value
+        for name, value in tensors.items()
+    }
+
+
+def _tensor_names(config: UNetConfig) -> dict[str, str]:
+    """Published DDPM name -> diffusers' name of every tensor of a network."""
+    modules = {
+        "temb.dense.0": "time_embedding.linear_1", "temb.dense.1": "time_embedding.linear_2",
+        "norm_out": "conv_norm_out", "conv_out": "conv_out",
+    }  # fmt: skip
+    for node in config.block_plan():
+        theirs = _module_name(node, len(config.ch_mult))
+        parts = {"block": _BLOCK, "attention": _ATTENTION}.get(node.kind)
+        if parts is None:
+            modules[node.name] = theirs
+        else:
+            modules |= {
+                f"{node.name}.{ours}": f"{theirs}.{part}"
+                for ours, part in parts.items()
+                if ours != "nin_shortcut" or node.shortcut
+            }
+    pairs = itertools.product(modules.items(), ("weight", "bias"))
+    return {f"{ours}.{leaf}": f"{theirs}.{leaf}" for (ours, theirs), leaf in pairs}
+
+
+def _module_name(node: Node, num_levels: int) -> str:
+    """Theirs of a node; both sides number the ways down alike, the ways up in opposite order."""
+    middle = {
+        "mid.block_1": "mid_block.resnets.0", "mid.attn_1": "mid_block.attentions.0",
+        "mid.block_2": "mid_block.resnets.1", "conv_in": "conv_in",
+    }  # fmt: skip
+    if node.name in middle:
+        return middle[node.name]
+    way, level, kind, *rest = node.name.split(".")
+    level = int(level) if way == "down" else num_levels - 1 - int(level)
+    if kind.endswith("sample"):
+        return f"{way}_blocks.{level}.{kind}rs.0.conv"
+    return f"{way}_blocks.{level}.{'resnets' if kind == 'block' else 'attentions'}.{rest[0]}"
+
+
+FORMAT = Format(
+    ("UNet2DModel",), "unet", "conv_norm_out.weight", config_from_diffusers,
+    tensors_from_diffusers, config_to_diffusers, tensors_to_diffusers,
+)  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict, config_dict
 
 from liftplace_jax.families.family import Family
-from liftplace_jax.families.unet import cost
+from liftplace_jax.families.unet import cost, diffusers
 from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.families.unet.pruning import ChannelPruner
 from liftplace_jax.families.unet.published import PUBLISHED_UNETS
@@ -39,6 +39,7 @@ UNET = Family(
     macs=cost.macs,
     parameters=cost.parameters,
     pruners=(ChannelPruner(),),
+    format=diffusers.FORMAT,
     published=PUBLISHED_UNETS,
     default_model=dict(
         image_size=8, in_channels=1, out_channels=1, ch=32, ch_mult=(1, 2), num_res_blocks=1,
