@@ -56,6 +56,22 @@ def test_classes_are_drawn_from_the_keys_and_can_be_given():
     assert (drawn.sum(0) == 1).all() and drawn.sum(1).min() > 50
 
 
+def test_random_samplers_need_no_memory_for_noise_to_come():
+    """The noise of a step is drawn in that step; an image depends on its key alone."""
+    process = GaussianDiffusion(beta_schedule("linear", 1000), variance="learned_range")
+
+    def compiled(steps):
+        fields = ConfigDict(FIELDS | {"sampler": "ancestral", "sample_steps": steps})
+        return jax.jit(make_sampler(fields, process, MODEL, apply)).lower(0.1, KEYS).compile()
+
+    few, many = (compiled(steps).memory_analysis().temp_size_in_bytes for steps in (10, 1000))
+    noise = 1000 * 6 * np.prod(MODEL.shape) * 4
+    assert many - few < noise / 2
+    sample = jax.jit(sampler(sampler="ancestral", sample_steps=8))
+    np.testing.assert_allclose(sample(0.1, KEYS[3:])[0], sample(0.1, KEYS)[3], atol=1e-5)
+    assert np.abs(sample(0.1, KEYS)[0] - sample(0.1, KEYS)[1]).max() > 1e-3
+
+
 def test_guidance_acts_on_the_channels_it_is_given():
     labels = jnp.array([0, 2, 3, 4, 2, 0])  # never such that the triple says the null label
     # Without the x term of the network, guidance by 3 is a class that says three times as much.

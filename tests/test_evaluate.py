@@ -14,7 +14,7 @@ from conftest import QUICK_XLA
 from PIL import Image
 
 from liftplace_jax import data, evaluation
-from liftplace_jax.evaluation.references import ReferenceError
+from liftplace_jax.evaluation.references import ReferenceFileError
 from liftplace_jax.training.metrics_io import read_metrics
 
 TESTS = Path(__file__).parent
@@ -210,11 +210,11 @@ def test_unusable_references(tmp_path):
     }  # fmt: skip
     for message, arrays in cases.items():
         np.savez(tmp_path / "bad.npz", **arrays)
-        with pytest.raises(ReferenceError) as error:
+        with pytest.raises(ReferenceFileError) as error:
             evaluation.load_reference(tmp_path / "bad.npz")
         assert message in str(error.value) and "bad.npz" in str(error.value)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "bad.npz").read_bytes()[:50])
-    with pytest.raises(ReferenceError, match="cut.npz: no readable .npz"):
+    with pytest.raises(ReferenceFileError, match="cut.npz: no readable .npz"):
         evaluation.load_reference(tmp_path / "cut.npz")
 
 

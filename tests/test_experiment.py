@@ -157,6 +157,7 @@ def test_folders_of_one_and_of_many_students(tmp_path):
     ("evaluation.sample_steps", 21, r"config.evaluation: steps must be in 1\.\.20"),
     ("evaluation.skip_type", "log", "config.evaluation: unknown skip_type 'log'"),
     ("evaluation.eta", -1.0, "config.evaluation: eta -1.0 is out of range"),
+    ("evaluation.allow_few", False, "config.evaluation: num_samples 24 is fewer than the 64 features"),
     ("evaluation.neighbours", 24, "evaluation.neighbours 24 must be below .*num_samples 24"),
 ])  # fmt: skip
 def test_a_bad_field_is_named_before_anything_is_written(tmp_path, field, value, message):
@@ -164,6 +165,17 @@ def test_a_bad_field_is_named_before_anything_is_written(tmp_path, field, value,
         open_experiment(tiny(**{field.replace(".", "__"): value}), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_batches_are_checked_by_the_stage_that_needs_them(tmp_path):
+    config = tiny(teacher__batch_size=12, distill__batch_size=12)
+    with pytest.raises(ValueError, match="config.teacher.batch_size 12 is not a multiple of the 8"):
+        open_experiment(config, tmp_path / "run")
+    # Who only judges trains nothing, on whatever devices.
+    context = open_experiment(config, tmp_path / "run", claim=False)
+    assert not context.workdir.exists()
+    given = tiny(teacher__batch_size=12, teacher__checkpoint="elsewhere")
+    assert open_experiment(given, tmp_path / "run").mesh.size == 8
 
 
 @pytest.mark.parametrize("changes, message", [

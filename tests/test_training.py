@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
-from liftplace_jax.experiment.configuration import optimizer_config
+from liftplace_jax.experiment.configuration import optimizer_config, training_config
 from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.host import sharding
 from liftplace_jax.losses import (
@@ -34,6 +34,7 @@ from liftplace_jax.training.loop import Interrupted, NonFiniteLossError, train
 from liftplace_jax.training.metrics_io import MetricsLog, read_metrics
 from liftplace_jax.training.objective import METHODS, WEIGHTS, Weighting, make_objective
 from liftplace_jax.training.optimizer import make_optimizer, make_schedule
+from liftplace_jax.training.prepare import prepare
 from liftplace_jax.training.state import STREAMS, create_state, random_key
 from liftplace_jax.training.step import make_train_step
 
@@ -212,6 +213,22 @@ def test_state_is_donated_and_nothing_else():
     after, _ = step(state, teacher, vector_batch(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, teacher, after)))
+
+
+def test_a_run_keeps_no_second_copy_of_what_it_trains():
+    objective = make_objective(METHODS["no_kd"], small_apply, PROCESS, 7)
+    fields = training_config(steps=2)
+    rules = ((r"outer", ("fsdp",)),)
+    for mesh in ({"data": 1}, {"data": 4, "fsdp": 2}):
+        mesh = sharding.make_mesh(mesh, jax.devices()[: 8 if "fsdp" in mesh else 1])
+        params = {"student": jax.tree.map(jnp.copy, STUDENT)}
+        leaves = jax.tree.leaves(params)
+        before = {id(x) for x in jax.live_arrays()}
+        run = prepare(fields, objective, params, None, mesh, rules)
+        assert all(leaf.is_deleted() for leaf in leaves)
+        new = [x for x in jax.live_arrays() if id(x) not in before]
+        assert sum(x.size for x in new) <= sum(x.size for x in jax.tree.leaves(run.state)) + 8
+        np.testing.assert_array_equal(run.state.params["student"]["inner"], STUDENT["inner"])
 
 
 def test_accumulation_equals_the_whole_batch():

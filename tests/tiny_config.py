@@ -35,5 +35,6 @@ def get_config(arg=None):
     config.evaluation.batch_size = 48
     config.evaluation.sample_steps = 4
     config.evaluation.clip = 1.0
+    config.evaluation.allow_few = True
     config.tensorboard = False
     return config

@@ -6,6 +6,7 @@ any number of processes sees the same global batch, cut into contiguous slices.
 """
 
 import functools
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 MEMORY_MB = 256
+_EPOCHS = threading.Lock()
 RESIZES = {"bilinear": Image.Resampling.BILINEAR, "adm": Image.Resampling.BICUBIC}
 
 
@@ -182,11 +184,17 @@ def _crop_and_resize(image, crop, size, resize):
 
 
 @functools.lru_cache(maxsize=8)
-def _epoch(count, seed, epoch):
+def _epoch_of(count, seed, epoch):
     """The order of an epoch, (count,) int64, and which of its positions are flipped, bool."""
     # Raw Philox bits, so that no NumPy release changes the order.
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(2 * count)
     return np.argsort(bits[:count], kind="stable"), (bits[count:] & 1).astype(bool)
+
+
+def _epoch(count, seed, epoch):
+    """As `_epoch_of`; threads that come to an epoch together wait for the one that makes it."""
+    with _EPOCHS:
+        return _epoch_of(count, seed, epoch)
 
 
 def _scaled(images):

@@ -24,7 +24,7 @@ from liftplace_jax.host.files import write_npz
 KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
-class ReferenceError(ValueError):
+class ReferenceFileError(ValueError):
     """A file cannot serve as a reference; the message names it and the reason."""
 
 
@@ -71,28 +71,28 @@ def load_reference(path: str | os.PathLike) -> Reference:
     """Reads a reference file: ours, pytorch-fid's or the ADM evaluator's.
 
     Raises:
-      ReferenceError: it is missing, damaged, holds objects (which would have to be unpickled), or
+      ReferenceFileError: it is missing, damaged, holds objects (which would have to be unpickled), or
         lacks statistics that fit each other.
     """
     path = as_path(path)
     with reaching(path):
         found = path.is_file()
     if not found:
-        raise ReferenceError(
+        raise ReferenceFileError(
             f"{path}: no such file; make one with python -m liftplace_jax.evaluate ref"
         )
     with local_copy(path) as file:
         arrays = read_npz(file, ("meta", "features", *sum(KEYS.values(), ())))
         sha256 = digest(file)
     if not {"mu", "sigma"} <= arrays.keys():
-        raise ReferenceError(
+        raise ReferenceFileError(
             f"{path}: has no mu and sigma; images (an .npz with arr_0) can be compared by "
             "python -m liftplace_jax.evaluate calc"
         )
     try:
         return Reference(*_contents(arrays), sha256)
     except (ValueError, TypeError) as error:
-        raise ReferenceError(f"{path}: {error}") from error
+        raise ReferenceFileError(f"{path}: {error}") from error
 
 
 def _contents(arrays):
@@ -123,7 +123,7 @@ def read_npz(path: str | os.PathLike, keys: tuple[str, ...] | None = None) -> di
       keys: read no others.
 
     Raises:
-      ReferenceError: it cannot be read so.
+      ReferenceFileError: it cannot be read so.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -131,7 +131,7 @@ def read_npz(path: str | os.PathLike, keys: tuple[str, ...] | None = None) -> di
     except Exception as error:  # a damaged archive can fail anywhere inside
         reason = (str(error).splitlines() or [""])[0]
         kind = type(error).__name__
-        raise ReferenceError(f"{path}: no readable .npz: {kind}: {reason}") from error
+        raise ReferenceFileError(f"{path}: no readable .npz: {kind}: {reason}") from error
 
 
 def digest(path: str | os.PathLike) -> str:

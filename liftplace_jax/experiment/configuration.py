@@ -134,8 +134,10 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     config.evaluation = ConfigDict(
         dict(features="digits", num_samples=1024, batch_size=256, sampler="ddim", sample_steps=50,
              skip_type="uniform", eta=0.0, seed=12345, neighbours=5, clip=None, curve_every=0,
-             curve_samples=256, guidance=1.0)
+             curve_samples=256, guidance=1.0, allow_few=False)
     )  # fmt: skip
+    # allow_few: fewer samples than features have dimensions, whose Frechet distance compares with
+    # nothing; the report says so.
     # Channels that classifier-free guidance acts on; default: all of the mean. DiT published 3.
     config.evaluation.guidance_channels = config_dict.placeholder(int)
     # File of the extractor's weights, where it does not ship with them (the Inception ones).

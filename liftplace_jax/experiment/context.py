@@ -146,8 +146,8 @@ class Context:
         sources = open_images(self.config, self.image_shape)
         fields, count = self.config.evaluation, len(sources["train"])
         extractor = self.judge.extractor
-        few = extractor and count < extractor.dim
-        if few and not fields.reference and fields.num_samples > extractor.dim:
+        few = extractor and count < extractor.dim and not fields.allow_few
+        if few and not fields.reference:
             raise ValueError(
                 f"{sources['train'].name} has {count} images, too few for the "
                 f"{extractor.dim} features of {extractor.name!r}: set "

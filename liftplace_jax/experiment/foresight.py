@@ -84,6 +84,14 @@ def _check_judging(context: Context) -> None:
     with under("evaluation: "):
         if judge.extractor:
             judge.extractor.check_shape(context.image_shape)
+            counts = ["num_samples", *(["curve_samples"] if fields.curve_every else [])]
+            for name in counts:
+                if fields[name] < judge.extractor.dim and not fields.allow_few:
+                    raise ValueError(
+                        f"{name} {fields[name]} is fewer than the {judge.extractor.dim} features "
+                        f"of {judge.extractor.name!r}, and the distance of so few compares with "
+                        "nothing: draw more, or set config.evaluation.allow_few"
+                    )
         if fields.reference:
             if not judge.extractor:
                 raise ValueError("reference is set, but features are not: set both or neither")

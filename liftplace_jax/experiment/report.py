@@ -154,6 +154,11 @@ def markdown(context: Context, summary: list[dict[str, Any]]) -> str:
         )
     if any(row["frechet_spread"] is not None for row in summary):
         lines.append("After +-: standard deviation over seeds.")
+    if context.judge.extractor and evaluation.num_samples < context.judge.extractor.dim:
+        lines.append(
+            f"allow_few: {evaluation.num_samples} samples are fewer than the "
+            f"{context.judge.extractor.dim} features; such a distance compares with nothing."
+        )
     if evaluation.num_samples < 500:
         lines.append("So few samples are for a smoke run: the numbers mean little.")
     lines += ["", "Teacher and students from the same noise:", "", "![samples](samples.png)", "",

@@ -96,10 +96,9 @@ def _sample_scores(context, title, network) -> tuple[dict[str, Any], dict[str, A
             if not suffix:
                 result["images_per_second"] = rate
             if real:
-                # Few samples are for smoke runs, whose numbers mean nothing; the report says so.
-                # Of few real images: see Context.
-                few = fields.num_samples <= context.judge.extractor.dim
-                scores = evaluation.score(real, samples, k=fields.neighbours, allow_few=few)
+                scores = evaluation.score(
+                    real, samples, k=fields.neighbours, allow_few=fields.allow_few
+                )
                 values = {name + suffix: scores[name] for name in SCORES if name in scores}
                 result |= values if suffix else scores
             images[f"images{suffix}"] = samples.images

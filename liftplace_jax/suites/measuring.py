@@ -106,7 +106,8 @@ def measure_training(
         context.config, context.process, method, 0, student, teacher
     )
     training = prepare(
-        fields, objective, params, teacher.params if needs_teacher else None, context.mesh,
+        fields, objective, jax.tree.map(jnp.copy, params),  # the network is measured again
+        teacher.params if needs_teacher else None, context.mesh,
         context.config.sharding_rules,
     )  # fmt: skip
     config = student.config

@@ -43,7 +43,7 @@ def prepare(
     Args:
       fields: config.teacher or config.distill.
       objective: as of `make_objective`.
-      params: what is trained, as of `TrainState.params`.
+      params: what is trained, as of `TrainState.params`; given up: the state takes their memory.
       teacher_params: None without a teacher.
       mesh: of `sharding.make_mesh`.
       rules: config.sharding_rules.
@@ -53,9 +53,13 @@ def prepare(
     abstract = jax.eval_shape(functools.partial(create_state, optimizer=optimizer), params)
     shardings = sharding.tree_shardings(abstract, rules, mesh)
     # Straight into its sharding: no device ever holds all of a state that does not fit on one.
-    state = jax.jit(
-        functools.partial(create_state, optimizer=optimizer), out_shardings=shardings
-    )(sharding.place(params, shardings.params))
+    make = functools.partial(create_state, optimizer=optimizer)
+    state = jax.jit(make, out_shardings=shardings, donate_argnums=0)(
+        sharding.place(params, shardings.params)
+    )
+    for leaf in jax.tree.leaves(params):  # what was placed elsewhere: one copy is enough
+        if isinstance(leaf, jax.Array) and not leaf.is_deleted():
+            leaf.delete()
     teacher_params = sharding.place(
         teacher_params, sharding.tree_shardings(teacher_params, rules, mesh)
     )
