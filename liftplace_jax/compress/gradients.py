@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -20,7 +22,7 @@ def taylor_gradients(
     `threshold` times the largest loss seen; the steps after that hold mostly noise.
 
     Args:
-      loss_and_gradient: timestep -> (loss, pytree of gradients).
+      loss_and_gradient: timestep -> (loss, pytree of gradients, which are given up).
       timesteps: which, in order.
       threshold: in [0, 1); 0 takes every timestep (Diff-Pruning uses 0.05).
 
@@ -41,8 +43,13 @@ def taylor_gradients(
         largest = max(largest, loss)
         if loss < threshold * largest:
             break
-        total = gradient if total is None else jax.tree.map(lambda a, b: a + b, total, gradient)
+        total = gradient if total is None else _plus(total, gradient)
         used += 1
     if not used:
         raise ValueError("taylor_gradients needs at least one timestep")
     return total, used
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _plus(total, more):
+    return jax.tree.map(jnp.add, total, more)

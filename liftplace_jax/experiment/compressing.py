@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 from liftplace_jax import data, weights
 from liftplace_jax.compress import Search, taylor_gradients
 from liftplace_jax.compress.pruner import Tensors
+from liftplace_jax.evaluation.samples import replicated
 from liftplace_jax.experiment.checks import under
 from liftplace_jax.experiment.context import Context
 from liftplace_jax.experiment.pictures import draw_search
@@ -42,7 +45,8 @@ def compress(context: Context) -> None:
         student = _given_student(context)
     else:
         made = context.pruner.prune(
-            context.config.compress, load_teacher(context), PruningTools(context)
+            context.config.compress, load_teacher(context, context.config.teacher.dtype),
+            PruningTools(context),
         )
         if made.record is not None and processes.is_first():
             write_json(folder / "layers.json", made.record)
@@ -109,39 +113,34 @@ class PruningTools:
         return weights.to_torch(params)
 
     def noised(self, count: int, batch_size: int) -> Iterator[tuple[jax.Array, ...]]:
-        context, process = self.context, self.context.process
-        task = make_task(context.config, context.model)
-        batches = data.train_batches(
-            context.sources["train"], batch_size=batch_size, seed=self.seed,
-            flip=context.config.data.flip, process_index=0, process_count=1,
-        )  # fmt: skip
-        try:
-            with progress("layers", count, unit="batch") as bar:
-                for step in range(count):
-                    batch = jax.tree.map(jnp.asarray, next(batches))
-                    t, noise, cond = draw_inputs(process, task, self.seed, batch, step)
-                    x = process.add_noise(batch["image"], t, noise)
-                    yield x, t, cond, process.target(batch["image"], noise, t)
-                    bar.update()
-        finally:
-            batches.close()
+        process, task = self.context.process, make_task(self.context.config, self.context.model)
+
+        @jax.jit
+        def noise(batch, step):
+            t, noise, cond = draw_inputs(process, task, self.seed, batch, step)
+            x = process.add_noise(batch["image"], t, noise)
+            return x, t, cond, process.target(batch["image"], noise, t)
+
+        batches = self._batches(batch_size, self.context.config.data.flip)
+        with progress("layers", count, unit="batch") as bar, contextlib.closing(batches):
+            for step in range(count):
+                yield noise(next(batches), step)
+                bar.update()
 
     def gradients(self, teacher: Network, batch_size: int, threshold: float) -> Tensors:
-        """On one batch, timestep after timestep; by every process."""
-        context, process = self.context, self.context.process
-        batches = data.train_batches(
-            context.sources["train"], batch_size=batch_size, seed=self.seed,
-            process_index=0, process_count=1,
-        )  # fmt: skip
-        batch = next(batches)
-        batches.close()
-        images, apply = batch["image"], make_apply(teacher.graphdef)
-        cond = context.model.conditioning.of(batch)
+        """On one batch, timestep after timestep."""
+        process, apply = self.context.process, make_apply(teacher.graphdef)
+        with contextlib.closing(self._batches(batch_size, flip=False)) as batches:
+            batch = next(batches)
+        images, cond = batch["image"], self.context.model.conditioning.of(batch)
         noise = jax.random.normal(jax.random.key(self.seed), images.shape)
+        # Where the images are, on every device once.
+        whole = jax.tree.map(lambda _: replicated(images.sharding), teacher.params)
+        params = jax.device_put(teacher.params, whole)
 
         @jax.jit
         @jax.value_and_grad
-        def loss(params, t):
+        def loss(params, images, noise, cond, t):
             t = jnp.full(images.shape[:1], t)
             x_t = process.add_noise(images, t, noise)
             prediction, _ = process.split(apply(params, x_t, t, False, None, cond)[0])
@@ -151,11 +150,23 @@ class PruningTools:
         with progress("taylor", len(timesteps)) as bar:
 
             def loss_and_gradient(t):
-                result = loss(teacher.params, t)
+                result = loss(params, images, noise, cond, t)
                 bar.update()
                 return result
 
             return self.tensors(taylor_gradients(loss_and_gradient, timesteps, threshold)[0])
+
+    def _batches(self, batch_size: int, flip: bool) -> Iterator[dict[str, jax.Array]]:
+        """Training batches, the same in every process, split over as many devices of it as go."""
+        devices = jax.local_devices()[: math.gcd(batch_size, jax.local_device_count())]
+        split = sharding.batch_sharding(sharding.make_mesh({"data": -1}, devices))
+        batches = data.train_batches(
+            self.context.sources["train"], batch_size=batch_size, seed=self.seed, flip=flip,
+            process_index=0, process_count=1,
+        )  # fmt: skip
+        with contextlib.closing(batches):
+            for batch in batches:
+                yield jax.device_put(batch, split)
 
     def search(self, search: Search) -> Any:
         context, fields = self.context, search.fields
