@@ -27,7 +27,6 @@ from liftplace_jax.nn.network import (
     from_tensors,
     is_finished,
     load_checkpoint,
-    load_network,
     make_apply,
 )
 from liftplace_jax.host import sharding
@@ -83,16 +82,14 @@ def _family(experiment: Experiment) -> Family:
 
 def _given_student(experiment: Experiment) -> Network:
     fields = experiment.config.compress
-    path = as_path(fields.checkpoint)
-    if path.is_file():
+    path, config = as_path(fields.checkpoint), None
+    if path.is_file():  # which does not say what it is
         with under("compress."):
             config = _family(experiment).predict(experiment)
-        try:
-            student = load_checkpoint(path, config, fields.entry, said_by="config.compress")
-        except weights.EntryError as error:
-            raise ValueError(f"{error} (config.compress.entry)") from error
-    else:
-        student = load_network(path)
+    try:
+        student = load_checkpoint(path, config, fields.entry, said_by="config.compress")
+    except weights.EntryError as error:
+        raise ValueError(f"{error} (config.compress.entry)") from error
     if type(student.config) not in FAMILIES:
         raise ValueError(
             f"config.compress.checkpoint {path} is no network that denoises: "
