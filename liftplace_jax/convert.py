@@ -23,7 +23,10 @@ _MODEL = flags.DEFINE_string(
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "for a file of weights: a config whose `model` it is, FILE.py[:key=value,...]"
 )
-_ENTRY = flags.DEFINE_string("entry", None, "where in a file: a key, or the number of an item")
+_ENTRY = flags.DEFINE_string(
+    "entry", None, "where in a file: a key or the number of an item (ema.shadow, -1), or how names "
+    "begin; in a folder: a folder in it or a variant (unet_ema, fp16)",
+)  # fmt: skip
 _TO = flags.DEFINE_enum("to", None, FORMATS, "what to write")
 _OUT = flags.DEFINE_string("out", None, "a new folder")
 _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a refused input")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_config
 from diffusers import AutoencoderKL, UNet2DModel
 from diffusers.training_utils import EMAModel
 from test_autoencoder import TINY as AUTOENCODER
@@ -16,6 +17,7 @@ from test_diffusers import TINY, peer
 from liftplace_jax import weights
 from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
 from liftplace_jax.encoders.autoencoder_folder import load_autoencoder
+from liftplace_jax.experiment.context import Experiment
 from liftplace_jax.families import registry
 from liftplace_jax.families.dit.config import DiTConfig
 from liftplace_jax.families.dit.diffusers import config_from_diffusers as dit_from_diffusers
@@ -68,6 +70,21 @@ def test_a_network_and_its_average_are_chosen_by_name(state):
     np.testing.assert_allclose(bias(state, "unet_ema"), raw + 1, atol=1e-6)
     network = load_checkpoint(state, entry="unet_ema")
     np.testing.assert_allclose(network.params["conv_out"]["bias"][...], raw + 1, atol=1e-6)
+
+
+def test_a_config_chooses_by_its_entry(state, tmp_path):
+    config = tiny_config.get_config()
+    config.compress.checkpoint = str(state)
+    with pytest.raises(ValueError, match=r"holds several networks, .*\(config.compress.entry\)"):
+        Experiment(config, tmp_path / "run")
+    config.compress.entry = "unet_ema"
+    # It is read, and what it is told.
+    with pytest.raises(ValueError, match="compress.checkpoint .* has image_size 16, config.model"):
+        Experiment(config, tmp_path / "run")
+    config = tiny_config.get_config()
+    config.teacher.checkpoint = str(state)
+    with pytest.raises(ValueError, match=r"holds several networks, .*\(config.teacher.entry\)"):
+        Experiment(config, tmp_path / "run").train_teacher()
 
 
 def test_any_two_networks_are_not_guessed_between(state, tmp_path):

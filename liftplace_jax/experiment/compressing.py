@@ -20,7 +20,7 @@ from liftplace_jax.experiment.checks import under
 from liftplace_jax.experiment.context import Context
 from liftplace_jax.experiment.pictures import draw_search
 from liftplace_jax.experiment.training import load_teacher, run_training, save
-from liftplace_jax.families.loading import load_checkpoint, load_network
+from liftplace_jax.families.loading import load_checkpoint
 from liftplace_jax.host import processes, sharding
 from liftplace_jax.host.buckets import as_path
 from liftplace_jax.host.files import write_json
@@ -72,17 +72,14 @@ def predicted_student(context: Context) -> DenoiserConfig | None:
 
 def _given_student(context: Context) -> Network:
     fields, model = context.config.compress, context.model
-    path = as_path(fields.checkpoint)
-    if path.is_file():
+    path, config = as_path(fields.checkpoint), None
+    if path.is_file():  # which does not say what it is
         with under("compress."):
             config = context.pruner.predict(fields, model)
-        try:
-            student = load_checkpoint(path, config, fields.entry, said_by="config.compress")
-        except weights.EntryError as error:
-            raise ValueError(f"{error} (config.compress.entry)") from error
-    else:
-        with under("compress.checkpoint "):
-            student = load_network(path)
+    try:
+        student = load_checkpoint(path, config, fields.entry, said_by="config.compress")
+    except weights.EntryError as error:
+        raise ValueError(f"{error} (config.compress.entry)") from error
     for field in ("image_size", "in_channels", "out_channels"):
         found, wanted = getattr(student.config, field), getattr(model, field)
         if found != wanted:
