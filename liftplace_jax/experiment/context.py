@@ -138,7 +138,8 @@ class Experiment:
             if config.evaluation.reference:
                 if not self.extractor:
                     raise ValueError("reference is set, but features are not: set both or neither")
-                evaluation.check_reference(self.real, self.extractor)
+                neighbours = config.evaluation.neighbours
+                evaluation.check_reference(self.real, self.extractor, neighbours)
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
             sampler = make_sampler(
                 config.evaluation, self.process, model,

@@ -77,10 +77,12 @@ def check_classes(sources: Mapping[str, Any], num_classes: int) -> None:
         return
     for source in sources.values():
         if source.num_classes != num_classes:
+            reason = getattr(source, "without_classes", "") or (
+                "the classes of a folder of images are the subfolders of each split"
+            )
             raise ValueError(
                 f"{source.name} has {source.num_classes or 'no'} classes, "
-                f"config.model.num_classes is {num_classes} (the classes of a folder of images are "
-                "the subfolders of each split)"
+                f"config.model.num_classes is {num_classes} ({reason})"
             )
         source.check_labels = True
     first, *others = sources.values()
