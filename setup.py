@@ -35,7 +35,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.5,<0.3",
         "orbax-checkpoint>=0.11.20,<0.13",
-        "pillow>=10",
+        "pillow>=11.3",
         "safetensors>=0.5",
         "scikit-learn>=1.4",
         "scipy>=1.13",

@@ -4,16 +4,17 @@
     python -m liftplace_jax.evaluate gen  --workdir=runs/x --ref=ref.npz --weights=W
     python -m liftplace_jax.evaluate calc --images=FOLDER --ref=ref.npz --weights=W
 
-W is the file of the FID network's weights (see the README). `ref` reads a TFDS data set or a
-folder of images; `gen` samples the models of a work directory; `calc` compares images: a folder,
-or an .npz with uint8 images as `arr_0`. References of pytorch-fid and the ADM evaluator are read
-too. Results are JSON files that name everything the numbers depend on.
+W is the file of the FID network's weights (see the README). `ref` reads a TFDS data set, a folder
+of images, or an .npz with uint8 images as `arr_0`; `gen` samples the models of a work directory;
+`calc` compares any two of: a folder of images, an .npz of images, a file of `ref`, of pytorch-fid
+or of the ADM evaluator. Results are JSON files that name everything the numbers depend on; one of
+other numbers is replaced with --overwrite alone.
 """
 
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,16 @@ from liftplace_jax.host.flags import (
 
 # Verb -> flags that it needs, and others that it knows beside COMMON.
 VERBS = {
-    "ref": (("data", "out"), ("split", "image_size", "num_images", "data_dir")),
+    "ref": (("data", "out"), ("split", "image_size", "num_images", "data_dir", "overwrite")),
     "gen": (("workdir", "ref"), ("model", "num_samples", "params", "seed", "guidance", "save_npz",
-                                 "out", "allow_few")),
-    "calc": (("images", "ref"), ("image_size", "out", "allow_few")),
+                                 "out", "allow_few", "overwrite")),
+    "calc": (("images", "ref"), ("image_size", "out", "allow_few", "overwrite")),
 }  # fmt: skip
 COMMON = ("features", "weights", "batch_size")
+NEIGHBOURS = 5  # of precision and recall, as of `evaluation.score`
 
 _FLAGS = flags.FLAGS
-flags.DEFINE_string("data", None, "ref: a TFDS data set, or a folder of images")
+flags.DEFINE_string("data", None, "ref: a TFDS data set, a folder of images, or an .npz")
 flags.DEFINE_string("data_dir", None, "ref: where TFDS keeps its data")
 flags.DEFINE_string("split", "train", "ref: of the data")
 flags.DEFINE_integer("image_size", None, "ref, calc: resize and crop to squares of this side",
@@ -53,7 +55,8 @@ flags.DEFINE_integer("seed", None, "gen: of the samples (default: the config's)"
 flags.DEFINE_float("guidance", None, "gen: scale of the guidance (default: the config's)")
 flags.DEFINE_bool("save_npz", False, "gen: also write the images, for the ADM evaluator")
 flags.DEFINE_string("images", None, "calc: a folder of images, or an .npz")
-flags.DEFINE_string("ref", None, "gen, calc: a reference file; calc: or a folder of images")
+flags.DEFINE_string("ref", None, "gen, calc: a reference file; calc: or as --images")
+flags.DEFINE_bool("overwrite", False, "replace another result at --out")
 flags.DEFINE_bool("allow_few", False, "gen, calc: accept fewer images than features")
 flags.DEFINE_string("out", None, "ref: the .npz; gen: folder of results; calc: file of the result")
 flags.DEFINE_string("features", "inception", "feature extractor")
@@ -88,29 +91,39 @@ def check_flags(verb: str) -> None:
 def make_reference() -> str:
     """The verb ref."""
     from liftplace_jax import data, evaluation
+    from liftplace_jax.evaluation.sides import open_images
     from liftplace_jax.host import processes
+    from liftplace_jax.host.files import check_writable
     from liftplace_jax.host.versions import versions
 
     out = as_path(_FLAGS.out)
     if out.suffix != ".npz" or not (is_in_bucket(out) or out.parent.is_dir()):
         raise ValueError(f"--out must be an .npz file in a folder that exists, got {out}")
+    check_writable(out)
+    extractor = evaluation.feature_extractor(_FLAGS.features, _FLAGS.weights)
     path = on_this_machine(_FLAGS.data, "a folder of images")
     if path.is_dir():
         source = data.load_source(
-            "folder", _FLAGS.split, path=path, image_size=_FLAGS.image_size
-        )
+            "folder", _FLAGS.split, path=path, image_size=_FLAGS.image_size,
+            channels=extractor.image_shape[2] or 3,
+        )  # fmt: skip
+    elif path.is_file():
+        source = open_images(path, extractor, _FLAGS.image_size)
     else:
         if _FLAGS.data.startswith(("/", ".", "~")):
             raise ValueError(f"there is no folder {path}")
         source = data.load_source(
             _FLAGS.data, _FLAGS.split, data_dir=_FLAGS.data_dir, image_size=_FLAGS.image_size
         )
-    samples = features_of(source, _FLAGS.num_images)
+    count = min(_FLAGS.num_images or len(source), len(source))
+    check_count(count, extractor)
     info = {
-        "extractor": samples.extractor.name, **samples.extractor.info, "label":
-        samples.extractor.label, "data": path.name, "split": _FLAGS.split, "image_shape":
-        list(source.image_shape), "count": int(samples.moments.count), "versions": versions(),
+        "extractor": extractor.name, **extractor.info, "label": extractor.label, "data": path.name,
+        "split": _FLAGS.split, "image_shape": list(source.image_shape), "count": count,
     }  # fmt: skip
+    refuse_other(out, info, lambda: evaluation.load_reference(out).info)
+    info["versions"] = versions()
+    samples = features_of(source, extractor, count)
     statistics = evaluation.statistics_of(samples)
     if processes.is_first():
         evaluation.save_reference(out, statistics, samples.features, info)
@@ -125,7 +138,7 @@ def generate() -> str:
     from liftplace_jax.experiment.stages import open_experiment
     from liftplace_jax.families.loading import load_network
     from liftplace_jax.host import processes
-    from liftplace_jax.host.files import write_json, write_npz
+    from liftplace_jax.host.files import check_writable, write_json, write_npz
     from liftplace_jax.host.progress import progress
     from liftplace_jax.host.versions import versions
 
@@ -137,17 +150,19 @@ def generate() -> str:
             raise ValueError(f"--model={_FLAGS.model}: {workdir} has {list(folders)}")
         folders = {_FLAGS.model: folders[_FLAGS.model]}
     check_count(_FLAGS.num_samples, context.judge.extractor)
+    out = as_path(_FLAGS.out) if _FLAGS.out else workdir / "evaluations"
+    stems = {t: f"{t.replace(' ', '_')}-{_FLAGS.params}-{_FLAGS.num_samples}" for t in folders}
+    wanted = json.loads(json.dumps(protocol(context, _FLAGS.params)))
+    for title, stem in stems.items():
+        for suffix in (".json", ".npz") if _FLAGS.save_npz else (".json",):
+            check_writable(out / (stem + suffix))
+        refuse_other_json(out / f"{stem}.json", {"model": title, "protocol": wanted})
     networks = {
         title: load_network(folder, hint="finish the run first", params=_FLAGS.params)
         for title, folder in folders.items()
     }
-    out = as_path(_FLAGS.out) if _FLAGS.out else workdir / "evaluations"
     make_folder(out)
     fields, lines = context.config.evaluation, []
-    stems = {t: f"{t.replace(' ', '_')}-{_FLAGS.params}-{fields.num_samples}" for t in networks}
-    wanted = json.loads(json.dumps(protocol(context, _FLAGS.params)))
-    for stem in stems.values():
-        refuse_other(out / f"{stem}.json", wanted)
     for title, network in networks.items():
         keep = fields.num_samples if _FLAGS.save_npz else 0
         with progress(title, fields.num_samples, unit="image") as bar:
@@ -183,71 +198,84 @@ def read_config(workdir: Path):
     changes = {
         "features": _FLAGS.features, "weights": _FLAGS.weights, "reference": _FLAGS.ref,
         "num_samples": _FLAGS.num_samples, "batch_size": _FLAGS.batch_size, "curve_every": 0,
-        "clip": None,
+        "clip": None, "allow_few": _FLAGS.allow_few,
     }  # fmt: skip
     changes |= {name: _FLAGS[name].value for name in ("seed", "guidance") if _FLAGS[name].present}
     found["evaluation"] |= changes
     # Nothing is trained: any devices will do.
     found["mesh"] = {"data": -1, "fsdp": 1}
-    for room in ("teacher", "distill"):
-        found[room] |= {"batch_size": _FLAGS.batch_size, "accumulation": 1}
     return ConfigDict(found)
 
 
 def calculate() -> str:
     """The verb calc."""
     from liftplace_jax import evaluation
+    from liftplace_jax.evaluation.sides import open_side
     from liftplace_jax.host import processes
-    from liftplace_jax.host.files import write_json
+    from liftplace_jax.host.files import check_writable, write_json
     from liftplace_jax.host.versions import versions
 
-    generated = features_of(open_images(_FLAGS.images), generated=True)
-    reference = as_path(_FLAGS.ref)
-    if reference.is_dir():
-        real = features_of(open_images(_FLAGS.ref))
-        name = {"folder": reference.name, "count": int(real.moments.count)}
-    else:
-        real = evaluation.load_reference(reference)
-        name = dict(real.info) | {"file": reference.name, "sha256": real.digest}
-    scores = evaluation.score(real, generated, allow_few=_FLAGS.allow_few)
-    protocol = {"extractor": generated.extractor.name, **generated.extractor.info}
-    result = scores | {
+    extractor = evaluation.feature_extractor(_FLAGS.features, _FLAGS.weights)
+    if _FLAGS.out:
+        check_writable(_FLAGS.out)
+    images, reference = (
+        open_side(path, extractor, _FLAGS.image_size) for path in (_FLAGS.images, _FLAGS.ref)
+    )
+    wanted = {
         "images": Path(_FLAGS.images).name, "image_size": _FLAGS.image_size,
-        "protocol": protocol | {"reference": name, "precision": "float32"}, "versions": versions(),
+        "images_of": images.name,
+        "protocol": {"extractor": extractor.name, **extractor.info, "reference": reference.name,
+                     "precision": "float32"},
     }  # fmt: skip
+    if _FLAGS.out:
+        refuse_other_json(as_path(_FLAGS.out), wanted)
+    for side in (images, reference):
+        check_side(side, extractor)
+    generated = side_features(images, extractor, generated=True)
+    real = side_features(reference, extractor)
+    scores = evaluation.score(real, generated, allow_few=_FLAGS.allow_few, extractor=extractor)
+    notes = [side.source.note for side in (images, reference) if side.source and side.source.note]
+    result = scores | wanted | {"notes": notes, "versions": versions()}
     if _FLAGS.out and processes.is_first():
         write_json(_FLAGS.out, result)
     return summary(scores)
 
 
-def open_images(path: str | os.PathLike):
-    """A `Source` of a folder of images, or of the uint8 `arr_0` of an .npz."""
-    from liftplace_jax import data
-    from liftplace_jax.evaluation.references import read_npz
+def check_side(side, extractor) -> None:
+    """Raises a ValueError for a side that cannot be compared; says what it will be taken for."""
+    from liftplace_jax import evaluation
+    from liftplace_jax.host import processes
 
-    path = on_this_machine(path, "images")
-    if path.suffix != ".npz":
-        return data.load_source("folder", "all", path=path, image_size=_FLAGS.image_size)
-    images = read_npz(path, ("arr_0",)).get("arr_0")
-    if images is None or images.ndim != 4 or images.dtype != "uint8":
-        found = "no arr_0" if images is None else f"arr_0 of {images.shape}, {images.dtype}"
-        raise ValueError(f"{path}: want uint8 images (N, H, W, C) as arr_0, found {found}")
-    records = [{"image": image} for image in images]
-    return data.Source(
-        path.name, records, image_shape=images.shape[1:], image_size=_FLAGS.image_size
-    )
+    if side.statistics is None:
+        check_count(len(side.source), extractor, f"{side.source.name}: ")
+        return
+    file = side.name["file"]
+    evaluation.check_reference(side.statistics, extractor, NEIGHBOURS)
+    if side.source:
+        if len(side.source) <= NEIGHBOURS:
+            raise ValueError(f"{file}: arr_0 has {len(side.source)} images, want {NEIGHBOURS + 1}")
+        processes.say_once(f"{file}: its statistics are taken, and its images for all else")
+    elif side.statistics.features is None:
+        processes.say_once(f"{file}: statistics alone, so there is no precision, recall or KID")
 
 
-def features_of(source, limit: int | None = None, generated: bool = False):
+def side_features(side, extractor, generated: bool = False):
+    """`Samples` of a side, or a `Reference`."""
+    from liftplace_jax.evaluation.sides import with_rows
+
+    if side.source is None:
+        return side.statistics
+    samples = features_of(side.source, extractor, len(side.source), generated)
+    return with_rows(side.statistics, samples) if side.statistics else samples
+
+
+def features_of(source, extractor, limit: int, generated: bool = False):
     """`Samples` of the images of a `Source`, over all devices, with progress."""
     from liftplace_jax import evaluation
     from liftplace_jax.host import sharding
     from liftplace_jax.host.progress import progress
 
-    extractor = evaluation.feature_extractor(_FLAGS.features, _FLAGS.weights)
     extractor.check_shape(source.image_shape)
-    limit = min(limit or len(source), len(source))
-    check_count(limit, extractor)
     bar = progress(source.name, limit, unit="image")
     try:
         return evaluation.reference(
@@ -259,26 +287,42 @@ def features_of(source, limit: int | None = None, generated: bool = False):
         bar.close()
 
 
-def check_count(count: int, extractor) -> None:
+def check_count(count: int, extractor, where: str = "") -> None:
     """Raises a ValueError before any work if there are fewer images than features."""
     if count < extractor.dim and not _FLAGS.allow_few:
         raise ValueError(
-            f"{count} images for {extractor.dim} features of {extractor.name!r}: take more, or "
-            "--allow_few (gen, calc), which makes numbers that compare with nothing"
+            f"{where}{count} images for {extractor.dim} features of {extractor.name!r}: take more, "
+            "or --allow_few (gen, calc), which makes numbers that compare with nothing"
         )
 
 
-def refuse_other(path: Path, protocol: dict[str, Any]) -> None:
-    """Raises a ValueError if a result is there that was made in another way."""
+def refuse_other_json(path: Path, wanted: dict[str, Any]) -> None:
+    """`refuse_other` of a JSON file."""
+    refuse_other(path, json.loads(json.dumps(wanted)), lambda: json.loads(path.read_text()))
+
+
+def refuse_other(path: Path, wanted: dict[str, Any], read: Callable[[], Any]) -> None:
+    """Raises a ValueError if a result is there that was made in another way, or anything else.
+
+    Args:
+      path: of the result.
+      wanted: what the new result will say of how it was made.
+      read: what the old one says.
+    """
     from liftplace_jax.host.differences import differences
 
-    if path.exists():
-        lines = differences(json.loads(path.read_text())["protocol"], protocol)
-        if lines:
-            raise ValueError(
-                f"{path} holds a result of another protocol ({'; '.join(lines)}): choose another "
-                "--out, or delete it"
-            )
+    if _FLAGS.overwrite or not path.exists():
+        return
+    advice = "choose another --out, delete it, or add --overwrite"
+    try:
+        found = {key: value for key, value in dict(read()).items() if key in wanted}
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no result of this command: {advice}") from error
+    lines = differences(found, wanted)
+    if lines:
+        raise ValueError(
+            f"{path} holds a result of another protocol ({'; '.join(lines)}): {advice}"
+        )
 
 
 def summary(scores: dict[str, Any]) -> str:
@@ -288,7 +332,8 @@ def summary(scores: dict[str, Any]) -> str:
     named = {"frechet": scores["label"], "sfid": "sFID", "kid": "KID"}
     shown = [name for name in SCORES if name in scores and not name.endswith("_std")]
     values = ", ".join(f"{named.get(name, name)} {scores[name]:.4g}" for name in shown)
-    return f"{values} ({scores['num_samples']:,} images)"
+    count = scores["num_samples"]
+    return f"{values} ({'statistics of a file' if count is None else f'{count:,} images'})"
 
 
 def entry_point() -> None:

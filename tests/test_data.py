@@ -1,20 +1,24 @@
 """Data: the embedded digits, the named data sets, and batches that are a function of the step."""
 
 import itertools
+import os
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from sklearn.datasets import load_digits
 
+from liftplace_jax.conditioning import UNCONDITIONAL, Classes
 from liftplace_jax.data import Source, eval_batches, load_source, train_batches
 from liftplace_jax.data.digits import Digits, split_indices
-from liftplace_jax.data.folder import SUFFIXES
+from liftplace_jax.data.pictures import SUFFIXES, read_header, read_pixels
 
 
 @pytest.fixture(scope="module")
@@ -381,16 +385,19 @@ def greys(source):
 
 def test_a_folder_is_read_recursively_in_the_order_of_paths(tmp_path):
     names = ["b.png", "a/z.JPG", "a/b/c.jpeg", "c.bmp", "a/d.webp"]
+    names += [f"d/{suffix[1:]}{suffix}" for suffix in SUFFIXES if suffix != ".webp"]
     for value, name in enumerate(names):
-        picture(tmp_path / name, 40 * value)
-    for name in ("notes.txt", ".hidden.png", ".cache/e.png", "f.gif"):
+        picture(tmp_path / name, 10 * value)
+    for name in ("notes.txt", ".hidden.png", ".cache/e.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("no image")
     assert {Path(name).suffix.lower() for name in names} == set(SUFFIXES)
     source = load_source("folder", "train", path=tmp_path)
     assert source.image_shape == (4, 4, 3) and source.num_classes is None
     # a/b/c, a/d, a/z, b, c
-    assert greys(source) == pytest.approx([80, 160, 40, 0, 120], abs=2)
+    assert greys(source)[:5] == pytest.approx([20, 40, 10, 0, 30], abs=2)
+    rest = [10 * names.index(name) for name in sorted(names)[5:]]
+    assert greys(source)[5:] == pytest.approx(rest, abs=2)
     assert not source.get([0, 1])["label"].any()
     assert greys(load_source("folder", "test", path=str(tmp_path))) == greys(source)
     (batch,) = take(train_batches(source, batch_size=4, seed=0), 1)
@@ -426,9 +433,13 @@ def test_images_of_a_folder_are_cropped_and_resized_as_those_of_tfds(tmp_path):
     ours = load_source("folder", "train", path=tmp_path, crop=crop, image_size=64)
     assert np.array_equal(ours.get([0])["image"], theirs)
     picture(tmp_path / "2.png", 7, size=(200, 180))
+    with pytest.raises(ValueError, match=r"2.png: image has shape \(180, .*the crop .* is not wit"):
+        load_source("folder", "train", path=tmp_path, crop=crop, image_size=64)
+    (tmp_path / "2.png").unlink()
     ours = load_source("folder", "train", path=tmp_path, crop=crop, image_size=64)
-    with pytest.raises(ValueError, match=r"example 1 \(.*2.png\): the crop .* is not within \(180"):
-        ours.get([0, 1])
+    picture(tmp_path / "1.png", 7, size=(200, 180))
+    with pytest.raises(ValueError, match=r"example 0 \(.*1.png\): the crop .* is not within \(180"):
+        ours.get([0])
 
 
 def test_images_are_prepared_as_adm_does(tmp_path):
@@ -462,8 +473,243 @@ def test_unreadable_images_are_named_when_they_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "train, test, left_out",
+    [
+        ("Train", "Test", "loose.png, more"), ("TRAIN", "TEST", ""),
+        ("training", "Testing", ""), ("Train", "test", ""),
+    ],
+)  # fmt: skip
+def test_splits_have_their_usual_names(tmp_path, capfd, train, test, left_out):
+    for value, name in enumerate((f"{train}/a", f"{train}/b", f"{test}/a", f"{test}/b")):
+        picture(tmp_path / name / "x.png", value)
+    for name in filter(None, left_out.split(", ")):
+        picture(tmp_path / name if "." in name else tmp_path / name / "y.png", 9)
+    sources = [load_source("folder", split, path=tmp_path) for split in ("train", "test")]
+    assert [greys(source) for source in sources] == [[0, 1], [2, 3]]
+    assert [source.classes for source in sources] == [("a", "b"), ("a", "b")]
+    said = capfd.readouterr().err
+    assert (f"left out beside the folders of splits: {left_out}" in said) == bool(left_out)
+    assert bool(said) == bool(left_out)  # nothing else is to be said
+    whole = load_source("folder", "all", path=tmp_path)
+    assert len(whole) == 4 + 2 * bool(left_out) and whole.num_classes is None
+    assert "which therefore" in whole.note or "are splits, read together" in whole.note
+
+
+@pytest.mark.parametrize("name", ["val", "Valid", "VALIDATION", "validation"])
+def test_validation_has_several_names(tmp_path, name):
+    picture(tmp_path / "train" / "x.png", 1)
+    picture(tmp_path / name / "x.png", 2)
+    assert greys(load_source("folder", "validation", path=tmp_path)) == [2]
+    assert greys(load_source("folder", "val", path=tmp_path)) == [2]
+    with pytest.raises(ValueError, match=f"no subfolder 'test', only .'train', '{name}'.: choose"):
+        load_source("folder", "test", path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "folders, split, message",
+    [
+        (["train", "Train"], "train", r"subfolders \['Train', 'train'\], and each may be the"),
+        (["val", "validation", "test"], "validation", r"\['val', 'validation'\], and each may be"),
+        (["train2017", "val2017"], "train", r"\['train2017', 'val2017'\], which look like splits"),
+        (["DIV2K_train_HR", "DIV2K_valid_HR"], "test", "which look like splits"),
+        (["photos/Train", "photos/Test"], "train", r"\['photos/Test', 'photos/Train'\], which"),
+        (["cats/train", "cats/val", "dogs/train"], "train", r"\['cats/train', 'cats/val'\], which"),
+        (["cats", "dogs"], "trian", "no subfolder 'trian': choose another split"),
+    ],
+)
+def test_folders_that_may_be_splits_are_refused_by_name(tmp_path, folders, split, message):
+    for folder in folders:
+        picture(tmp_path / folder / "x.png", 1)
+    with pytest.raises(ValueError, match=message):
+        load_source("folder", split, path=tmp_path)
+    assert len(load_source("folder", "all", path=tmp_path)) == len(folders)
+
+
+def test_folders_that_are_no_splits_are_read(tmp_path, capfd):
+    for name in ("train_station", "valley", "contest", "stained_glass"):
+        picture(tmp_path / name / "x.png", 1)
+    source = load_source("folder", "train", path=tmp_path)
+    assert source.num_classes == 4
+    assert "no subfolder for a split, so 'train' is all of them" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "webp", "tif", "jpg"])
+def test_images_are_upright_as_pillow_turns_them(tmp_path, orientation, suffix):
+    greys = np.arange(6, dtype=np.uint8).reshape(2, 3, 1) * 40
+    pixels = np.kron(greys, np.ones((8, 8, 3), np.uint8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    options = {"quality": 100} if suffix == "jpg" else {"lossless": True}
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(pixels).save(path, exif=exif, **options)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert expected.shape == ((24, 16, 3) if orientation >= 5 else (16, 24, 3))
+    assert np.array_equal(read_pixels(path, "RGB"), expected)
+    header = read_header(path)
+    assert header.size == expected.shape[1::-1]
+    assert header.changes == ("turned as their EXIF data say",) * (orientation > 1)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of such data
+def test_damaged_exif_data_spoil_no_image(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Make] = 6, "maker"
+    path = tmp_path / "x.jpg"
+    Image.new("RGB", (16, 8)).save(path, exif=exif)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    start = whole.index(b"Exif")
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for place in rng.integers(start + 6, start + len(exif.tobytes()), 4):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        assert read_pixels(path, "RGB").shape in ((8, 16, 3), (16, 8, 3))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_transparent_images_lie_on_white(tmp_path, mode, channels):
+    """A black drawing on nothing, below which there is black too."""
+    alpha = Image.fromarray(np.tile(np.array([0, 255, 51, 0], np.uint8), (4, 1)))
+    if mode in ("RGBA", "LA"):
+        image = Image.new(mode[:-1], (4, 4))
+        image.putalpha(alpha)
+        image.save(tmp_path / "x.png")
+        expected = [255, 0, 204, 255]
+    else:  # one colour is transparent
+        grey = np.tile(np.array([7, 0, 50, 7], np.uint8), (4, 1))
+        image = Image.fromarray(grey).convert(mode)
+        key = image.getpixel((0, 0))
+        image.save(tmp_path / "x.png", transparency=key)
+        expected = [255, 0, 50, 255]
+    source = load_source("folder", "all", path=tmp_path, channels=channels)
+    found = source.get([0])["image"][0]
+    assert found.shape == (4, 4, channels) and (found == np.array(expected)[:, None]).all()
+    assert "1 with transparency, laid on white" in source.note
+
+
+def test_what_is_left_out_or_converted_is_said_in_one_line(tmp_path, capfd):
+    for name in ("a/1.png", "a/2.png", "b/3.png"):
+        picture(tmp_path / name, 5, size=(8, 8))
+    picture(tmp_path / "b" / "4.png", 5, size=(8, 4), mode="L")
+    frames = [Image.new("L", (2, 2), value) for value in (3, 9)]
+    frames[0].save(tmp_path / "b" / "5.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "b" / "6.tiff", save_all=True, append_images=frames[1:])
+    Image.new("CMYK", (8, 8)).save(tmp_path / "b" / "7.jpg")
+    (tmp_path / "empty").mkdir()
+    for name in ("a/x.heic", "a/y.heic", "list.CSV", "README", ".DS_Store", "a/._1.png"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
+    source = load_source("folder", "all", path=tmp_path, image_size=4)
+    assert len(source) == 7 and source.classes == ("a", "b")
+    assert greys(source)[4:6] == [3, 3]
+    load_source("folder", "all", path=tmp_path, image_size=4)
+    said = capfd.readouterr().err
+    assert said == (
+        f"{tmp_path}: 7 images; left out: 1 of .csv (list.CSV), 2 of .heic (a/x.heic), 1 of no "
+        "suffix (README), 2 hidden (.DS_Store, ._1.png), 1 links to folders that are read "
+        "(a/back); no images, and so no class, in empty; converted to RGB: 1 CMYK, 2 grey, 1 P; "
+        "2 of several frames, of which the first is taken; 1 not square, cropped to the centre; "
+        "2 smaller than 4, enlarged\n"
+    )
+
+
+def test_an_ordinary_folder_needs_no_words(tmp_path, capfd):
+    for name in ("train/a/1.png", "train/b/1.jpg", "test/a/1.png", "test/b/1.webp"):
+        picture(tmp_path / name, 5)
+    for split in ("train", "test"):
+        assert load_source("folder", split, path=tmp_path).note == ""
+    assert capfd.readouterr().err == ""
+
+
+def test_an_image_beside_the_classes_is_named(tmp_path):
+    for name in ("a/1.png", "b/2.png", "stray.png"):
+        picture(tmp_path / name, 5)
+    source = load_source("folder", "train", path=tmp_path)
+    why = "stray.png lies beside the subfolders, which therefore are no classes"
+    assert source.num_classes is None and why in source.note
+    with pytest.raises(ValueError, match=f"has no classes, config.model.num_classes is 2 .{why}"):
+        Classes(2, None, 0.0).check_data([source])
+    UNCONDITIONAL.check_data([source])
+
+
+def test_classes_that_differ_by_case_are_said(tmp_path):
+    for name in ("Cat/1.png", "cat/1.PNG", "dog/1.png", "dog/1.PNG"):
+        picture(tmp_path / name, 5)
+    source = load_source("folder", "all", path=tmp_path)
+    assert source.classes == ("Cat", "cat", "dog") and len(source) == 4
+    assert "Cat, cat differ by case alone: classes of their own" in source.note
+
+
+def test_the_upper_bits_of_16_are_taken(tmp_path):
+    """Colours, as every viewer does; grey ones keep all, and are refused."""
+    values = np.array([[0x1234, 0xFFFF, 0x80FF]], ">u2")
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(  # noqa: E731
+        ">I", zlib.crc32(kind + data))  # fmt: skip
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    (tmp_path / "x.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" + values.tobytes())) + chunk(b"IEND", b"")
+    )  # fmt: skip
+    source = load_source("folder", "all", path=tmp_path)
+    assert source.get([0])["image"].ravel().tolist() == [0x12, 0xFF, 0x80]
+    assert "1 with 16 bits a channel, of which the upper 8 are taken" in source.note
+
+
+def broken_files(folder):
+    """Name -> what is wrong with it; each beside a good image."""
+    picture(folder / "a.png", 1)
+    (folder / "empty.png").touch()
+    (folder / "text.tif").write_text("no image")
+    (folder / "drawing.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n")
+    (folder / "link.gif").symlink_to(folder / "nowhere.gif")
+    os.mkfifo(folder / "pipe.bmp")
+    picture(folder / "deep.png", 3000, mode="I;16")
+    picture(folder / "large.png", 1, size=(8, 17))
+    return {
+        "empty.png": "it is empty", "text.tif": "it is of no format that is known here",
+        "drawing.jpg": "it is of no format", "link.gif": "No such file", "pipe.bmp": "no regular",
+        "deep.png": "pixels of mode I;16, want 8 bits", "large.png": "decompression bomb",
+    }  # fmt: skip
+
+
+def test_broken_images_are_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8 * 8)
+    faults = broken_files(tmp_path)
+    for name, message in faults.items():
+        with pytest.raises(ValueError, match=f"^cannot read image .*{name}: .*{message}") as caught:
+            read_pixels(tmp_path / name, "RGB")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"deep.png: .*\(and 6 other images cannot be read\): m"):
+        load_source("folder", "train", path=tmp_path)
+    for name in faults:
+        (tmp_path / name).unlink()
+    assert greys(load_source("folder", "train", path=tmp_path)) == [1]
+
+
+def test_images_of_other_sizes_are_refused_before_any_work(tmp_path):
+    for name, size in (("a.png", (4, 4)), ("b.png", (8, 4)), ("c.png", (8, 4)), ("d.png", (2, 2))):
+        picture(tmp_path / name, 1, size=size)
+    message = r"b.png: image has shape \(4, 8, 3\), want \(4, 4, 3\).*: set image_size; so have 3"
+    with pytest.raises(ValueError, match=message):
+        load_source("folder", "all", path=tmp_path)
+    assert len(load_source("folder", "all", path=tmp_path, image_size=4)) == 4
+
+
+def test_of_very_many_images_some_are_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr("liftplace_jax.data.folder.LOOKED_AT", 3)
+    for name in "abcdefg":
+        picture(tmp_path / f"{name}.png", 1, mode="L")
+    note = load_source("folder", "all", path=tmp_path).note
+    assert "7 images; converted to RGB: 3 grey; numbers are of 3 that were looked at" in note
+
+
+@pytest.mark.parametrize(
     "options, message",
     [
+        ({"path": "good/x.png"}, "x.png is no folder"),
         ({"path": "missing"}, "there is no folder .*missing"),
         ({"path": "empty"}, r"no images \(.png, .jpg, .*\) in .*empty"),
         ({"path": "broken"}, "cannot read image .*broken/x.png: "),

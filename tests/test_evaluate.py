@@ -144,8 +144,9 @@ REFUSED = {
     "40 images for 64 features of 'digits': take more, or --allow_few": (
         "gen", "--workdir=run", "--ref=ref.npz", DIGITS, "--num_samples=40", "--model=teacher"),
     "there is no folder nowhere": ("calc", "--images=nowhere", "--ref=ref.npz", DIGITS),
-    "want uint8 images (N, H, W, C) as arr_0, found no arr_0": (
-        "calc", "--images=ref.npz", "--ref=ref.npz", DIGITS),
+    "want uint8 images (N, H, W, C) as arr_0, found no arr_0, nor statistics as mu and sigma; it "
+    "has images (24, 8, 8, 1) uint8, images_clipped (24, 8, 8, 1) uint8": (
+        "calc", "--images=run/teacher/samples.npz", "--ref=ref.npz", DIGITS),
 }  # fmt: skip
 
 
@@ -159,11 +160,13 @@ for arguments in json.loads(sys.argv[1]):
     for name in evaluate.flags.FLAGS:
         evaluate.flags.FLAGS[name].unparse()
     evaluate.parse_flags(["evaluate", *arguments[1:]])
-    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+    text, code = io.StringIO(), 0
+    with contextlib.redirect_stderr(text), contextlib.redirect_stdout(text):
         try:
             evaluate.main(["evaluate", arguments[0]])
         except SystemExit as stop:
-            said.append([stop.code, stderr.getvalue()])
+            code = stop.code
+    said.append([code, text.getvalue()])
 print(json.dumps(said))
 """
 
@@ -173,10 +176,169 @@ def test_refused(home, reference_file):
         return {path for path in home.rglob("*") if path.is_file()}
 
     before = files()
-    said = python(home, "-c", SCRIPT, json.dumps(list(REFUSED.values())))
-    for message, (code, error) in zip(REFUSED, json.loads(said), strict=True):
+    for message, (code, error) in zip(REFUSED, attempt(home, REFUSED.values()), strict=True):
         assert code == 2 and "error: " in error and message in error
     assert files() == before
+
+
+def attempt(home, commands):
+    """(status, what is printed) of each of several commands."""
+    return json.loads(python(home, "-c", SCRIPT, json.dumps(list(commands))))
+
+
+# Whatever can be compared ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sets(home, reference_file):
+    """Images of digits as files of many kinds: the folder that holds them."""
+    folder = home / "sets"
+    for name in ("grey", "colour", "there"):
+        (folder / name).mkdir(parents=True)
+    source = data.load_source("digits", "train", data_dir=home / "data")
+    images = source.get(np.arange(200))["image"]
+    few = {"arr_0": images[:80]}
+    rgb = np.repeat(images[:80], 3, axis=-1)
+    for index, image in enumerate(images[:80]):
+        Image.fromarray(image[..., 0]).save(folder / "grey" / f"{index:02d}.png")
+        Image.fromarray(rgb[index]).save(folder / "colour" / f"{index:02d}.png")
+    reference = evaluation.load_reference(reference_file)
+    mean, covariance = reference.statistics["features"]
+    statistics = {"mu": mean, "sigma": covariance}
+    files = {
+        "a": few, "b": {"arr_0": images[80:]}, "rgb": {"arr_0": rgb}, "fid": statistics,
+        "adm": few | statistics, "float": {"arr_0": images[:80] / 255.0},
+        "four": {"arr_0": np.repeat(images[:80], 4, axis=-1)}, "none": {"arr_0": images[:0]},
+        "first": {"arr_0": np.moveaxis(rgb, -1, 1)}, "flat": {"arr_0": images[:80, ..., 0]},
+        "other": {"samples": images, "labels": np.arange(200)},
+        "half": {"arr_0": images[:80], "mu": mean}, "negative": statistics | {"sigma": -covariance},
+        "complex": statistics | {"sigma": covariance + 1j}, "tiny": {"arr_0": images[:5]},
+    }  # fmt: skip
+    for name, arrays in files.items():
+        np.savez(folder / f"{name}.npz", **arrays)
+    np.save(folder / "single.npy", images)
+    (folder / "single.npy").rename(folder / "single.npz")
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+def test_two_sets_of_any_kind_are_compared(home, sets, reference_file):
+    """Two sample files, as of the ADM evaluator; statistics; both; folders."""
+    pairs = {
+        "a b": "(80 images)", "grey b": "(80 images)", "a ref": "(80 images)", "a adm": "",
+        "a fid": "fid.npz: statistics alone, so there is no precision, recall or KID",
+        "adm adm": "", "fid fid": "(statistics of a file)",
+        "rgb b": "converted to grey: all, from RGB", "colour b": "converted to grey: 80 RGB",
+    }  # fmt: skip
+
+    def path(name):
+        if name == "ref":
+            return "ref.npz"
+        return f"sets/{name}" if name in ("grey", "colour") else f"sets/{name}.npz"
+
+    commands = [
+        ("calc", f"--images={path(a)}", f"--ref={path(b)}", DIGITS, f"--out=out/{a}-{b}.json")
+        for a, b in map(str.split, pairs)
+    ]
+    found = {}
+    for (pair, message), (code, text) in zip(pairs.items(), attempt(home, commands), strict=True):
+        assert code == 0 and message in text, text
+        found[pair] = json.loads((home / "out" / f"{pair.replace(' ', '-')}.json").read_text())
+    extractor = evaluation.feature_extractor("digits")
+    images = [np.load(sets / f"{name}.npz")["arr_0"] for name in "ab"]
+    samples = [
+        evaluation.reference(data.Source(str(i), [{"image": x} for x in images[i]],
+                             image_shape=(8, 8, 1)), extractor, batch_size=80, generated=True)
+        for i in range(2)
+    ]  # fmt: skip
+    expected = evaluation.score(samples[1], samples[0])
+    for pair in ("a b", "grey b", "rgb b", "colour b"):
+        for name in ("frechet", "kid", "precision", "recall", "density", "coverage"):
+            assert found[pair][name] == pytest.approx(expected[name], rel=1e-3, abs=1e-3)
+        assert (found[pair]["num_samples"], found[pair]["num_reference"]) == (80, 120)
+    exact = evaluation.score(evaluation.load_reference(reference_file), samples[0])
+    for pair in ("a fid", "a adm", "a ref"):
+        assert found[pair]["frechet"] == pytest.approx(exact["frechet"], rel=1e-4)
+    assert "precision" not in found["a fid"]
+    assert found["a adm"]["precision"] == found["a adm"]["density"] == 1  # the same 80 images
+    assert abs(found["adm adm"]["frechet"]) < 1e-3 and found["fid fid"]["num_samples"] is None
+    assert found["a b"]["protocol"]["reference"]["file"] == "b.npz"
+
+
+UNUSABLE = {
+    "float": "found arr_0 of (80, 8, 8, 1), float64, nor statistics as mu and sigma; it has arr_0",
+    "four": "arr_0 (80, 8, 8, 4) has images of 4 channels, want 1 (grey) or 3 (RGB)",
+    "first": "(80, 3, 8, 8) has images of 8 channels, want 1 (grey) or 3 (RGB); (N, C, H, W) is an",
+    "none": "arr_0 (0, 8, 8, 1) has no images", "flat": "found arr_0 of (80, 8, 8), uint8",
+    "other": "it has samples (200, 8, 8, 1) uint8, labels (200,) int64",
+    "half": "has no sigma, though the other of mu and sigma",
+    "single": "is a single array (200, 8, 8, 1) uint8",
+    "negative": "sigma has negative variances (48 of 64", "complex": "sigma has complex numbers",
+    "tiny": "5 images for 64 features of 'digits'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["images", "ref"])
+def test_files_that_cannot_be_compared_are_refused_by_name(home, sets, side):
+    other = "ref" if side == "images" else "images"
+    commands = [
+        ("calc", f"--{side}=sets/{name}.npz", f"--{other}=sets/a.npz", DIGITS, "--out=no.json")
+        for name in UNUSABLE
+    ] + [("calc", f"--{side}=sets/notes.txt", f"--{other}=sets/a.npz", DIGITS)]
+    messages = {**UNUSABLE, "notes": "notes.txt is a file: want a folder of images, or an .npz"}
+    for (name, message), (code, text) in zip(
+        messages.items(), attempt(home, commands), strict=True
+    ):
+        assert code == 2 and message in text and name in text
+        assert text.startswith("error: ") and text.count("\n") == 1
+    assert not (home / "no.json").exists()
+
+
+def test_out_is_looked_at_first_and_holds_one_result(home, sets):
+    def calc(out, *more, images="a"):
+        return ("calc", f"--images=sets/{images}.npz", "--ref=sets/b.npz", DIGITS, f"--out={out}",
+                *more)  # fmt: skip
+
+    def ref(out, *more):
+        return ("ref", "--data=sets/a.npz", f"--out={out}", DIGITS, *more)
+
+    (home / "taken").write_text("{}")
+    commands = {
+        calc("sets/there"): "sets/there is a folder: name a file",
+        calc("taken/x.json"): "taken is no folder",
+        calc("sets/a.npz"): "sets/a.npz is no result of this command: choose another --out",
+        calc("sets/notes.txt"): "notes.txt is no result of this command",
+        calc("one.json"): "",
+        calc("one.json", "--batch_size=16"): "",  # the same result again
+        calc("one.json", images="rgb"): "one.json holds a result of another protocol (images: 'a.n",
+        calc("one.json", "--overwrite", images="rgb"): "",
+        ref("new.npz"): "",
+        ref("new.npz", "--batch_size=16"): "",
+        ref("new.npz", "--num_images=70"): "another protocol (count: 80 -> 70)",
+        ref("sets/a.npz"): "sets/a.npz is no result of this command",
+        ref("new.npz", "--num_images=70", "--overwrite"): "",
+        ("gen", "--workdir=run", "--ref=ref.npz", DIGITS, "--num_samples=80", "--out=taken"):
+            "taken is no folder",
+    }  # fmt: skip
+    for message, (code, text) in zip(commands.values(), attempt(home, commands), strict=True):
+        assert code == (2 if message else 0) and message in text, text
+    assert json.loads((home / "one.json").read_text())["images"] == "rgb.npz"
+    assert evaluation.load_reference(home / "new.npz").info["count"] == 70
+    assert (sets / "notes.txt").read_text() == "mine"
+
+
+def test_a_reference_of_a_grey_folder(home, sets):
+    """As the extractor takes them: of one channel."""
+    commands = [
+        ("ref", "--data=sets/grey", "--out=grey.npz", DIGITS),
+        ("ref", "--data=sets/a.npz", "--out=a.npz", DIGITS),
+        ("calc", "--images=sets/a.npz", "--ref=grey.npz", DIGITS, "--batch_size=16", "--out=1"),
+    ]
+    assert [code for code, _ in attempt(home, commands)] == [0, 0, 0]
+    same = json.loads((home / "1").read_text())
+    assert same["density"] == same["coverage"] == same["precision"] == same["recall"] == 1
+    grey, arrays = (evaluation.load_reference(home / f"{name}.npz") for name in ("grey", "a"))
+    np.testing.assert_allclose(grey.features, arrays.features, atol=1e-5)
 
 
 # Reference files of others --------------------------------------------------------------------
@@ -191,6 +353,10 @@ def test_references_of_pytorch_fid_and_adm(tmp_path):
     np.savez(tmp_path / "adm.npz", mu=mean, sigma=covariance, mu_s=np.zeros(5), sigma_s=np.eye(5),
              arr_0=images)  # fmt: skip
     found = evaluation.load_reference(tmp_path / "adm.npz")
+    rows = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32)
+    singular = np.cov(rows, rowvar=False).astype(np.float32)  # not quite positive, as stored
+    np.savez(tmp_path / "float32.npz", mu=rows.mean(0), sigma=singular)
+    assert evaluation.load_reference(tmp_path / "float32.npz").statistics
     assert set(found.statistics) == {"features", "spatial"}
     assert len(found.digest) == 64
 
@@ -206,6 +372,23 @@ def test_unusable_references(tmp_path):
             mu=np.zeros(2), sigma=np.eye(2), meta=np.array("[1]")),
         "Expecting property name": dict(mu=np.zeros(2), sigma=np.eye(2), meta=np.array("{")),
         "could not convert string": dict(mu=np.array(["a"]), sigma=np.eye(1)),
+        "sigma has negative variances (1 of 2, down to -1)": dict(
+            mu=np.zeros(2), sigma=np.diag([1.0, -1])),
+        "sigma is not symmetric": dict(mu=np.zeros(2), sigma=np.array([[1, 0.5], [0, 1]])),
+        "sigma is not positive semidefinite": dict(
+            mu=np.zeros(2), sigma=np.array([[1, 2.0], [2, 1]])),
+        "sigma_s is not positive semidefinite": dict(
+            mu=np.zeros(1), sigma=np.eye(1), mu_s=np.zeros(2), sigma_s=np.array([[1, 2], [2, 1]])),
+        "mu has complex numbers": dict(mu=np.zeros(2) + 1j, sigma=np.eye(2)),
+        "mu and sigma must be (D,) and (D, D) with one D, got (0,)": dict(
+            mu=np.zeros(0), sigma=np.zeros((0, 0))),
+        "has no sigma_s, though the other of mu_s and sigma_s": dict(
+            mu=np.zeros(2), sigma=np.eye(2), mu_s=np.zeros(2)),
+        "features has non-finite values": dict(
+            mu=np.zeros(2), sigma=np.eye(2), features=np.full((9, 2), np.inf)),
+        "meta has count 'many'": dict(
+            mu=np.zeros(2), sigma=np.eye(2), meta=np.array('{"count": "many"}')),
+        "it has arr_1 (2,) int64": dict(arr_1=np.arange(2)),
         "no readable .npz": dict(mu=np.array([{"a": 1}], object), sigma=np.eye(1)),
     }  # fmt: skip
     for message, arrays in cases.items():
@@ -223,6 +406,9 @@ def test_a_reference_of_other_features_is_refused(tmp_path):
     np.savez(tmp_path / "small.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(ValueError, match="the reference has 3 features, 'digits' makes 64"):
         evaluation.check_reference(evaluation.load_reference(tmp_path / "small.npz"), extractor)
+    np.savez(tmp_path / "rows.npz", mu=np.zeros(64), sigma=np.eye(64), features=np.zeros((5, 64)))
+    with pytest.raises(ValueError, match="has features of 5 images, 5 neighbours need more"):
+        evaluation.check_reference(evaluation.load_reference(tmp_path / "rows.npz"), extractor, 5)
     evaluation.save_reference(
         tmp_path / "other.npz", {"features": (np.zeros(64), np.eye(64))}, None,
         {"extractor": "inception"},
@@ -237,6 +423,5 @@ def test_mixed_sizes_and_empty_folders_are_refused(tmp_path):
         data.load_source("folder", "all", path=tmp_path / "empty")
     for i, size in enumerate((8, 10)):
         Image.new("RGB", (size, size)).save(tmp_path / f"{i}.png")
-    source = data.load_source("folder", "all", path=tmp_path)
     with pytest.raises(ValueError, match="has shape"):
-        source.get(np.arange(2))
+        data.load_source("folder", "all", path=tmp_path)

@@ -140,6 +140,16 @@ def test_frechet_bad_input():
     mu, sigma = np.zeros(3), np.eye(3)
     with pytest.raises(ValueError, match="sigma2 has non-finite"):
         frechet_distance(mu, sigma, mu, sigma * np.nan)
+    for message, bad in {
+        "sigma1 has negative variances": np.diag([1, 1, -1.0]),
+        "sigma1 is not symmetric": np.eye(3) + np.eye(3, k=1),
+        "sigma1 has complex numbers": sigma + 1j,
+        "not positive semidefinite": np.eye(3) + 2 * (np.eye(3, k=2) + np.eye(3, k=-2)),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            frechet_distance(mu, bad, mu, sigma)
+        with pytest.raises(ValueError, match=message.replace("1", "2")):
+            frechet_distance(mu, sigma, mu, bad)
     with pytest.raises(ValueError, match="feature dimensions differ: 3 and 4"):
         frechet_distance(mu, sigma, np.zeros(4), np.eye(4))
     features = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)

@@ -17,7 +17,8 @@ from test_diffusers import TINY, peer
 from liftplace_jax import weights
 from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
 from liftplace_jax.encoders.autoencoder_folder import load_autoencoder
-from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.experiment.stages import open_experiment
+from liftplace_jax.experiment.training import train_teacher
 from liftplace_jax.families import registry
 from liftplace_jax.families.dit.config import DiTConfig
 from liftplace_jax.families.dit.diffusers import config_from_diffusers as dit_from_diffusers
@@ -76,15 +77,15 @@ def test_a_config_chooses_by_its_entry(state, tmp_path):
     config = tiny_config.get_config()
     config.compress.checkpoint = str(state)
     with pytest.raises(ValueError, match=r"holds several networks, .*\(config.compress.entry\)"):
-        Experiment(config, tmp_path / "run")
+        open_experiment(config, tmp_path / "run")
     config.compress.entry = "unet_ema"
     # It is read, and what it is told.
     with pytest.raises(ValueError, match="compress.checkpoint .* has image_size 16, config.model"):
-        Experiment(config, tmp_path / "run")
+        open_experiment(config, tmp_path / "run")
     config = tiny_config.get_config()
     config.teacher.checkpoint = str(state)
     with pytest.raises(ValueError, match=r"holds several networks, .*\(config.teacher.entry\)"):
-        Experiment(config, tmp_path / "run").train_teacher()
+        train_teacher(open_experiment(config, tmp_path / "run"))
 
 
 def test_any_two_networks_are_not_guessed_between(state, tmp_path):

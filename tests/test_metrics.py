@@ -5,6 +5,8 @@ import pytest
 
 from liftplace_jax.evaluation.metrics import inception_score, kernel_distance, precision_recall
 
+PRDC = ("precision", "recall", "density", "coverage")
+
 
 def test_kernel_distance(golden):
     arrays, meta = golden("eval_metrics")
@@ -58,6 +60,34 @@ def test_precision_recall_is_that_of_the_adm_evaluator(golden, case, factor):
     expected = meta["results"]["precision_recall"][case]["adm_k3_exact_float64"]
     for name, value in expected.items():
         assert abs(found[name] - value) <= 0.002
+
+
+@pytest.mark.parametrize("offset", [0, 30])
+@pytest.mark.parametrize("copies", [1, 8])
+def test_neighbours_do_not_depend_on_rounding(golden, offset, copies):
+    """A set and itself, in features as another batch size makes them: last bits differ."""
+    arrays, _ = golden("eval_metrics")
+    rows = (arrays["in/pr/unit/real"][:200] + offset).astype(np.float32)
+    rows = np.concatenate([rows] * copies)  # 8 copies: balls of k = 5 are points
+    rng, expected = np.random.default_rng(0), dict.fromkeys(PRDC, float(copies == 1))
+    assert precision_recall(rows, rows) == expected
+    scale = np.linalg.norm(rows, axis=1, keepdims=True) / np.sqrt(rows.shape[1])
+    for _ in range(3):
+        noisy = [(rows + 1e-7 * scale * rng.normal(size=rows.shape)).astype(np.float32)
+                 for _ in range(2)]  # fmt: skip
+        assert precision_recall(*noisy) == expected
+        assert precision_recall(rows, noisy[0]) == precision_recall(noisy[0], rows) == expected
+    line = np.arange(50.0)[:, None]  # neighbours lie on the surface: in its ball is each alone
+    assert precision_recall(line, line, k=1) == dict.fromkeys(PRDC, 1.0)
+
+
+def test_kernel_distance_does_not_depend_on_rounding(golden):
+    arrays, _ = golden("eval_metrics")
+    rows = arrays["in/generic/features_1"][:200]
+    noise = 1e-7 * np.random.default_rng(0).normal(size=rows.shape)
+    others = rows, (rows * (1 + noise)).astype(rows.dtype)
+    kids = [kernel_distance(rows, x, subset_size=100, subsets=5)["kid"] for x in others]
+    assert kids[0] == pytest.approx(kids[1], abs=1e-5)
 
 
 def test_bad_input():

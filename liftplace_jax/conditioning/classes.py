@@ -58,10 +58,12 @@ class Classes:
         first, *others = sources = list(sources)
         for source in sources:
             if source.num_classes != self.count:
+                reason = getattr(source, "without_classes", "") or (
+                    "the classes of a folder of images are the subfolders of each split"
+                )
                 raise ValueError(
                     f"{source.name} has {source.num_classes or 'no'} classes, "
-                    f"config.model.num_classes is {self.count} (the classes of a folder of images "
-                    "are the subfolders of each split)"
+                    f"config.model.num_classes is {self.count} ({reason})"
                 )
             source.check_labels = True
         for other in others:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from liftplace_jax.data.folder import ImageFolder
 from liftplace_jax.data.pipeline import MEMORY_MB, Source
+from liftplace_jax.host import processes
 from liftplace_jax.host.buckets import as_path, cached, fetched, is_in_bucket, listed, reaching
 
 # Published crop of CelebA, centre (89, 121) +- 64: left, upper, right, lower
@@ -27,6 +28,8 @@ def load_source(
     resize="bilinear", cache_dir=None, memory_mb=MEMORY_MB,
 ):  # fmt: skip
     """Opens a split of a TFDS data set, prepared on first use, or of a folder of images.
+
+    Of a folder, one line on stderr counts what is left out, converted, cropped or guessed.
 
     Args:
       name: "folder", "digits" (embedded, needs no network) or any TFDS image data set, such as
@@ -49,7 +52,7 @@ def load_source(
 
     Raises:
       ValueError: unknown name or split, no image feature, images of mixed or oblong size; a folder
-        that is missing or has no images; a bad crop.
+        that is missing, or has no images or such that cannot be read; a bad crop.
       RuntimeError: the data cannot be prepared; the message says how to do it by hand.
     """
     crop = crop or _CROPS.get(name)
@@ -57,11 +60,16 @@ def load_source(
         raise ValueError(f"crop must be (left, upper, right, lower) in pixels, got {crop}")
     if name == "folder":
         records = ImageFolder(path, split, channels)
-        return Source(
+        source = Source(
             f"{path} ({split})", records, image_shape=records.image_shape, crop=crop,
             image_size=image_size, num_classes=len(records.classes) or None, resize=resize,
             classes=records.classes, memory_mb=memory_mb,
         )  # fmt: skip
+        source.without_classes = records.without_classes
+        source.note = records.note(crop, image_size)
+        if source.note:
+            processes.say_once(source.note)
+        return source
     import tensorflow_datasets as tfds
 
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")

@@ -30,9 +30,12 @@ class Source:
       num_classes: number of classes, or None if there are no labels.
       classes: their names, if known.
       check_labels: whether a label that is no class is refused; set where labels are used.
+      without_classes: why there are no classes, in words, if that is known.
+      note: what was left out, guessed or converted, in words, if that is known.
     """
 
     check_labels = False
+    without_classes = note = ""
 
     def __init__(
         self,

@@ -13,6 +13,9 @@ import scipy.linalg
 from threadpoolctl import threadpool_limits
 
 SOLVE_THREADS = 2
+# A covariance that was stored in float32 is symmetric and positive semidefinite but for this share
+# of its largest variance.
+_ROUNDING = 1e-4
 
 
 class Moments(NamedTuple):
@@ -110,15 +113,17 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
       The distance, a float; rounding can make that of equal sets slightly negative.
 
     Raises:
-      ValueError: shapes that do not fit, or values that are not finite.
+      ValueError: shapes that do not fit, values that are not finite or no real numbers, or no
+        covariances: negative variances, asymmetric, or not positive semidefinite.
     """
-    arrays = [np.asarray(array, np.float64) for array in (mu1, sigma1, mu2, sigma2)]
-    mu1, sigma1, mu2, sigma2 = arrays
-    check_statistics(mu1, sigma1, "1")
-    check_statistics(mu2, sigma2, "2")
+    mu1, sigma1 = check_statistics(mu1, sigma1, "1")
+    mu2, sigma2 = check_statistics(mu2, sigma2, "2")
     if mu1.shape != mu2.shape:
         raise ValueError(f"feature dimensions differ: {mu1.shape[0]} and {mu2.shape[0]}")
     values = _product_eigenvalues(sigma1, sigma2)
+    traces, most = zip(*((np.trace(s), np.diag(s).max()) for s in (sigma1, sigma2)), strict=True)
+    if values.min() < -_ROUNDING * max(traces[0] * most[1], traces[1] * most[0]):
+        raise ValueError("sigma1 or sigma2 is not positive semidefinite: it is no covariance")
     trace = np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(np.maximum(values, 0)).sum()
     return float(np.sum((mu1 - mu2) ** 2) + trace)
 
@@ -135,22 +140,59 @@ def _product_eigenvalues(a, b):
             return scipy.linalg.eigh(b.T, a.T, type=2, **options)
         except np.linalg.LinAlgError:  # a is singular and has no such L
             values, vectors = np.linalg.eigh(a)
+            if values[0] < -_ROUNDING * np.diag(a).max():
+                message = "sigma1 is not positive semidefinite: it is no covariance"
+                raise ValueError(message) from None
             root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
             product = root @ b @ root
             return np.linalg.eigvalsh((product + product.T) / 2)
 
 
-def check_statistics(mean, covariance, suffix=""):
-    """Raises a ValueError if they are not a finite (D,) and (D, D); suffix: of their names."""
+def check_statistics(mean, covariance, suffix="", thorough=False):
+    """A mean (D,) and a covariance (D, D) as float64 NumPy, where they can be such.
+
+    Args:
+      mean: an array.
+      covariance: an array.
+      suffix: of their names, in messages.
+      thorough: whether to see that all directions, not the axes alone, have variances; takes D^3.
+
+    Raises:
+      ValueError: they cannot; the message says what is wrong with which.
+    """
+    names = f"mu{suffix}", f"sigma{suffix}"
+    for name, array in zip(names, (mean, covariance), strict=True):
+        if np.iscomplexobj(array):
+            raise ValueError(f"{name} has complex numbers, want real ones")
+    mean, covariance = (np.asarray(array, np.float64) for array in (mean, covariance))
     dim = mean.shape[0] if mean.ndim == 1 else -1
-    if (mean.shape, covariance.shape) != ((dim,), (dim, dim)):
+    if (mean.shape, covariance.shape) != ((dim,), (dim, dim)) or not dim:
         raise ValueError(
-            f"mu{suffix} and sigma{suffix} must be (D,) and (D, D) with one D, got {mean.shape} "
-            f"and {covariance.shape}"
+            f"{names[0]} and {names[1]} must be (D,) and (D, D) with one D, got {mean.shape} and "
+            f"{covariance.shape}"
         )
-    for name, array in ((f"mu{suffix}", mean), (f"sigma{suffix}", covariance)):
+    for name, array in zip(names, (mean, covariance), strict=True):
         if not np.isfinite(array).all():
             raise ValueError(f"{name} has non-finite values; were the features finite?")
+    variances = np.diag(covariance)
+    slack = _ROUNDING * np.abs(variances).max()
+    if variances.min() < -slack:
+        raise ValueError(
+            f"{names[1]} has negative variances ({np.sum(variances < -slack)} of {dim}, down to "
+            f"{variances.min():.3g}): it is no covariance"
+        )
+    if np.abs(covariance - covariance.T).max() > slack:
+        raise ValueError(f"{names[1]} is not symmetric: it is no covariance")
+    if thorough and not _is_positive(covariance, slack):
+        raise ValueError(f"{names[1]} is not positive semidefinite: it is no covariance")
+    return mean, covariance
+
+
+def _is_positive(matrix, slack):
+    shifted = (matrix + matrix.T) / 2
+    shifted[np.diag_indices(len(shifted))] += slack or 1  # all zeros is a covariance, too
+    with threadpool_limits(SOLVE_THREADS, user_api="blas"):
+        return scipy.linalg.lapack.dpotrf(shifted, overwrite_a=True)[1] == 0
 
 
 def frechet_from_moments(a, b, *, allow_few=False):

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from liftplace_jax.host.files import write_npz
 
 # Kind of features -> the names of its mean and covariance.
 KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+KNOWN = ("meta", "features", *sum(KEYS.values(), ()))  # what a reference is made of
+SHOWN = 8  # arrays of a file, in messages
 
 
 class ReferenceFileError(ValueError):
@@ -37,12 +40,14 @@ class Reference:
       features: (M, D) float32 rows, or None: then neither precision and recall nor KID.
       info: what made it; "extractor" and "count" if known.
       digest: SHA-256 of its file, to name it in results.
+      logits: (M, classes) of its images, or None: then no Inception Score where it is compared.
     """
 
     statistics: Mapping[str, tuple[np.ndarray, np.ndarray]]
     features: np.ndarray | None
     info: Mapping[str, Any]
     digest: str
+    logits: np.ndarray | None = None
 
 
 def save_reference(
@@ -72,7 +77,7 @@ def load_reference(path: str | os.PathLike) -> Reference:
 
     Raises:
       ReferenceFileError: it is missing, damaged, holds objects (which would have to be unpickled), or
-        lacks statistics that fit each other.
+        lacks statistics that fit each other and can be those of any features.
     """
     path = as_path(path)
     with reaching(path):
@@ -82,36 +87,45 @@ def load_reference(path: str | os.PathLike) -> Reference:
             f"{path}: no such file; make one with python -m liftplace_jax.evaluate ref"
         )
     with local_copy(path) as file:
-        arrays = read_npz(file, ("meta", "features", *sum(KEYS.values(), ())))
+        arrays = read_npz(file, KNOWN)
+        if not set(KEYS["features"]) & arrays.keys():
+            raise ReferenceFileError(
+                f"{path}: has no mu and sigma; images (an .npz with arr_0) can be compared by "
+                "python -m liftplace_jax.evaluate calc, and made a reference by evaluate ref "
+                f"--data; it has {contents(file)}"
+            )
         sha256 = digest(file)
-    if not {"mu", "sigma"} <= arrays.keys():
-        raise ReferenceFileError(
-            f"{path}: has no mu and sigma; images (an .npz with arr_0) can be compared by "
-            "python -m liftplace_jax.evaluate calc"
-        )
     try:
-        return Reference(*_contents(arrays), sha256)
+        return Reference(*_checked(arrays), sha256)
     except (ValueError, TypeError) as error:
         raise ReferenceFileError(f"{path}: {error}") from error
 
 
-def _contents(arrays):
-    """Checked (statistics, features, info) of a file's arrays."""
-    statistics = {
-        kind: tuple(np.asarray(arrays[key], np.float64) for key in keys)
-        for kind, keys in KEYS.items()
-        if all(key in arrays for key in keys)
-    }
-    for mean, covariance in statistics.values():
-        check_statistics(mean, covariance)
+def _checked(arrays):
+    """(statistics, features, info) of a file's arrays."""
+    statistics = {}
+    for kind, keys in KEYS.items():
+        missing = [key for key in keys if key not in arrays]
+        if len(missing) == 1:
+            raise ValueError(f"has no {missing[0]}, though the other of {' and '.join(keys)}")
+        if not missing:
+            mean, covariance = (arrays[key] for key in keys)
+            suffix = keys[0].removeprefix("mu")
+            statistics[kind] = check_statistics(mean, covariance, suffix, thorough=True)
     info = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
     if not isinstance(info, dict):
         raise ValueError(f"meta is {info!r}, want a JSON object")
+    if type(info.get("count", 2)) is not int or info.get("count", 2) < 2:
+        raise ValueError(f"meta has count {info['count']!r}, want a number of images")
     features = arrays.get("features")
     if features is not None:
+        if np.iscomplexobj(features):
+            raise ValueError("features has complex numbers, want real ones")
         features = np.asarray(features, np.float32)
         if features.shape[1:] != statistics["features"][0].shape:
             raise ValueError(f"features {features.shape} do not fit mu")
+        if not np.isfinite(features).all():
+            raise ValueError("features has non-finite values")
     return statistics, features, info
 
 
@@ -125,9 +139,43 @@ def read_npz(path: str | os.PathLike, keys: tuple[str, ...] | None = None) -> di
     Raises:
       ReferenceFileError: it cannot be read so.
     """
+    with _npz(path) as file:
+        return {key: file[key] for key in file.files if keys is None or key in keys}
+
+
+def shapes(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Name -> (shape, type) of the arrays of an .npz file, whose numbers are not read.
+
+    Raises:
+      ReferenceFileError: it cannot be read.
+    """
+    found = {}
+    with _npz(path) as file:
+        for member in file.zip.namelist():
+            with file.zip.open(member) as stream:
+                version = np.lib.format.read_magic(stream)
+                read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+                shape, _, dtype = read(stream)
+            found[member.removesuffix(".npy")] = shape, dtype
+    return found
+
+
+def contents(path: str | os.PathLike) -> str:
+    """The arrays of an .npz file in words: "mu (3,) float64, sigma (3, 3) float64"."""
+    listed = [f"{name} {shape} {dtype}" for name, (shape, dtype) in shapes(path).items()]
+    more = f" and {len(listed) - SHOWN} others" if len(listed) > SHOWN else ""
+    return (", ".join(listed[:SHOWN]) or "no arrays") + more
+
+
+@contextmanager
+def _npz(path):
+    """An open .npz file; whatever goes wrong in the block becomes a ReferenceFileError."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files if keys is None or key in keys}
+        with open(path, "rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError(f"it is a single array {file.shape} {file.dtype} (.npy)")
+            yield file
     except Exception as error:  # a damaged archive can fail anywhere inside
         reason = (str(error).splitlines() or [""])[0]
         kind = type(error).__name__

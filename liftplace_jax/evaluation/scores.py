@@ -26,50 +26,57 @@ def statistics_of(samples, *, allow_few=False):
     return {k: statistics(m, allow_few=allow_few) for k, m in moments.items() if m is not None}
 
 
-def score(real, generated, *, k=5, allow_few=False):
+def score(real, generated, *, k=5, allow_few=False, extractor=None):
     """Compares generated samples with real ones.
 
     Args:
       real: `Samples` of `reference`, or a `Reference` of a file.
-      generated: `Samples` of `collect`.
+      generated: `Samples` of `collect`, or a `Reference`.
       k: neighbours of precision and recall, which look at the first 10,000 of each side.
       allow_few: accept fewer samples than feature dimensions.
+      extractor: what made the features, where `generated` is a file's.
 
     Returns:
       {"label": what "frechet" is called, "frechet", "num_samples", "num_reference" (None if a file
       does not say)}; with spatial features on both
-      sides "sfid"; with logits "inception_score" and its "_std"; with the real features
+      sides "sfid"; with logits "inception_score" and its "_std"; with features on both sides
       "precision", "recall", "density", "coverage", "k", "kid", "kid_std" and "kid_subset" (at most
       1,000).
 
     Raises:
       ValueError: no features, features of different extractors, or too few samples.
     """
-    extractor = generated.extractor
-    if extractor is None or (not isinstance(real, Reference) and real.extractor is None):
+    sides = (real, generated)
+    extractor = extractor or getattr(generated, "extractor", None)
+    if extractor is None or any(getattr(side, "extractor", extractor) is None for side in sides):
         raise ValueError("samples without features cannot be compared: name an extractor")
-    if isinstance(real, Reference):
-        check_reference(real, extractor)
-    elif real.extractor is not extractor:
-        raise ValueError(
-            f"features come from different extractors: {real.extractor.name!r} and "
-            f"{extractor.name!r}"
-        )
+    for side in sides:
+        if isinstance(side, Reference):
+            check_reference(side, extractor)
+        elif side.extractor is not extractor:
+            raise ValueError(
+                f"features come from different extractors: {side.extractor.name!r} and "
+                f"{extractor.name!r}"
+            )
     theirs, ours = (statistics_of(s, allow_few=allow_few) for s in (real, generated))
     result = {
         "label": extractor.label,
         "frechet": frechet_distance(*theirs["features"], *ours["features"]),
-        "num_samples": int(generated.moments.count),
+        "num_samples": _count(generated),
+        "num_reference": _count(real),
     }
     if "spatial" in theirs and "spatial" in ours:
         result["sfid"] = frechet_distance(*theirs["spatial"], *ours["spatial"])
-    if generated.logits is not None:
+    if getattr(generated, "logits", None) is not None:
         result |= inception_score(generated.logits)
-    count = real.info.get("count") if isinstance(real, Reference) else int(real.moments.count)
-    result["num_reference"] = count
-    if real.features is not None:
+    if real.features is not None and generated.features is not None:
         result |= _with_rows(real.features, generated.features, k)
     return result
+
+
+def _count(side):
+    """How many images there were; None if a file does not say."""
+    return side.info.get("count") if isinstance(side, Reference) else int(side.moments.count)
 
 
 def _with_rows(real, generated, k):
@@ -81,8 +88,11 @@ def _with_rows(real, generated, k):
     }  # fmt: skip
 
 
-def check_reference(reference, extractor):
-    """Raises a ValueError if a `Reference` was made with other features than an extractor's."""
+def check_reference(reference, extractor, k=0):
+    """Raises a ValueError if a `Reference` was made with other features than an extractor's.
+
+    Or if it has some features, but too few for precision and recall with k neighbours.
+    """
     # A file of pytorch-fid or ADM does not say what made it.
     name = reference.info.get("extractor", extractor.name)
     if name != extractor.name:
@@ -94,6 +104,11 @@ def check_reference(reference, extractor):
     if dim != extractor.dim:
         raise ValueError(
             f"the reference has {dim} features, {extractor.name!r} makes {extractor.dim}"
+        )
+    if reference.features is not None and len(reference.features) <= k:
+        raise ValueError(
+            f"the reference has features of {len(reference.features)} images, {k} neighbours need "
+            "more"
         )
 
 

@@ -95,7 +95,7 @@ def _check_judging(context: Context) -> None:
         if fields.reference:
             if not judge.extractor:
                 raise ValueError("reference is set, but features are not: set both or neither")
-            evaluation.check_reference(judge.real, judge.extractor)
+            evaluation.check_reference(judge.real, judge.extractor, fields.neighbours)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
         sampler = make_sampler(
             fields, context.process, model,

@@ -64,6 +64,30 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """Sees that a file can be written, before the work whose result it will hold.
+
+    Folders that are missing are as good as there. A bucket is not asked.
+
+    Raises:
+      ValueError: there is a folder at path, or a file where a folder has to be.
+      OSError: the folder cannot be written to.
+    """
+    path = as_path(path)
+    if is_in_bucket(path):
+        return
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{path} cannot be written: {folder} is no folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
 def unwritable(path: str | os.PathLike, error: OSError) -> OSError:
     """The error, with the name of the file: that of a full disk has none."""
     if error.errno is None:

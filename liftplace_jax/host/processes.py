@@ -207,6 +207,13 @@ def say(message: str) -> None:
         os.write(_State.terminal, f"{message}\n".encode())
 
 
+@functools.cache
+def say_once(message: str) -> None:
+    """Prints what a user should know to stderr, once a program, from process 0."""
+    if is_alone() or is_first():
+        say(message)
+
+
 def is_first() -> bool:
     """Whether this is process 0, which writes the files."""
     return jax.process_index() == 0
