@@ -16,6 +16,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    # Said, so that an editable install is a path in a .pth file. What setuptools makes otherwise
+    # comes after the folder one is in, where a checkout of the same name hides the package.
+    package_dir={"": "."},
     packages=find_packages(include=["liftplace_jax", "liftplace_jax.*"]),
     package_data={"liftplace_jax.evaluation": ["*.safetensors"]},
     install_requires=[

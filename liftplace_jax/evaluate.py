@@ -147,10 +147,9 @@ def generate() -> str:
     for stem in stems.values():
         refuse_other(out / f"{stem}.json", wanted)
     for title, network in networks.items():
-        bar = progress(title, fields.num_samples, unit="image")
         keep = fields.num_samples if _FLAGS.save_npz else 0
-        samples, rate = draw(experiment, network, bar, clip=fields.clip, keep_images=keep)
-        bar.close()
+        with progress(title, fields.num_samples, unit="image") as bar:
+            samples, rate = draw(experiment, network, bar, clip=fields.clip, keep_images=keep)
         scores = evaluation.score(
             experiment.real, samples, k=fields.neighbours, allow_few=_FLAGS.allow_few
         )
@@ -279,11 +278,11 @@ def refuse_other(path: Path, protocol: dict[str, Any]) -> None:
             )
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, Any]:
     """Of what the numbers depend on."""
-    from liftplace_jax.experiment import report
+    from liftplace_jax import provenance  # late: it imports jax
 
-    return report.versions()
+    return provenance.versions()
 
 
 def summary(scores: dict[str, Any]) -> str:

@@ -156,8 +156,9 @@ def _taylor_gradients(experiment: Experiment, teacher: Network):
     bar = progress("taylor", process.num_timesteps)
 
     def loss_and_gradient(t):
+        result = loss(teacher.params, jnp.int32(t))
         bar.update()
-        return loss(teacher.params, jnp.int32(t))
+        return result
 
     try:
         timesteps = range(process.num_timesteps)

@@ -26,7 +26,7 @@ from liftplace_jax.host.buckets import on_this_machine
 from liftplace_jax.data import encoded
 from liftplace_jax.data.encoded import Shard
 from liftplace_jax.evaluation.samples import check_batch, replicated
-from liftplace_jax.experiment.report import versions
+from liftplace_jax.provenance import versions
 from liftplace_jax.experiment.sources import check_classes, load_split
 from liftplace_jax.training.metrics_io import progress
 

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from liftplace_jax import evaluation
 from liftplace_jax.nn import building
@@ -27,8 +26,9 @@ from liftplace_jax.evaluation.samples import replicated
 from liftplace_jax.experiment.context import Experiment
 from liftplace_jax.host.files import write_json, write_npz
 from liftplace_jax.nn.network import Network, load_network, make_apply
+from liftplace_jax.provenance import versions
 from liftplace_jax.host import sharding
-from liftplace_jax.training.metrics_io import progress
+from liftplace_jax.training.metrics_io import Progress, progress
 
 KEPT_IMAGES = 64
 CLASS_ROWS, CLASS_COLUMNS = 4, 10
@@ -60,6 +60,7 @@ def evaluate(experiment: Experiment) -> None:
             result |= _output_error(experiment, teacher, network)
         result["parameters"] = building.count_parameters(network.params)
         result["protocol"] = protocol(experiment)
+        result["versions"] = versions()
         result["seconds"] = time.monotonic() - started
         if processes.is_first():
             write_npz(folder / "samples.npz", images)
@@ -92,20 +93,21 @@ def protocol(experiment: Experiment, params: str = "ema") -> dict[str, Any]:
 def _sample_scores(experiment, title, network) -> tuple[dict[str, Any], dict[str, Any]]:
     fields, real = experiment.config.evaluation, experiment.real
     variants = {"": None} | ({"_clipped": fields.clip} if fields.clip else {})
-    bar = progress(f"samples, {title}", fields.num_samples * len(variants), unit="image")
+    total = fields.num_samples * len(variants)
     result, images = {}, {}
-    for suffix, clip in variants.items():
-        samples, rate = draw(experiment, network, bar, clip=clip, keep_images=KEPT_IMAGES)
-        if not suffix:
-            result["images_per_second"] = rate
-        if real:
-            # Few samples are for smoke runs, whose numbers mean nothing; the report says so.
-            few = fields.num_samples <= experiment.extractor.dim  # the real side: see Experiment
-            scores = evaluation.score(real, samples, k=fields.neighbours, allow_few=few)
-            values = {name + suffix: scores[name] for name in SCORES if name in scores}
-            result |= values if suffix else scores
-        images[f"images{suffix}"] = samples.images
-    bar.close()
+    with progress(f"samples, {title}", total, unit="image") as bar:
+        for suffix, clip in variants.items():
+            samples, rate = draw(experiment, network, bar, clip=clip, keep_images=KEPT_IMAGES)
+            if not suffix:
+                result["images_per_second"] = rate
+            if real:
+                # Few samples are for smoke runs, whose numbers mean nothing; the report says so.
+                # Of few real images: see Experiment.
+                few = fields.num_samples <= experiment.extractor.dim
+                scores = evaluation.score(real, samples, k=fields.neighbours, allow_few=few)
+                values = {name + suffix: scores[name] for name in SCORES if name in scores}
+                result |= values if suffix else scores
+            images[f"images{suffix}"] = samples.images
     return result, images | _class_images(experiment, network)
 
 
@@ -132,7 +134,7 @@ def _class_images(experiment: Experiment, network: Network) -> dict[str, Any]:
 def draw(
     experiment: Experiment,
     network: Network,
-    bar: tqdm.tqdm,
+    bar: Progress,
     *,
     clip: float | None = None,
     keep_images: int = 0,
@@ -142,11 +144,12 @@ def draw(
     Args:
       experiment: whose process, extractor and mesh are used.
       network: the model.
-      bar: moved on by the number of samples.
+      bar: of `progress`; moved on by the number of samples.
       clip: see `make_sampler`.
       keep_images: how many images to keep.
     """
     fields, ends, before = experiment.config.evaluation, [], bar.n
+    bar.compiles()
 
     def update(done):
         ends.append(time.monotonic())

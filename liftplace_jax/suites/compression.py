@@ -87,25 +87,24 @@ def _measure(experiment, teacher, ratios, options) -> tuple[list[Measured], list
     jobs = [(ratio, methods if ratio else ("no_kd",)) for ratio in ratios]
     teacher_network = random_network(teacher, experiment.config.distill.dtype)
     total = sum(1 + len(names) for _, names in jobs)
-    bar = progress("compression", total, unit="measurement")
     networks, training = [], []
-    for ratio, names in jobs:
-        bar.set_description(f"ratio {ratio:g}: network")
-        config, row = _network_row(experiment, teacher, ratio, options)
-        networks.append(row)
-        bar.update()
-        for name in names if config else ():
-            bar.set_description(f"ratio {ratio:g}: {name}")
-            work = functools.partial(
-                _training_row, experiment, name, config, teacher_network, options.repeats
-            )
-            measured, status = _attempt(work)
-            training.append({"ratio": ratio, "method": name} | (measured or {}))
-            training[-1]["status"] = status
+    with progress("compression", total, unit="measurement") as bar:
+        for ratio, names in jobs:
+            bar.set_description(f"ratio {ratio:g}: network")
+            config, row = _network_row(experiment, teacher, ratio, options)
+            networks.append(row)
             bar.update()
-        if not config:
-            bar.update(len(names))
-    bar.close()
+            for name in names if config else ():
+                bar.set_description(f"ratio {ratio:g}: {name}")
+                work = functools.partial(
+                    _training_row, experiment, name, config, teacher_network, options.repeats
+                )
+                measured, status = _attempt(work)
+                training.append({"ratio": ratio, "method": name} | (measured or {}))
+                training[-1]["status"] = status
+                bar.update()
+            if not config:
+                bar.update(len(names))
     return tuple(sorted(rows, key=lambda row: row["ratio"]) for rows in (networks, training))
 
 

@@ -72,9 +72,9 @@ def train(
         state = checkpoints.restore(abstract, shardings)
     _say_where(title, first, checkpoints.unfinished)
     log = MetricsLog(folder, first, tensorboard)
-    bar = progress(title, total_steps, first)
     batches = make_batches(first)
     agreed = Agreement()  # several processes save the same step, whoever got the signal
+    bar = progress(title, total_steps, first)
     try:
         with _Signals() as signals:
             # The order matters for exact resume: batch, step, check, log, save.
