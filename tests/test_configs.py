@@ -209,7 +209,8 @@ def finished(tmp_path_factory):
 @NAMES
 def test_runlocal_goes_from_teacher_to_report(name, finished):
     folder, done = finished[name]
-    assert (done.returncode, done.stdout) == (0, "Report: runs/one/report.md\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n\nReport: runs/one/report.md\n")
     workdir = folder / "runs" / "one"
     report = json.loads((workdir / "report.json").read_text())
     assert [row["method"] for row in report["rows"]] == ["teacher", "lift_place_feature_kd"]

@@ -180,7 +180,7 @@ def finished(tmp_path_factory):
 def test_runlocal_goes_from_teacher_to_report(name, finished):
     home, done = finished[name]
     assert [process.returncode for process in done] == [0] * len(done), done[-1].stderr
-    assert done[-1].stdout == f"Report: {name}/report.md\n"
+    assert done[-1].stdout.endswith(f"\n\nReport: {name}/report.md\n")
     workdir = home / name
     report = json.loads((workdir / "report.json").read_text())
     assert [row["method"] for row in report["rows"]] == ["teacher", "lift_place_feature_kd"]

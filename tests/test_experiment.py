@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 from pathlib import Path
 
@@ -16,8 +17,16 @@ from liftplace_jax import data, weights
 from liftplace_jax.evaluation.sampling import make_sampler
 from liftplace_jax.experiment import configuration
 from liftplace_jax.experiment.configuration import parse_arg
-from liftplace_jax.experiment.context import Run
-from liftplace_jax.experiment.report import grid, groups_figure, markdown, samples_figure, summarise
+from liftplace_jax.experiment.context import Experiment, Run
+from liftplace_jax.experiment.pictures import (
+    CURVES,
+    columns_for,
+    curves_figure,
+    grid,
+    groups_figure,
+    samples_figure,
+)
+from liftplace_jax.experiment.report import describe, markdown, summarise
 from liftplace_jax.experiment.stages import open_experiment
 from liftplace_jax.families import registry
 from liftplace_jax.host.differences import differences
@@ -297,7 +306,7 @@ def test_summaries_are_means_and_spreads_over_seeds():
 
 def test_the_table_has_a_line_for_each_method(tmp_path):
     experiment = open_experiment(tiny("method=all,seeds=0+1+2"), tmp_path / "run")
-    text = markdown(experiment, summarise(rows()))
+    text = markdown(experiment, describe(experiment, rows()))
     table = [re.split(r"\s*\|\s*", line)[1:-1] for line in text.splitlines() if line[:2] == "| "]
     assert [line[0] for line in table] == ["method", "teacher", "no_kd (3 seeds)", "lift (3 seeds)"]
     # Nothing was sampled with clipping or timed: no columns for them.
@@ -318,7 +327,7 @@ def test_a_report_without_features_says_so(tmp_path):
         | {"images_per_second": 20.0 + row["seed"]}
         for row in rows()
     ]
-    text = markdown(experiment, summarise(measured))
+    text = markdown(experiment, describe(experiment, measured))
     header, teacher, *_ = (line for line in text.splitlines() if line.startswith("| "))
     columns = "method params MACs compression output_error images/s steps time".split()
     assert header.strip("| ").replace("output error", "output_error").split(" | ") == columns
@@ -335,7 +344,45 @@ def test_grids_hold_every_image():
     assert picture[6, 6, 0] == 128  # empty
 
 
-@pytest.mark.parametrize("size, channels", [(8, 1), (64, 3)])
+@pytest.mark.parametrize("count, columns", [
+    (0, 1), (1, 1), (3, 3), (4, 4), (5, 3), (7, 4), (9, 3), (10, 4), (11, 4), (12, 4),
+])  # fmt: skip
+def test_figures_of_many_panels_wrap(count, columns):
+    assert columns_for(count) == columns
+
+
+def pixels(figure):
+    """(width, height) as saved."""
+    return tuple(figure.get_size_inches() * 120)
+
+
+def test_curves_of_many_terms_and_samples_of_many_methods_fit_a_page(tmp_path):
+    experiment = Experiment(tiny("method=all,seeds=0+1"), tmp_path / "run")
+    (axis,) = curves_figure(experiment).axes
+    assert axis.get_title() == "no metrics were logged"
+    for run in experiment.runs:
+        run.folder.mkdir(parents=True)
+        row = dict.fromkeys(CURVES, 0.5)
+        lines = [json.dumps({"step": step} | row) for step in (1, 2)]
+        (run.folder / "metrics.jsonl").write_text("\n".join(lines))
+    figure = curves_figure(experiment)
+    assert [axis.get_title() for axis in figure.axes] == [*CURVES, ""]
+    assert max(pixels(figure)) <= 1500
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(
+        dict.fromkeys(run.method for run in experiment.runs)
+    )
+    names = ["teacher", *dict.fromkeys(run.method for run in experiment.runs)]
+    images = np.zeros((64, 8, 8, 1), np.uint8)
+    for name in names:
+        (experiment.workdir / name).mkdir(parents=True, exist_ok=True)
+        np.savez(experiment.workdir / name / "samples.npz", images=images, images_clipped=images)
+    figure = samples_figure(experiment, [{"method": name, "folder": name} for name in names])
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == [*names, "", *(f"{name}, clipped" for name in names), ""]
+    assert max(pixels(figure)) <= 1700
+
+
+@pytest.mark.parametrize("size, channels", [(4, 1), (8, 1), (20, 1), (64, 3)])
 def test_pictures_of_every_size_and_fewer_images_than_rows(tmp_path, size, channels):
     config = tiny(evaluation__features=None, evaluation__clip=None)
     config.model.update(image_size=size, in_channels=channels, out_channels=channels)
@@ -348,11 +395,20 @@ def test_pictures_of_every_size_and_fewer_images_than_rows(tmp_path, size, chann
         weights.save_model(folder, experiment.model.described(), params)
         np.savez(folder / "samples.npz", images=np.zeros((64, size, size, channels), np.uint8))
     figure = groups_figure(experiment)
-    assert len(figure.axes) == 3 * 6
+    count = -(-size * size // 16)
+    panels = 5 if count == 1 else 6
+    assert len(figure.axes) == 3 * panels
     maps = [np.asarray(axis.images[0].get_array()) for axis in figure.axes]
     assert all(picture.shape[:2] == (size, size) for picture in maps)
-    assert len(np.unique(maps[5])) == -(-size * size // 16)
-    titles = [axis.get_title() for axis in figure.axes[:6]]
+    titles = [axis.get_title() for axis in figure.axes[:panels]]
+    if count == 1:  # a map of it would be one flat colour
+        assert figure.get_suptitle() == "All 16 elements of a channel are one group."
+    else:
+        assert titles[5].startswith(f"{count} groups of 16")
+        for axis in figure.axes[5::6]:
+            picture = axis.images[0]
+            colors = picture.to_rgba(np.unique(picture.get_array()))
+            assert len(np.unique(colors, axis=0)) == count
     assert ("squared error (red)" in titles) == (channels == 3)
     rows = [{"method": name, "folder": name} for name in ("teacher", "student")]
     figure = samples_figure(experiment, rows)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from conftest import QUICK_XLA
 from liftplace_jax import data, main, weights
 from liftplace_jax.experiment.report import FILES
 from liftplace_jax.host.flags import EXIT_BAD_INPUT
+from liftplace_jax.host.versions import line, processor
 from liftplace_jax.training.metrics_io import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -67,8 +69,17 @@ def finished(start, tmp_path_factory):
     )
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert out == f"Report: {workdir / 'report.md'}\n"
+    assert_table(out, f"Report: {workdir / 'report.md'}")
     return workdir
+
+
+def assert_table(out, last):
+    """What a command prints at its end: the table in columns, what came out, a path."""
+    header, *rows, empty, conclusion, also_empty, path = out.splitlines()
+    assert (empty, also_empty, path) == ("", "", last)
+    assert [row.split()[0] for row in rows] == ["teacher", "lift_place"]
+    assert len({len(row) for row in (header, *rows)}) == 1 and "|" not in header
+    assert conclusion.startswith("lift_place reaches a Frechet distance of ")
 
 
 @pytest.fixture
@@ -122,7 +133,17 @@ def test_a_job_killed_anywhere_ends_as_one_that_was_not(start, finished, tmp_pat
 
     process = start(*MAIN, *flags)
     out, err = process.communicate(timeout=300)
-    assert (process.returncode, out) == (0, f"Report: {workdir / 'report.md'}\n"), err
+    assert process.returncode == 0, err
+    assert_table(out, f"Report: {workdir / 'report.md'}")
+    # What the earlier commands left is not made again, and that is said.
+    assert [line for line in err.splitlines() if line.startswith("stage ")] == [
+        "stage 1 of 5: teacher, done before",
+        "stage 2 of 5: compress, done before",
+        "stage 3 of 5: distill, done before",
+        "stage 4 of 5: evaluate, 1 of 2 done before: teacher",
+        "stage 5 of 5: report",
+    ]
+    assert "samples, lift_place seed 0: compiling ... 0 s" in err
     for name in ("teacher", "pruned", "student"):
         ours, theirs = ((d / name / "model.safetensors").read_bytes() for d in (workdir, finished))
         assert ours == theirs, name
@@ -148,7 +169,7 @@ def test_a_job_killed_anywhere_ends_as_one_that_was_not(start, finished, tmp_pat
 def test_a_second_run_says_that_all_is_done(copy, capsys):
     before = files(copy)
     run(copy)
-    assert capsys.readouterr().out == f"All is done: see {copy / 'report.md'}\n"
+    assert_table(capsys.readouterr().out, f"All is done: see {copy / 'report.md'}")
     for mode in ("teacher", "compress", "distill", "evaluate"):
         run(copy, mode)
     assert files(copy) == before
@@ -185,7 +206,12 @@ def test_the_report_has_a_row_for_each_method_and_finite_numbers(finished):
     sizes = [sum(t.size for t in x.values()) for x in (teacher_tensors, student_tensors)]
     assert student["parameters"] == sizes[1]
     assert student["compression"] == sizes[0] / sizes[1] > 2
+    for row in report["rows"]:  # which processor each evaluation comes from
+        here = processor() | {"xla_flags": QUICK_XLA}
+        assert here.items() <= row["versions"].items()
     text = (finished / "report.md").read_text()
+    assert report["conclusion"] in text and report["made"]["command"] in text
+    assert f"Made {report['made']['date']}, evaluated on {line(report['versions'])}, with" in text
     table = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert [line.split("|")[1].strip() for line in table] == ["teacher", "lift_place"]
     assert f"{student['frechet']:.1f}" in table[1] and f"{sizes[1]:,}" in table[1]
@@ -197,10 +223,24 @@ def test_the_report_has_a_row_for_each_method_and_finite_numbers(finished):
 def test_a_lost_file_of_the_report_is_made_again(copy, finished, capsys):
     (copy / "groups.png").unlink()
     run(copy)
-    assert capsys.readouterr().out == f"Report: {copy / 'report.md'}\n"
+    assert_table(capsys.readouterr().out, f"Report: {copy / 'report.md'}")
     assert set(files(copy)) == set(files(finished))
     reports = [json.loads((d / "report.json").read_text()) for d in (copy, finished)]
+    made = [report.pop("made") for report in reports]
+    flags = [report["versions"].pop("xla_flags") for report in reports]
+    assert flags[0] != flags[1]  # of this process, and of the one that made the other
     assert reports[0] == reports[1]
+    assert all(re.fullmatch(r"\d{4}(-\d\d){2} \d\d:\d\d:\d\d [+-]\d{4}", m["date"]) for m in made)
+    assert made[1]["command"].startswith("python") and made[1]["command"].endswith(
+        f" {INTERRUPTED} none '{' '.join(main.MODES[1:])}' {CONFIG} --workdir={finished}"
+    )
+
+
+def test_a_damaged_report_is_named(copy):
+    for text in ('{"cut o', "[]", '{"summary": []}', '{"summary": [{"method": "teacher"}]}'):
+        (copy / "report.json").write_text(text)
+        with pytest.raises(ValueError, match="report.json is no report .*: delete it"):
+            run(copy)
 
 
 # Other jobs over the same teacher -------------------------------------------------------------

@@ -1,14 +1,215 @@
-"""The picture of a search for blocks."""
+"""The pictures of a report: samples, curves, and where the errors are."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import matplotlib
 import numpy as np
 
+from liftplace_jax.data import eval_batches
+from liftplace_jax.experiment.context import Context
+from liftplace_jax.experiment.scoring import CLASS_COLUMNS, CLASS_ROWS
+from liftplace_jax.experiment.training import load_teacher
+from liftplace_jax.families.loading import load_network
+from liftplace_jax.host.buckets import local_copy
 from liftplace_jax.host.files import replacing
+from liftplace_jax.losses import error_groups
 from liftplace_jax.training.metrics_io import read_metrics
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+# Drawn where a method has them; on a logarithmic axis but for the last three.
+CURVES = (
+    "loss", "diffusion", "vb", "output_kd", "vb_kd", "coarse", "fine", "feature_kd", "weight",
+    "slope", "intercept",
+)  # fmt: skip
+MOST_COLUMNS = 4
+
+
+def columns_for(count: int) -> int:
+    """Of a figure of so many panels: 3 or 4, whichever leaves fewer places empty."""
+    if count <= MOST_COLUMNS:
+        return max(1, count)
+    return min((MOST_COLUMNS, MOST_COLUMNS - 1), key=lambda columns: -count % columns)
+
+
+def samples_figure(context: Context, rows: list[dict[str, Any]]) -> plt.Figure:
+    """Teacher and the first student of each method, drawn from the same noise.
+
+    Samples as published, and below them, if there are any, those with clipping. The teacher comes
+    first; what does not fit beside it goes on in the next line.
+    """
+    shown = {row["method"]: row for row in reversed(rows)}
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    variants = {"": ""} | ({"_clipped": ", clipped"} if context.config.evaluation.clip else {})
+    # Few of the large images, so that each can be seen.
+    side, width = (8, 3) if context.image_shape[0] <= 32 else (4, 4)
+    by_class = context.model.conditioning.shown(1) is not None
+    height = width * CLASS_ROWS / CLASS_COLUMNS + 0.4 if by_class else width
+    columns = columns_for(len(names))
+    lines = -(-len(names) // columns)
+    figure, axes = plt.subplots(
+        lines * len(variants), columns, squeeze=False, layout="constrained",
+        figsize=(width * columns, (height + 0.4) * lines * len(variants)),
+    )  # fmt: skip
+    blocks = axes.reshape(len(variants), lines * columns)
+    for block, (suffix, note) in zip(blocks, variants.items(), strict=True):
+        for axis in block[len(names) :]:
+            axis.set_axis_off()
+        for axis, name in zip(block, names, strict=False):
+            _show_samples(axis, context.workdir / shown[name]["folder"], suffix, side)
+            frechet = shown[name].get(f"frechet{suffix}")
+            score = "" if frechet is None else f"\nFrechet {frechet:.1f}"
+            axis.set_title(f"{name}{note}{score}", fontsize=10)
+    return figure
+
+
+def _show_samples(axis: plt.Axes, folder: Path, suffix: str, side: int) -> None:
+    """A square of samples; of a class-conditional network a column for each class."""
+    with (
+        local_copy(folder / "samples.npz") as path,
+        np.load(path, allow_pickle=False) as file,
+    ):
+        classes = file["classes"] if "classes" in file and not suffix else None
+        if classes is None:
+            show(axis, grid(file[f"images{suffix}"][: side**2], side))
+        else:
+            images = file["images_by_class"]
+            show(axis, grid(images, len(classes)))
+    if classes is None:
+        axis.set_axis_off()
+        return
+    pitch = images.shape[2] + 1
+    axis.set_xticks(pitch * np.arange(len(classes)) + pitch / 2 - 1, classes, fontsize=8)
+    axis.set_yticks([])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+
+
+def curves_figure(context: Context) -> plt.Figure:
+    """Every logged term over steps, one line for each method (seed by seed)."""
+    metrics = [(run, read_metrics(run.folder)) for run in context.runs]
+    names = [name for name in CURVES if any(name in row for _, rows in metrics for row in rows)]
+    columns = columns_for(len(names))
+    lines = max(1, -(-len(names) // columns))
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(max(4, 3 * columns), 2.6 * lines + 0.5), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    methods = list(dict.fromkeys(run.method for run in context.runs))
+    colors = {method: plt.get_cmap("tab10")(i % 10) for i, method in enumerate(methods)}
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, names, strict=False):
+        for run, rows in metrics:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colors[run.method], lw=1.2, alpha=0.8,
+                          marker="." if len(points) == 1 else None)  # fmt: skip
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(which="both", labelsize=8)
+        axis.grid(alpha=0.3)
+        if name in ("slope", "intercept"):
+            axis.axhline(1 if name == "slope" else 0, color="black", lw=0.8, ls=":")
+        elif name != "weight":
+            axis.set_yscale("log")
+    # Below the panels, where it hides no curve.
+    handles = [plt.Line2D([], [], color=color, label=name) for name, color in colors.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8)
+    if not names:
+        axes[0, 0].set_title("no metrics were logged", fontsize=10)
+    return figure
+
+
+def groups_figure(context: Context) -> plt.Figure:
+    """Error map and group map of the paper's PLACE figure, on held-out images.
+
+    Where one group holds a whole channel there is nothing to map: that is said instead.
+    """
+    run = context.runs[-1]
+    teacher, student = load_teacher(context), load_network(run.folder)
+    source = context.sources["test"]
+    count = min(4, len(source))
+    batches = eval_batches(source, batch_size=count, process_index=0, process_count=1)
+    with contextlib.closing(batches):
+        batch = next(batches)
+    images = batch["image"]
+    t = jnp.full((count,), context.process.at(0.25))
+    noise = jax.random.normal(jax.random.key(context.config.evaluation.seed), images.shape)
+    x_t = context.process.add_noise(jnp.asarray(images), t, noise)
+    outputs = [
+        context.judge.predictor(n.graphdef)(n.params, x_t, t, context.model.conditioning.of(batch))
+        for n in (teacher, student)
+    ]
+    error = jnp.square(outputs[0] - outputs[1])
+    # Errors are sorted within each channel, so one of them is shown.
+    channel = {1: "", 3: " (red)"}.get(images.shape[-1], "\nfirst channel")
+    name = "latent" if context.autoencoder else "image"
+    columns = {
+        name: images, f"noisy, t = {int(t[0])}": x_t, f"teacher{channel}": outputs[0],
+        f"student{channel}\n{run.method}": outputs[1], f"squared error{channel}": error,
+    }  # fmt: skip
+    elements = int(np.prod(images.shape[1:3]))
+    size = min(context.config.distill.loss.group_size, elements)
+    total = -(-elements // size)
+    if total > 1:
+        groups = error_groups(outputs[1], outputs[0], size)
+        columns[f"{total} groups of {size}{channel}"] = groups
+    figure, axes = plt.subplots(
+        count, len(columns), figsize=(1.85 * len(columns), 0.5 + 1.8 * count), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    if total == 1:
+        figure.suptitle(f"All {elements} elements of a channel are one group.", fontsize=10)
+    limit = float(np.abs(outputs[0]).max())
+    for column, (title, values) in enumerate(columns.items()):
+        axes[0, column].set_title(title, fontsize=10)
+        for row in range(count):
+            picture, axis = np.asarray(values[row]), axes[row, column]
+            axis.set_axis_off()
+            if column < 2 and context.autoencoder:
+                axis.imshow(picture[..., 0], cmap="gray")
+            elif column < 2:
+                show(axis, np.clip((picture + 1) * 127.5, 0, 255).astype(np.uint8))
+            elif column < 4:
+                axis.imshow(picture[..., 0], cmap="RdBu", vmin=-limit, vmax=limit)
+            elif column == 4:
+                # A few large errors of a large image would leave the rest black.
+                brightest = np.quantile(picture[..., 0], 0.995)
+                axis.imshow(picture[..., 0], cmap="magma", vmin=0, vmax=brightest)
+            else:  # a colour for each group, the same in every row
+                colors = plt.get_cmap("viridis", total)
+                axis.imshow(picture[..., 0], cmap=colors, vmin=-0.5, vmax=total - 0.5)
+    return figure
+
+
+def grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
+    """(N, H, W, C) -> one picture, row by row; a thin gap between images."""
+    images = np.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=128)
+    rows = -(-len(images) // columns)
+    empty = np.full((rows * columns - len(images), *images.shape[1:]), 128, images.dtype)
+    tiles = np.concatenate([images, empty]).reshape(rows, columns, *images.shape[1:])
+    return np.concatenate([np.concatenate(list(row), axis=1) for row in tiles], axis=0)
+
+
+def show(axis: plt.Axes, image: np.ndarray) -> None:
+    """Shows a uint8 picture (H, W, C), grey for one channel."""
+    axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Saves as PNG, whole or not at all, and closes."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
 
 
 def keep_probabilities(rows: list[dict[str, float]]) -> np.ndarray:
@@ -19,11 +220,9 @@ def keep_probabilities(rows: list[dict[str, float]]) -> np.ndarray:
 
 def draw_search(folder: Path, kept: Sequence[int]) -> None:
     """Writes search.png: the probability of each block to stay, over the steps."""
-    from matplotlib.figure import Figure  # late: it takes a while to import
-
     rows = read_metrics(folder)
     probabilities = keep_probabilities(rows)
-    figure = Figure(figsize=(6, 1.5 + 0.15 * len(probabilities)), layout="constrained")
+    figure = plt.Figure(figsize=(6, 1.5 + 0.15 * len(probabilities)), layout="constrained")
     axis = figure.subplots()
     mesh = axis.pcolormesh(
         [row["step"] for row in rows], range(len(probabilities)), probabilities, vmin=0, vmax=1,

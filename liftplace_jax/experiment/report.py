@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import matplotlib
-import numpy as np
-
-from liftplace_jax.data import eval_batches
+from liftplace_jax.conclusion import conclude, spread
 from liftplace_jax.experiment.context import Context
-from liftplace_jax.experiment.scoring import CLASS_COLUMNS, CLASS_ROWS
-from liftplace_jax.experiment.training import load_teacher
+from liftplace_jax.experiment.pictures import (
+    curves_figure,
+    groups_figure,
+    samples_figure,
+    save_figure,
+)
 from liftplace_jax.families import registry
-from liftplace_jax.families.loading import load_network
 from liftplace_jax.families.registry import count_macs
 from liftplace_jax.host import processes
-from liftplace_jax.host.buckets import local_copy
 from liftplace_jax.host.files import replacing, write_json
-from liftplace_jax.host.versions import versions
-from liftplace_jax.losses import error_groups
+from liftplace_jax.host.versions import command, line, versions
 from liftplace_jax.training.metrics_io import read_metrics
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 FILES = ("report.json", "report.md", "samples.png", "curves.png", "groups.png")
 MEASURES = (
     "frechet", "precision", "recall", "frechet_clipped", "precision_clipped", "recall_clipped",
     "output_error", "images_per_second", "train_seconds",
 )  # fmt: skip
-# Drawn where a method has them; on a logarithmic axis but for the last three.
-CURVES = (
-    "loss", "diffusion", "vb", "output_kd", "vb_kd", "coarse", "fine", "feature_kd", "weight",
-    "slope", "intercept",
-)  # fmt: skip
+SMOKE = 500  # fewer samples than this say little
+Report = dict[str, Any]  # the content of report.json
 
 
 def is_reported(context: Context) -> bool:
@@ -62,15 +51,44 @@ def write_report(context: Context) -> None:
 
 
 def _write_files(context: Context, rows: list[dict[str, Any]]) -> None:
-    summary, workdir = summarise(rows), context.workdir
+    report, workdir = describe(context, rows), context.workdir
     save_figure(samples_figure(context, rows), workdir / "samples.png")
     save_figure(curves_figure(context), workdir / "curves.png")
     save_figure(groups_figure(context), workdir / "groups.png")
     with replacing(workdir / "report.md") as temporary:
-        temporary.write_text(markdown(context, summary))
-    write_json(workdir / "report.json", {
-        "name": context.config.name, "rows": rows, "summary": summary, "versions": versions(),
-    })  # fmt: skip
+        temporary.write_text(markdown(context, report))
+    write_json(workdir / "report.json", report)
+
+
+def describe(context: Context, rows: list[dict[str, Any]]) -> Report:
+    """The content of report.json: rows, their summary, what came out, when and by what."""
+    summary = summarise(rows)
+    few = context.config.evaluation.num_samples < SMOKE
+    return {
+        "name": context.config.name, "conclusion": conclude(summary, few), "rows": rows,
+        "summary": summary, "versions": versions(),
+        "made": {"date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": command()},
+    }  # fmt: skip
+
+
+def read_report(workdir: Path) -> str:
+    """Table and conclusion of a finished report, for a terminal.
+
+    Raises:
+      ValueError: report.json is damaged.
+    """
+    path = workdir / "report.json"
+    try:
+        report = json.loads(path.read_text())
+        if not report["summary"]:
+            raise ValueError("its summary is empty")
+        text = "\n".join(_aligned(_cells(report["summary"])))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no report ({error}): delete it, and the same command makes it anew"
+        ) from error
+    # Reports of earlier versions conclude nothing.
+    return text + (f"\n\n{report['conclusion']}" if report.get("conclusion") else "")
 
 
 def collect_rows(context: Context) -> list[dict[str, Any]]:
@@ -116,10 +134,42 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
-def markdown(context: Context, summary: list[dict[str, Any]]) -> str:
+def markdown(context: Context, report: Report) -> str:
     """The report as text."""
+    lines = [
+        f"# {report['name']}", "", report["conclusion"], "", *_table(report["summary"]), "",
+        *_protocol(context, report["summary"]), "", *_provenance(report), "",
+        "Teacher and students from the same noise:", "", "![samples](samples.png)", "",
+        "Loss terms, slope, intercept and weight over steps:", "", "![curves](curves.png)", "",
+        "Where the student errs, and the groups that PLACE makes of it:", "",
+        "![groups](groups.png)", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _provenance(report: Report) -> list[str]:
+    """When, by what command, on which processors."""
+    machines: dict[str, list[str]] = {}
+    for row in report["rows"]:
+        title = row["method"] if row["method"] == "teacher" else f"{row['method']} {row['seed']}"
+        machines.setdefault(line(row.get("versions", {})), []).append(title)
+    where = "; ".join(
+        machine + (f" ({', '.join(titles)})" if len(machines) > 1 else "")
+        for machine, titles in machines.items()
+    )
+    libraries = ", ".join(
+        f"{name} {report['versions'][name]}" for name in ("liftplace_jax", "jax", "flax", "optax")
+    )
+    return [
+        f"Made {report['made']['date']}, evaluated on {where}, with {libraries}, by",
+        "", "```bash", report["made"]["command"], "```",
+    ]  # fmt: skip
+
+
+def _protocol(context: Context, summary: list[dict[str, Any]]) -> list[str]:
+    """What the columns of the table are."""
     config, evaluation = context.config, context.config.evaluation
-    lines = [f"# {config.name}", "", *_table(summary), ""]
+    lines = []
     if context.judge.extractor:
         real = f"all of {config.data.name} {config.data.train_split}"
         if evaluation.reference:
@@ -159,189 +209,47 @@ def markdown(context: Context, summary: list[dict[str, Any]]) -> str:
             f"allow_few: {evaluation.num_samples} samples are fewer than the "
             f"{context.judge.extractor.dim} features; such a distance compares with nothing."
         )
-    if evaluation.num_samples < 500:
+    if evaluation.num_samples < SMOKE:
         lines.append("So few samples are for a smoke run: the numbers mean little.")
-    lines += ["", "Teacher and students from the same noise:", "", "![samples](samples.png)", "",
-              "Loss terms, slope, intercept and weight over steps:", "", "![curves](curves.png)",
-              "", "Where the student errs, and the groups that PLACE makes of it:", "",
-              "![groups](groups.png)", ""]  # fmt: skip
-    return "\n".join(lines)
+    return lines
 
 
-def _table(summary: list[dict[str, Any]]) -> list[str]:
-    """Lines of the table; a measure that no row has is no column."""
+def _cells(summary: list[dict[str, Any]]) -> list[list[str]]:
+    """The table, line by line, with its header; a measure that no row has is no column."""
     columns = {
         "method": lambda row: row["method"]
         + (f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else ""),
         "params": lambda row: f"{row['parameters']:,}",
         "MACs": lambda row: _si(row["macs"]),
         "compression": lambda row: f"{row['compression']:.1f}x",
-        "Frechet": lambda row: _spread(row, "frechet", ".1f"),
-        "precision": lambda row: _spread(row, "precision", ".3f"),
-        "recall": lambda row: _spread(row, "recall", ".3f"),
-        "Frechet, clipped": lambda row: _spread(row, "frechet_clipped", ".1f"),
-        "output error": lambda row: _spread(row, "output_error", ".4f"),
-        "images/s": lambda row: _spread(row, "images_per_second", ".3g"),
+        "Frechet": lambda row: spread(row, "frechet", ".1f"),
+        "precision": lambda row: spread(row, "precision", ".3f"),
+        "recall": lambda row: spread(row, "recall", ".3f"),
+        "Frechet, clipped": lambda row: spread(row, "frechet_clipped", ".1f"),
+        "output error": lambda row: spread(row, "output_error", ".4f"),
+        "images/s": lambda row: spread(
+            row, "images_per_second", ",.0f" if (row["images_per_second"] or 0) >= 100 else ".3g"
+        ),
         "steps": lambda row: "-" if row["steps"] is None else str(row["steps"]),
-        "time": lambda row: _spread(row, "train_seconds", ".0f", " s"),
+        "time": lambda row: spread(row, "train_seconds", ".0f", " s"),
     }
     cells = {name: [cell(row) for row in summary] for name, cell in columns.items()}
     cells = {name: column for name, column in cells.items() if set(column) != {"-"}}
-    header, *rows = (
-        "| " + " | ".join(row) + " |" for row in (cells, *zip(*cells.values(), strict=True))
-    )
-    return [header, "|" + "---|" * len(cells), *rows]
+    return [list(cells), *map(list, zip(*cells.values(), strict=True))]
 
 
-def samples_figure(context: Context, rows: list[dict[str, Any]]) -> plt.Figure:
-    """Teacher and the first student of each method, drawn from the same noise.
-
-    A line of samples as published, and one with clipping if there is one.
-    """
-    shown = {row["method"]: row for row in reversed(rows)}
-    names = list(dict.fromkeys(row["method"] for row in rows))
-    variants = {"": ""} | ({"_clipped": ", clipped"} if context.config.evaluation.clip else {})
-    # Few of the large images, so that each can be seen.
-    side, width = (8, 3) if context.image_shape[0] <= 32 else (4, 4)
-    by_class = context.model.conditioning.shown(1) is not None
-    height = width * CLASS_ROWS / CLASS_COLUMNS + 0.4 if by_class else width
-    figure, axes = plt.subplots(
-        len(variants), len(names), squeeze=False, layout="constrained",
-        figsize=(width * len(names), (height + 0.4) * len(variants)),
-    )  # fmt: skip
-    for line, (suffix, note) in zip(axes, variants.items(), strict=True):
-        for axis, name in zip(line, names, strict=True):
-            _show_samples(axis, context.workdir / shown[name]["folder"], suffix, side)
-            frechet = shown[name].get(f"frechet{suffix}")
-            score = "" if frechet is None else f"\nFrechet {frechet:.1f}"
-            axis.set_title(f"{name}{note}{score}", fontsize=10)
-    return figure
+def _table(summary: list[dict[str, Any]]) -> list[str]:
+    """Lines of the table in markdown."""
+    header, *rows = ("| " + " | ".join(row) + " |" for row in _cells(summary))
+    return [header, "|" + "---|" * (header.count("|") - 1), *rows]
 
 
-def _show_samples(axis: plt.Axes, folder: Path, suffix: str, side: int) -> None:
-    """A square of samples; of a class-conditional network a column for each class."""
-    with (
-        local_copy(folder / "samples.npz") as path,
-        np.load(path, allow_pickle=False) as file,
-    ):
-        classes = file["classes"] if "classes" in file and not suffix else None
-        if classes is None:
-            show(axis, grid(file[f"images{suffix}"][: side**2], side))
-        else:
-            images = file["images_by_class"]
-            show(axis, grid(images, len(classes)))
-    if classes is None:
-        axis.set_axis_off()
-        return
-    pitch = images.shape[2] + 1
-    axis.set_xticks(pitch * np.arange(len(classes)) + pitch / 2 - 1, classes, fontsize=8)
-    axis.set_yticks([])
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-
-
-def curves_figure(context: Context) -> plt.Figure:
-    """Every logged term over steps, one line for each method (seed by seed)."""
-    metrics = [(run, read_metrics(run.folder)) for run in context.runs]
-    names = [name for name in CURVES if any(name in row for _, rows in metrics for row in rows)]
-    columns = -(-len(names) // 2)
-    figure, axes = plt.subplots(
-        2, columns, figsize=(3.5 * columns, 6), layout="constrained", squeeze=False
-    )
-    methods = list(dict.fromkeys(run.method for run in context.runs))
-    colors = dict(zip(methods, plt.get_cmap("tab10").colors, strict=False))
-    for axis in axes.flat[len(names) :]:
-        axis.set_axis_off()
-    for axis, name in zip(axes.flat, names, strict=False):
-        for run, rows in metrics:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            if points:
-                first = run.seed == context.config.seeds[0]
-                axis.plot(*zip(*points, strict=True), color=colors[run.method], lw=1.2, alpha=0.8,
-                          label=run.method if first else None)  # fmt: skip
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(which="both", labelsize=8)
-        axis.grid(alpha=0.3)
-        if name in ("slope", "intercept"):
-            axis.axhline(1 if name == "slope" else 0, color="black", lw=0.8, ls=":")
-        elif name != "weight":
-            axis.set_yscale("log")
-    axes[0, 0].legend(fontsize=8)
-    return figure
-
-
-def groups_figure(context: Context) -> plt.Figure:
-    """Error map and group map of the paper's PLACE figure, on held-out images."""
-    run = context.runs[-1]
-    teacher, student = load_teacher(context), load_network(run.folder)
-    source = context.sources["test"]
-    count = min(4, len(source))
-    batches = eval_batches(source, batch_size=count, process_index=0, process_count=1)
-    with contextlib.closing(batches):
-        batch = next(batches)
-    images = batch["image"]
-    t = jnp.full((count,), context.process.at(0.25))
-    noise = jax.random.normal(jax.random.key(context.config.evaluation.seed), images.shape)
-    x_t = context.process.add_noise(jnp.asarray(images), t, noise)
-    outputs = [
-        context.judge.predictor(n.graphdef)(n.params, x_t, t, context.model.conditioning.of(batch))
-        for n in (teacher, student)
+def _aligned(cells: list[list[str]]) -> list[str]:
+    """Lines of the table as plain text: the first column to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
     ]
-    error = jnp.square(outputs[0] - outputs[1])
-    size = min(context.config.distill.loss.group_size, int(np.prod(images.shape[1:3])))
-    groups = error_groups(outputs[1], outputs[0], size)
-    # Errors are sorted within each channel, so one of them is shown.
-    channel = {1: "", 3: " (red)"}.get(images.shape[-1], "\nfirst channel")
-    name = "latent" if context.autoencoder else "image"
-    columns = {
-        name: images, f"noisy, t = {int(t[0])}": x_t, f"teacher{channel}": outputs[0],
-        f"student{channel}\n{run.method}": outputs[1], f"squared error{channel}": error,
-        f"groups of {size}{channel}": groups,
-    }  # fmt: skip
-    figure, axes = plt.subplots(
-        count, 6, figsize=(11, 0.4 + 1.8 * count), squeeze=False, layout="constrained"
-    )
-    limit = float(np.abs(outputs[0]).max())
-    for column, (title, values) in enumerate(columns.items()):
-        axes[0, column].set_title(title, fontsize=10)
-        for row in range(count):
-            picture, axis = np.asarray(values[row]), axes[row, column]
-            axis.set_axis_off()
-            if column < 2 and context.autoencoder:
-                axis.imshow(picture[..., 0], cmap="gray")
-            elif column < 2:
-                show(axis, np.clip((picture + 1) * 127.5, 0, 255).astype(np.uint8))
-            elif column < 4:
-                axis.imshow(picture[..., 0], cmap="RdBu", vmin=-limit, vmax=limit)
-            elif column == 4:
-                # A few large errors of a large image would leave the rest black.
-                brightest = np.quantile(picture[..., 0], 0.995)
-                axis.imshow(picture[..., 0], cmap="magma", vmin=0, vmax=brightest)
-            else:
-                axis.imshow(picture[..., 0], cmap="viridis")
-    return figure
-
-
-def grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
-    """(N, H, W, C) -> one picture, row by row; a thin gap between images."""
-    images = np.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=128)
-    rows = -(-len(images) // columns)
-    empty = np.full((rows * columns - len(images), *images.shape[1:]), 128, images.dtype)
-    tiles = np.concatenate([images, empty]).reshape(rows, columns, *images.shape[1:])
-    return np.concatenate([np.concatenate(list(row), axis=1) for row in tiles], axis=0)
-
-
-def show(axis: plt.Axes, image: np.ndarray) -> None:
-    """Shows a uint8 picture (H, W, C), grey for one channel."""
-    axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
-
-
-def save_figure(figure: plt.Figure, path: str | os.PathLike) -> None:
-    """Saves as PNG, whole or not at all, and closes."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
 
 
 def _guidance(evaluation: Any) -> str:
@@ -350,13 +258,6 @@ def _guidance(evaluation: Any) -> str:
     channels = evaluation.guidance_channels
     where = "" if channels is None else f" on the first {channels} channels"
     return f", guidance {evaluation.guidance:g}{where}"
-
-
-def _spread(row: dict[str, Any], key: str, form: str, unit: str = "") -> str:
-    if row[key] is None:
-        return "-"
-    spread = row[f"{key}_spread"]
-    return f"{row[key]:{form}}" + (f" +- {spread:{form}}" if spread is not None else "") + unit
 
 
 def _si(value: float) -> str:

@@ -23,6 +23,7 @@ from liftplace_jax.families.loading import load_network
 from liftplace_jax.host import processes
 from liftplace_jax.host.files import write_json, write_npz
 from liftplace_jax.host.progress import Progress, progress
+from liftplace_jax.host.versions import versions
 from liftplace_jax.nn import building
 from liftplace_jax.nn.network import Network
 
@@ -56,6 +57,7 @@ def evaluate(context: Context) -> None:
             result |= _output_error(context, teacher, network)
         result["parameters"] = building.count_parameters(network.params)
         result["protocol"] = protocol(context)
+        result["versions"] = versions()
         result["seconds"] = time.monotonic() - started
         if processes.is_first():
             write_npz(folder / "samples.npz", images)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from liftplace_jax.experiment.compressing import compress
 from liftplace_jax.experiment.context import Context, make_context
 from liftplace_jax.experiment.foresight import check_stages
-from liftplace_jax.experiment.report import is_reported, write_report
-from liftplace_jax.experiment.scoring import evaluate
+from liftplace_jax.experiment.report import is_reported, read_report, write_report
+from liftplace_jax.experiment.scoring import evaluate, model_folders
 from liftplace_jax.experiment.training import distill, train_teacher
 from liftplace_jax.experiment.workdir import claim as claim_workdir
 from liftplace_jax.host import processes
+from liftplace_jax.nn.network import is_saved
 from liftplace_jax.training.profiling import keep_compiled
 
 STAGES: dict[str, Callable[[Context], None]] = {
@@ -59,10 +62,37 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str) -> None:
     workdir = context.workdir
     processes.log_to(workdir / "logs")
     if mode == "all" and is_reported(context):
-        print(f"All is done: see {workdir / 'report.md'}")
+        _conclude("All is done: see", workdir)
         return
-    for name, stage in STAGES.items():
+    for number, (name, stage) in enumerate(STAGES.items(), 1):
         if mode in ("all", name):
+            if processes.is_first():
+                done = _done(context, name)
+                print(f"stage {number} of {len(STAGES)}: {name}{done}", file=sys.stderr)
             stage(context)
     if mode in ("all", "report"):
-        print(f"Report: {workdir / 'report.md'}")
+        _conclude("Report:", workdir)
+
+
+def _conclude(words: str, workdir: Path) -> None:
+    if processes.is_first():
+        print(read_report(workdir), end="\n\n")
+    print(words, workdir / "report.md")
+
+
+def _done(context: Context, stage: str) -> str:
+    """What of a stage is there already and left as it is; "" if nothing is."""
+    folders = model_folders(context)
+    students = {title: folder for title, folder in folders.items() if title != "teacher"}
+    parts = {
+        "teacher": {"teacher": is_saved(context.teacher_folder)},
+        "compress": {"pruned": is_saved(context.pruned_folder)},
+        "distill": {title: is_saved(folder) for title, folder in students.items()},
+        "evaluate": {t: (folder / "evaluation.json").exists() for t, folder in folders.items()},
+    }.get(stage, {})
+    done = [title for title, there in parts.items() if there]
+    if not done:
+        return f", {len(parts)} students" if stage == "distill" and len(parts) > 1 else ""
+    if len(done) == len(parts):
+        return ", done before"
+    return f", {len(done)} of {len(parts)} done before: {', '.join(done)}"

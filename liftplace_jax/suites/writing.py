@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from liftplace_jax.host import versions as provenance
 from liftplace_jax.host.files import replacing, write_json
 from liftplace_jax.suites.options import Result
 
@@ -46,7 +47,7 @@ def machine() -> dict[str, Any]:
     device = jax.devices()[0]
     found = {
         "device": device.device_kind, "devices": jax.device_count(), "backend": device.platform,
-        "cores": os.cpu_count(), "processor": platform.machine(),
+        "cores": os.cpu_count(), **provenance.processor(),
         "python": platform.python_version(), "jax": jax.__version__,
     }  # fmt: skip
     if "torch" in sys.modules:
