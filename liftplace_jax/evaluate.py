@@ -269,9 +269,11 @@ def check_count(count: int, extractor) -> None:
 def refuse_other(path: Path, protocol: dict[str, Any]) -> None:
     """Raises a ValueError if a result is there that was made in another way."""
     from liftplace_jax.experiment.configuration import differences
+    from liftplace_jax.host.files import read_json
 
     if path.exists():
-        lines = differences(json.loads(path.read_text())["protocol"], protocol)
+        found = read_json(path, "Delete it, or choose another --out").get("protocol")
+        lines = differences(found if isinstance(found, dict) else {}, protocol)
         if lines:
             raise ValueError(
                 f"{path} holds a result of another protocol ({'; '.join(lines)}): choose another "

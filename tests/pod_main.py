@@ -20,6 +20,7 @@ from liftplace_jax import main
 from liftplace_jax.host import files
 from liftplace_jax.host import processes
 from liftplace_jax.experiment.context import Experiment
+from liftplace_jax.locks import locked
 from liftplace_jax.host import sharding
 from liftplace_jax.training.state import random_key
 
@@ -37,13 +38,18 @@ def run(config, workdir, mode):
     """20 steps of the teacher's fields."""
     config.teacher.update(steps=20, checkpoint_every=5)
     config.sharding_rules = (("inner", ("fsdp",)), ("outer", ("fsdp", None)))
-    experiment = Experiment(config, workdir)
+    with locked(workdir):
+        train(Experiment(config, workdir), workdir)
+
+
+def train(experiment, workdir):
+    fields = experiment.config.teacher
     processes.log_to(workdir / "logs")
     keys = jax.random.split(jax.random.key(0))
     student = {"inner": jax.random.normal(keys[0], (64, 16)) / 8,
                "outer": jax.random.normal(keys[1], (16, 64)) / 8}  # fmt: skip
     state = experiment.run_training(
-        config.teacher, loss_fn, {"student": student}, None, 0, workdir / "teacher", "teacher", None
+        fields, loss_fn, {"student": student}, None, 0, workdir / "teacher", "teacher", None
     )
     leaves = jax.tree_util.tree_flatten_with_path(sharding.gathered(state))[0]
     if processes.is_first():

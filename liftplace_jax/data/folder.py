@@ -1,6 +1,8 @@
 """Images in a folder, with random access."""
 
+import hashlib
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from liftplace_jax.host.buckets import on_this_machine
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPLITS = ("train", "validation", "val", "test")  # what a subfolder for a split may be called
 _MODES = {1: "L", 3: "RGB"}
+_READ_WHOLE = 64 * 2**20  # bytes; of larger folders a fingerprint has names and sizes alone
 
 
 class ImageFolder:
@@ -62,6 +65,30 @@ class ImageFolder:
         label = self.classes.index(Path(self._files[index]).parts[0]) if self.classes else 0
         return {
             "image": pixels.reshape(*pixels.shape[:2], -1), "label": label, "file": str(file)
+        }  # fmt: skip
+
+    def fingerprint(self):
+        """What changes with a file that is added, removed, renamed or replaced, as JSON.
+
+        A file that is replaced by another one of as many bytes is noticed in folders of up to
+        64 MiB, whose files are read for this.
+
+        Raises:
+          ValueError: a file is gone, or cannot be read.
+        """
+        names, content, total = hashlib.sha256(), hashlib.sha256(), 0
+        try:
+            sizes = [os.stat(self._root / file).st_size for file in self._files]
+            total = sum(sizes)
+            for file, size in zip(self._files, sizes, strict=True):
+                names.update(os.fsencode(file) + b"\0")
+                content.update(b"%d " % size)
+                if total <= _READ_WHOLE:
+                    content.update(b"%d " % zlib.crc32((self._root / file).read_bytes()))
+        except OSError as error:
+            raise ValueError(f"cannot read image {error.filename}: {error.strerror}") from error
+        return {
+            "bytes": total, "names": names.hexdigest()[:16], "content": content.hexdigest()[:16]
         }  # fmt: skip
 
 

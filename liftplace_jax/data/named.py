@@ -60,7 +60,7 @@ def load_source(
         return Source(
             f"{path} ({split})", records, image_shape=records.image_shape, crop=crop,
             image_size=image_size, num_classes=len(records.classes) or None, resize=resize,
-            classes=records.classes, memory_mb=memory_mb,
+            classes=records.classes, memory_mb=memory_mb, fingerprint=records.fingerprint,
         )  # fmt: skip
     import tensorflow_datasets as tfds
 
@@ -92,6 +92,8 @@ def load_source(
         resize=resize,
         classes=label.names if isinstance(label, tfds.features.ClassLabel) else (),
         memory_mb=memory_mb,
+        # Its version says what TFDS prepares; the files need not be the same everywhere.
+        fingerprint=lambda: {"data": builder.info.full_name},
     )
 
 

@@ -3,7 +3,7 @@
 An `Experiment` lives in a work directory. Each stage does what is missing there and can be run
 alone; what it leaves is what the next one reads:
 
-    config.json
+    config.json, data.json
     teacher/   checkpoints, metrics.jsonl, model.safetensors + config.json, evaluation.json
     pruned/    model.safetensors + config.json: where every student starts
     student/   as teacher/; with several methods or seeds student/<method>/seed<n>/
@@ -109,8 +109,14 @@ class Experiment:
             if type(self.model_config) not in compressing.FAMILIES:
                 raise ValueError(f"{config.model.model!r} is no network that denoises")
         self._check_later_stages()
+        self._claimed = False
         if claim:
-            workdirs.claim(self.workdir, config)
+            self.claim()
+
+    def claim(self) -> None:
+        """Makes the work directory this config's, or checks that it is; see `workdir.claim`."""
+        workdirs.claim(self.workdir, self.config)
+        self._claimed = True
 
     def _check_later_stages(self):
         """Finds now, from shapes alone, what would fail after hours of training."""
@@ -237,13 +243,13 @@ class Experiment:
 
         The images, or their latents.
         """
-        if self.autoencoder:
-            sources = open_latents(self.config, self.model_config)
-            if self.extractor and not self.config.evaluation.reference:
-                _ = self.images  # found wanting now, not at the evaluation
-        else:
-            sources = self.images
+        if not self.autoencoder:
+            return self.images
+        sources = open_latents(self.config, self.model_config)
+        if self.extractor and not self.config.evaluation.reference:
+            _ = self.images  # found wanting now, not at the evaluation
         check_classes(sources, self.model_config.num_classes)
+        workdirs.check_data(self.workdir, "latents", sources, self._claimed)
         return sources
 
     @functools.cached_property
@@ -259,6 +265,9 @@ class Experiment:
                 "config.evaluation.reference to a reference file, or leave "
                 "config.evaluation.features out"
             )
+        if not self.autoencoder:
+            check_classes(sources, self.model_config.num_classes)
+        workdirs.check_data(self.workdir, "images", sources, self._claimed)
         return sources
 
     # Teacher ------------------------------------------------------------------------------------

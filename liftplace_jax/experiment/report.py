@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,19 @@ import numpy as np
 
 from liftplace_jax.families import registry
 from liftplace_jax.host import processes
-from liftplace_jax.host.buckets import local_copy
 from liftplace_jax.data import eval_batches
 from liftplace_jax.experiment.context import Experiment
-from liftplace_jax.host.files import replacing, write_json
+from liftplace_jax.host.files import read_json, replacing, write_json
 from liftplace_jax.losses import error_groups
 from liftplace_jax.families.cost import count_macs
 from liftplace_jax.nn.network import load_network
-from liftplace_jax.experiment.scoring import CLASS_COLUMNS, CLASS_ROWS, predictor
+from liftplace_jax.experiment.scoring import (
+    CLASS_COLUMNS,
+    CLASS_ROWS,
+    predictor,
+    read_evaluation,
+    read_samples,
+)
 from liftplace_jax.training.metrics_io import read_metrics
 
 matplotlib.use("agg")
@@ -76,10 +80,9 @@ def collect_rows(experiment: Experiment) -> list[dict[str, Any]]:
     entries = [("teacher", experiment.config.seed, experiment.teacher_folder)]
     entries += [(run.method, run.seed, run.folder) for run in experiment.runs]
     for method, seed, folder in entries:
-        if not (folder / "evaluation.json").exists():
-            raise ValueError(f"no evaluation.json in {folder}: run --mode=evaluate first")
-        result = json.loads((folder / "evaluation.json").read_text())
-        config = registry.config_from_dict(json.loads((folder / "config.json").read_text()))
+        result = read_evaluation(folder)
+        fields = read_json(folder / "config.json", "Bring back a whole one")
+        config = registry.config_from_dict(fields)
         metrics = read_metrics(folder)
         macs = count_macs(config)
         teacher_macs = teacher_macs or macs
@@ -212,16 +215,13 @@ def samples_figure(experiment: Experiment, rows: list[dict[str, Any]]) -> plt.Fi
 
 def _show_samples(axis: plt.Axes, folder: Path, suffix: str, side: int) -> None:
     """A square of samples; of a class-conditional network a column for each class."""
-    with (
-        local_copy(folder / "samples.npz") as path,
-        np.load(path, allow_pickle=False) as file,
-    ):
-        classes = file["classes"] if "classes" in file and not suffix else None
-        if classes is None:
-            show(axis, grid(file[f"images{suffix}"][: side**2], side))
-        else:
-            images = file["images_by_class"]
-            show(axis, grid(images, len(classes)))
+    samples = read_samples(folder)
+    classes = None if suffix else samples.get("classes")
+    if classes is None:
+        show(axis, grid(samples[f"images{suffix}"][: side**2], side))
+    else:
+        images = samples["images_by_class"]
+        show(axis, grid(images, len(classes)))
     if classes is None:
         axis.set_axis_off()
         return

@@ -23,9 +23,11 @@ import tqdm
 from liftplace_jax import evaluation
 from liftplace_jax.nn import building
 from liftplace_jax.host import processes
+from liftplace_jax.host.buckets import local_copy
+from liftplace_jax.evaluation.references import ReferenceError, read_npz
 from liftplace_jax.evaluation.samples import replicated
 from liftplace_jax.experiment.context import Experiment
-from liftplace_jax.host.files import write_json, write_npz
+from liftplace_jax.host.files import read_json, write_json, write_npz
 from liftplace_jax.nn.network import Network, load_network, make_apply
 from liftplace_jax.host import sharding
 from liftplace_jax.training.metrics_io import progress
@@ -65,6 +67,38 @@ def evaluate(experiment: Experiment) -> None:
             write_npz(folder / "samples.npz", images)
             write_json(folder / "evaluation.json", result)
         processes.wait_for(folder / "evaluation.json")
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """What `evaluate` wrote beside a model.
+
+    Raises:
+      ValueError: it is missing or damaged; names it and says what to do.
+    """
+    path = folder / "evaluation.json"
+    if not path.exists():
+        raise ValueError(f"no evaluation.json in {folder}: run --mode=evaluate first")
+    advice = "Delete it and run --mode=evaluate again"
+    found = read_json(path, advice)
+    if type(found.get("parameters")) is not int:
+        raise ValueError(f"{path} is damaged: it has no number of parameters. {advice}")
+    return found
+
+
+def read_samples(folder: Path) -> dict[str, np.ndarray]:
+    """The images that `evaluate` kept beside a model.
+
+    Raises:
+      ValueError: they are damaged; names the file and says what to do.
+    """
+    with local_copy(folder / "samples.npz") as path:
+        try:
+            return read_npz(path)
+        except ReferenceError as error:
+            raise ValueError(
+                f"{folder / 'samples.npz'} is damaged: {error}. Delete it and the evaluation.json "
+                "beside it, and run --mode=evaluate again"
+            ) from error
 
 
 def model_folders(experiment: Experiment) -> dict[str, Path]:

@@ -16,16 +16,20 @@ def run(config: ConfigDict, workdir: Path, mode: str) -> None:
       config: ConfigDict of a config file.
       workdir: the work directory.
       mode: one of MODES.
+
+    Raises:
+      ValueError: another run has the work directory, or see `Experiment`.
     """
     from liftplace_jax.host import processes
+    from liftplace_jax.experiment import workdir as workdirs
     from liftplace_jax.experiment.context import Experiment
+    from liftplace_jax.locks import locked
     from liftplace_jax.experiment.report import is_reported, write_report
     from liftplace_jax.experiment.scoring import evaluate
     from liftplace_jax.training.profiling import keep_compiled
 
     keep_compiled(config.compile_cache)
-    experiment = Experiment(config, workdir)
-    processes.log_to(workdir / "logs")
+    experiment = Experiment(config, workdir, claim=False)
     stages = {
         "teacher": experiment.train_teacher,
         "compress": experiment.compress,
@@ -33,11 +37,16 @@ def run(config: ConfigDict, workdir: Path, mode: str) -> None:
         "evaluate": lambda: evaluate(experiment),
         "report": lambda: write_report(experiment),
     }
-    if mode == "all" and is_reported(experiment):
-        print(f"All is done: see {workdir / 'report.md'}")
-        return
-    for name, stage in stages.items():
-        if mode in ("all", name):
-            stage()
-    if mode in ("all", "report"):
-        print(f"Report: {workdir / 'report.md'}")
+    with locked(experiment.workdir) as alone:
+        experiment.claim()
+        if alone and processes.is_first():
+            workdirs.remove_leftovers(experiment.workdir)
+        processes.log_to(workdir / "logs")
+        if mode == "all" and is_reported(experiment):
+            print(f"All is done: see {workdir / 'report.md'}")
+            return
+        for name, stage in stages.items():
+            if mode in ("all", name):
+                stage()
+        if mode in ("all", "report"):
+            print(f"Report: {workdir / 'report.md'}")
