@@ -24,7 +24,6 @@ setup(
     install_requires=[
         "absl-py>=2.0",
         "array-record>=0.6",
-        "clu>=0.0.12",
         "etils[epath]>=1.9",
         "flax>=0.12,<0.13",
         # tensorflow-datasets imports it when it prepares data, but does not declare it.
@@ -39,8 +38,8 @@ setup(
         "safetensors>=0.5",
         "scikit-learn>=1.4",
         "scipy>=1.13",
-        # clu's writers and the preparation of TFDS data need both, and neither declares them.
         "tensorboard>=2.17",
+        # TFDS needs it when it prepares data, and does not declare it.
         "tensorflow>=2.18",
         "tensorflow-datasets>=4.9.8",
         "threadpoolctl>=3.1",

@@ -6,6 +6,8 @@ serves gs://bucket from memory and prints its port. Checkpoints rely on conditio
 object is read or replaced only if it is the one that was seen before.
 """
 
+import io
+import json
 import sys
 from functools import partial
 from http.server import HTTPServer
@@ -40,7 +42,12 @@ class Handler(RequestHandler):
         """Bucket and name of the object that is asked for or uploaded; None: none."""
         url = urlsplit(self.path)
         bucket, _, rest = url.path.partition("/b/")[2].partition("/o")
-        names = parse_qs(url.query).get("name", [])
+        query = parse_qs(url.query)
+        names = query.get("name", [])
+        if query.get("uploadType") == ["multipart"]:  # the name is in the first part
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            self.rfile = io.BytesIO(body)
+            names = [json.loads(body.split(b"\n\n", 1)[1].split(b"\n--")[0])["name"]]
         name = unquote(rest[1:]) or (names[0] if names else None)
         return (bucket, name) if name else None
 
@@ -72,7 +79,12 @@ class Handler(RequestHandler):
         self._unless_conditions_fail(super().do_GET)
 
     def do_POST(self):  # noqa: N802
+        socket = self.rfile
         self._unless_conditions_fail(super().do_POST)
+        self.rfile = socket
+
+    def do_PATCH(self):  # noqa: N802
+        self._unless_conditions_fail(super().do_PATCH)
 
     def do_DELETE(self):  # noqa: N802
         if self.path.startswith("/upload/"):  # an unfinished one: given up

@@ -20,6 +20,7 @@ from liftplace_jax import main
 from liftplace_jax.experiment.stages import open_experiment
 from liftplace_jax.experiment.training import run_training
 from liftplace_jax.host import files, processes, sharding
+from liftplace_jax.host.locks import locked
 from liftplace_jax.training.state import random_key
 
 
@@ -36,13 +37,18 @@ def run(config, workdir, mode):
     """20 steps of the teacher's fields."""
     config.teacher.update(steps=20, checkpoint_every=5)
     config.sharding_rules = (("inner", ("fsdp",)), ("outer", ("fsdp", None)))
-    experiment = open_experiment(config, workdir)
+    with locked(workdir):
+        train(open_experiment(config, workdir), workdir)
+
+
+def train(experiment, workdir):
+    fields = experiment.config.teacher
     processes.log_to(workdir / "logs")
     keys = jax.random.split(jax.random.key(0))
     student = {"inner": jax.random.normal(keys[0], (64, 16)) / 8,
                "outer": jax.random.normal(keys[1], (16, 64)) / 8}  # fmt: skip
-    state = run_training(experiment, 
-        config.teacher, loss_fn, {"student": student}, None, 0, workdir / "teacher", "teacher", None
+    state = run_training(
+        experiment, fields, loss_fn, {"student": student}, None, 0, workdir / "teacher", "teacher", None
     )
     leaves = jax.tree_util.tree_flatten_with_path(sharding.gathered(state))[0]
     if processes.is_first():

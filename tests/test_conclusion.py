@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from liftplace_jax.conclusion import conclude
+from liftplace_jax.experiment.conclusion import conclude
 from liftplace_jax.experiment.report import summarise
 from liftplace_jax.host import versions as provenance
 

@@ -1,10 +1,13 @@
 """One step, one loop, one state: against NumPy, optax and themselves on other devices."""
 
 import functools
+import json
 import math
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -571,6 +574,58 @@ def test_checkpoints_of_another_network_are_refused(tmp_path):
         checkpoints.restore(other)
 
 
+def test_a_checkpoint_without_its_checksums_is_refused_or_that_is_said(tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(4, wide_state())
+    path, abstract = tmp_path / "4" / "_CHECKPOINT_METADATA", jax.eval_shape(wide_state)
+    content = json.loads(path.read_text())
+    equal(checkpoints.restore(abstract), wide_state())
+    assert capsys.readouterr().err == ""
+    # A version that wrote none.
+    path.write_text(json.dumps(content | {"custom_metadata": {}}))
+    equal(Checkpoints(tmp_path).restore(abstract), wide_state())
+    assert f"{tmp_path}/4: a checkpoint without checksums" in capsys.readouterr().err
+    sums = content["custom_metadata"]["sums"]
+    fewer = {"sums": dict(list(sums.items())[1:])}
+    for damaged, said in {
+        "": "", "[]": "", json.dumps(content)[:-9]: "",
+        json.dumps(content | {"custom_metadata": fewer}): f"not what was saved: {next(iter(sums))}",
+        None: "its _CHECKPOINT_METADATA, with the checksums, is missing",
+    }.items():  # fmt: skip
+        path.unlink() if damaged is None else path.write_text(damaged)
+        message = f"(step 4|a checkpoint) in {tmp_path} cannot be .*: {said}"
+        with pytest.raises(ValueError, match=message):
+            Checkpoints(tmp_path).restore(abstract)
+
+
+def unfinished(folder, step):
+    """As orbax leaves it, or as another process has it right now."""
+    made = folder / f"{step}.orbax-checkpoint-tmp"
+    (made / "default").mkdir(parents=True)
+    return made
+
+
+def test_a_checkpoint_that_another_process_is_writing_is_left_alone(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(4, wide_state())
+    others = [unfinished(tmp_path, step) for step in (6, 9)]
+    Checkpoints(tmp_path).restore(jax.eval_shape(wide_state))  # someone looks
+    with pytest.raises(OSError, match="step 6 cannot be written to .*: another process is writing"):
+        checkpoints.save(6, wide_state())
+    assert all((path / "default").is_dir() for path in others)
+
+
+def test_what_a_killed_process_left_is_named_and_goes_with_the_next_save(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(4, wide_state())
+    unfinished(tmp_path, 6)
+    (tmp_path / "notes.txt").write_text("mine")
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.unfinished == ["6.orbax-checkpoint-tmp"] and checkpoints.latest_step() == 4
+    checkpoints.save(6, wide_state())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "6", "notes.txt"]
+
+
 # The loop --------------------------------------------------------------------------------------
 
 SGD = optax.adam(0.1)
@@ -697,3 +752,84 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     values = [np.frombuffer(e.tensor_proto.tensor_content, np.float32) for e in losses]
     assert [event.step for event in losses] == [row["step"] for row in rows] == [1, 2, 4]
     np.testing.assert_allclose(np.ravel(values), [row["loss"] for row in rows], rtol=1e-6)
+
+
+def steps_in_tensorboard(folder, plugin=False):
+    from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
+
+    module = plugin_event_accumulator if plugin else event_accumulator
+    events = module.EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    events.Reload()
+    values = [np.frombuffer(e.tensor_proto.tensor_content, np.float32) for e in events.Tensors("a")]
+    return [(e.step, v.item()) for e, v in zip(events.Tensors("a"), values, strict=True)]
+
+
+def test_tensorboard_has_each_step_once_after_a_kill(tmp_path):
+    def session(start, last, value):
+        log = MetricsLog(tmp_path, start, tensorboard=True)
+        for step in range(start + 1, last + 1):
+            log.write(step, {"a": value})
+        log.flush()  # and then nothing more, as after SIGKILL
+
+    session(0, 5, 1.0)
+    session(3, 7, 2.0)
+    session(3, 4, 3.0)  # at once, within the same second
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 3
+    assert steps_in_tensorboard(tmp_path) == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 3.0)]
+    session(0, 1, 4.0)  # its checkpoints were deleted
+    assert steps_in_tensorboard(tmp_path) == [(1, 4.0)]
+    assert not list(tmp_path.glob(".events*"))
+
+
+def test_a_tensorboard_that_is_running_forgets_later_steps_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("liftplace_jax.training.event_files.forget_later", lambda *_: None)
+    for start, value in ((0, 1.0), (2, 2.0)):
+        log = MetricsLog(tmp_path, start, tensorboard=True)
+        log.write(start + 1, {"a": value}), log.write(start + 2, {"a": value}), log.flush()
+    log.write(7, {"a": 3.0}), log.flush()
+    MetricsLog(tmp_path, 3, tensorboard=True).flush()
+    expected = [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert steps_in_tensorboard(tmp_path, plugin=True) == expected
+
+
+def test_event_files_of_others_stay_and_cut_off_ones_are_read(tmp_path):
+    log = MetricsLog(tmp_path, 0, tensorboard=True)
+    for step in (1, 2):
+        log.write(step, {"a": float(step)})
+    log.close()
+    path = next(tmp_path.glob("events*"))
+    path.write_bytes(path.read_bytes()[:-3])
+    others = {"events.out.tfevents.1.x": b"", "events.out.tfevents.2.x": b"\xff" * 3000,
+              "events.out.tfevents.3.x": (8).to_bytes(8, "little") + b"\xff" * 100}  # fmt: skip
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "events.out.tfevents.4.x").mkdir()
+    MetricsLog(tmp_path, 1, tensorboard=True).close()
+    for name, content in others.items():
+        assert (tmp_path / name).read_bytes() == content
+        (tmp_path / name).unlink()
+    (tmp_path / "events.out.tfevents.4.x").rmdir()
+    assert steps_in_tensorboard(tmp_path) == [(1, 1.0)]
+
+
+def test_a_full_disk_under_tensorboards_file_is_named(tmp_path, capsys):
+    log = MetricsLog(tmp_path, 0, tensorboard=True)
+    log._board._file.close()
+    log._board._file = log._board._records._writer = open("/dev/full", "wb")  # noqa: SIM115
+    log.write(1, {"a": 1.0})
+    with pytest.raises(OSError, match=r"No space left.*events\.out\.tfevents"):
+        log.flush()
+    log.close()
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_metrics_are_written_without_tensorflow(tmp_path):
+    code = (
+        "import sys; from liftplace_jax.training.metrics_io import MetricsLog\n"
+        "log = MetricsLog(sys.argv[1], 0, tensorboard=True)\n"
+        "log.write(1, {'a': 0.5}); log.flush(); log.close()\n"
+        "heavy = {'tensorflow', 'torch', 'grpc', 'pandas'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert steps_in_tensorboard(tmp_path) == [(1, 0.5)]

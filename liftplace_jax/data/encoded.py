@@ -164,6 +164,8 @@ class LatentSource:
         self.num_classes = manifest["num_classes"]
         self.classes = tuple(manifest.get("classes", ()))
         self._autoencoder = dict(manifest["autoencoder"])
+        names = ("data", "autoencoder", "shape", "dtype")
+        self._identity = {name: _identity(manifest).get(name) for name in names}
         self._shards = shards
         self._shard_size = manifest["shard_size"]
         self._dtype = record_dtype(self.image_shape)
@@ -171,6 +173,10 @@ class LatentSource:
 
     def __len__(self):
         return self._shards[-1].stop
+
+    def fingerprint(self):
+        """What tells these latents from others, as JSON types: what latents.json says of them."""
+        return {"images": len(self)} | self._identity
 
     def get(self, indices, mirrored=None, draws=None):
         """Reads latents, scaled as a network sees them.

@@ -63,7 +63,7 @@ def load_source(
         source = Source(
             f"{path} ({split})", records, image_shape=records.image_shape, crop=crop,
             image_size=image_size, num_classes=len(records.classes) or None, resize=resize,
-            classes=records.classes, memory_mb=memory_mb,
+            classes=records.classes, memory_mb=memory_mb, fingerprint=records.fingerprint,
         )  # fmt: skip
         source.without_classes = records.without_classes
         source.note = records.note(crop, image_size)
@@ -100,6 +100,8 @@ def load_source(
         resize=resize,
         classes=label.names if isinstance(label, tfds.features.ClassLabel) else (),
         memory_mb=memory_mb,
+        # Its version says what TFDS prepares; the files need not be the same everywhere.
+        fingerprint=lambda: {"data": builder.info.full_name},
     )
 
 

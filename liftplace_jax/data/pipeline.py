@@ -50,6 +50,7 @@ class Source:
         resize="bilinear",
         classes=(),
         memory_mb=MEMORY_MB,
+        fingerprint=None,
     ):
         """Wraps a random-access sequence of {"image": (H, W, C) array, "label": int, ...}.
 
@@ -68,6 +69,8 @@ class Source:
             ImageNet: halved by averaging while twice as large, then bicubic.
           classes: names of the classes, if known.
           memory_mb: splits that take less decoded, in MiB, are kept in memory.
+          fingerprint: optional () -> dict of JSON types that tells these records from others of
+            the same number.
 
         Raises:
           ValueError: no images, a dtype other than these, an unknown resize, or a result that is
@@ -78,6 +81,7 @@ class Source:
         self.name = name
         self.num_classes = num_classes
         self.classes = tuple(classes)
+        self._fingerprint = fingerprint
         if resize not in RESIZES:
             raise ValueError(f"unknown resize {resize!r}; known: {list(RESIZES)}")
         self._resize = resize
@@ -109,6 +113,10 @@ class Source:
 
     def __len__(self):
         return len(self._records)
+
+    def fingerprint(self):
+        """What tells the stored images from others, as JSON types; how many at the least."""
+        return {"images": len(self)} | (self._fingerprint() if self._fingerprint else {})
 
     def get(self, indices, mirrored=None, draws=None):
         """Reads the examples at `indices`.

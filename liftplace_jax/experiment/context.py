@@ -3,7 +3,7 @@
 A `Context` lives in a work directory. Stages are functions of it; each does what is missing there,
 and what it leaves is what the next one reads:
 
-    config.json
+    config.json, data.json
     teacher/   checkpoints, metrics.jsonl, model.safetensors + config.json, evaluation.json
     pruned/    model.safetensors + config.json: where every student starts
     student/   as teacher/, in <method>/seed<n>/
@@ -27,6 +27,7 @@ from liftplace_jax.encoders.autoencoder_folder import AutoencoderNetwork, load_a
 from liftplace_jax.experiment.checks import check_config, under
 from liftplace_jax.experiment.judging import Judge
 from liftplace_jax.experiment.sources import open_images, open_latents
+from liftplace_jax.experiment.workdir import check_data
 from liftplace_jax.families import registry
 from liftplace_jax.families.family import Family
 from liftplace_jax.host import sharding
@@ -54,6 +55,7 @@ class Context:
       mesh: of all devices.
       process: the diffusion process.
       model: the teacher's config.
+      writes: whether the work directory may learn of which data it is; otherwise it is only read.
     """
 
     config: ConfigDict
@@ -61,6 +63,7 @@ class Context:
     mesh: jax.sharding.Mesh
     process: Process
     model: DenoiserConfig
+    writes: bool = True
 
     @property
     def family(self) -> Family:
@@ -131,13 +134,13 @@ class Context:
 
         The images, or their latents.
         """
-        if self.autoencoder:
-            sources = open_latents(self.config, self.model)
-            if self.judge.extractor and not self.config.evaluation.reference:
-                _ = self.images  # found wanting now, not at the evaluation
-        else:
-            sources = self.images
+        if not self.autoencoder:
+            return self.images
+        sources = open_latents(self.config, self.model)
+        if self.judge.extractor and not self.config.evaluation.reference:
+            _ = self.images  # found wanting now, not at the evaluation
         self.model.conditioning.check_data(sources.values())
+        check_data(self.workdir, "latents", sources, self.writes)
         return sources
 
     @functools.cached_property
@@ -154,15 +157,21 @@ class Context:
                 "config.evaluation.reference to a reference file, or leave "
                 "config.evaluation.features out"
             )
+        if not self.autoencoder:
+            self.model.conditioning.check_data(sources.values())
+        check_data(self.workdir, "images", sources, self.writes)
         return sources
 
 
-def make_context(config: ConfigDict, workdir: str | os.PathLike) -> Context:
+def make_context(
+    config: ConfigDict, workdir: str | os.PathLike, writes: bool = True
+) -> Context:
     """Wires a config; reads no data, writes nothing.
 
     Args:
       config: as of `configuration.default_config`.
       workdir: the work directory, of this machine or a bucket (gs://...).
+      writes: as of `Context`.
 
     Raises:
       ValueError: a field of the config is out of its range.
@@ -172,4 +181,5 @@ def make_context(config: ConfigDict, workdir: str | os.PathLike) -> Context:
         process = make_process(config.process)
     with under("model: "):
         model = registry.config_from_dict(config.model.to_dict(), partial=True)
-    return Context(config, as_path(workdir), sharding.make_mesh(config.mesh), process, model)
+    mesh = sharding.make_mesh(config.mesh)
+    return Context(config, as_path(workdir), mesh, process, model, writes)

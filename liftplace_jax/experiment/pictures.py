@@ -14,10 +14,9 @@ import numpy as np
 
 from liftplace_jax.data import eval_batches
 from liftplace_jax.experiment.context import Context
-from liftplace_jax.experiment.scoring import CLASS_COLUMNS, CLASS_ROWS
+from liftplace_jax.experiment.scoring import CLASS_COLUMNS, CLASS_ROWS, read_samples
 from liftplace_jax.experiment.training import load_teacher
 from liftplace_jax.families.loading import load_network
-from liftplace_jax.host.buckets import local_copy
 from liftplace_jax.host.files import replacing
 from liftplace_jax.losses import error_groups
 from liftplace_jax.training.metrics_io import read_metrics
@@ -72,17 +71,14 @@ def samples_figure(context: Context, rows: list[dict[str, Any]]) -> plt.Figure:
 
 
 def _show_samples(axis: plt.Axes, folder: Path, suffix: str, side: int) -> None:
-    """A square of samples; of a class-conditional network a column for each class."""
-    with (
-        local_copy(folder / "samples.npz") as path,
-        np.load(path, allow_pickle=False) as file,
-    ):
-        classes = file["classes"] if "classes" in file and not suffix else None
-        if classes is None:
-            show(axis, grid(file[f"images{suffix}"][: side**2], side))
-        else:
-            images = file["images_by_class"]
-            show(axis, grid(images, len(classes)))
+    """A square of samples; of a network with conditions a column for each that is shown."""
+    samples = read_samples(folder)
+    classes = None if suffix else samples.get("classes")
+    if classes is None:
+        show(axis, grid(samples[f"images{suffix}"][: side**2], side))
+    else:
+        images = samples["images_by_class"]
+        show(axis, grid(images, len(classes)))
     if classes is None:
         axis.set_axis_off()
         return

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from liftplace_jax.conclusion import conclude, spread
+from liftplace_jax.experiment.conclusion import conclude, spread
 from liftplace_jax.experiment.context import Context
 from liftplace_jax.experiment.pictures import (
     curves_figure,
@@ -16,10 +16,13 @@ from liftplace_jax.experiment.pictures import (
     samples_figure,
     save_figure,
 )
+from liftplace_jax.experiment.scoring import (
+    read_evaluation,
+)
 from liftplace_jax.families import registry
 from liftplace_jax.families.registry import count_macs
 from liftplace_jax.host import processes
-from liftplace_jax.host.files import replacing, write_json
+from liftplace_jax.host.files import read_json, replacing, write_json
 from liftplace_jax.host.versions import command, line, versions
 from liftplace_jax.training.metrics_io import read_metrics
 
@@ -97,10 +100,9 @@ def collect_rows(context: Context) -> list[dict[str, Any]]:
     entries = [("teacher", context.config.seed, context.teacher_folder)]
     entries += [(run.method, run.seed, run.folder) for run in context.runs]
     for method, seed, folder in entries:
-        if not (folder / "evaluation.json").exists():
-            raise ValueError(f"no evaluation.json in {folder}: run --mode=evaluate first")
-        result = json.loads((folder / "evaluation.json").read_text())
-        config = registry.config_from_dict(json.loads((folder / "config.json").read_text()))
+        result = read_evaluation(folder)
+        fields = read_json(folder / "config.json", "Bring back a whole one")
+        config = registry.config_from_dict(fields)
         metrics = read_metrics(folder)
         macs = count_macs(config)
         teacher_macs = teacher_macs or macs

@@ -17,11 +17,13 @@ import jax
 import numpy as np
 
 from liftplace_jax import evaluation
+from liftplace_jax.evaluation.references import ReferenceFileError, read_npz
 from liftplace_jax.experiment.context import Context
 from liftplace_jax.experiment.training import load_teacher
 from liftplace_jax.families.loading import load_network
 from liftplace_jax.host import processes
-from liftplace_jax.host.files import write_json, write_npz
+from liftplace_jax.host.buckets import local_copy
+from liftplace_jax.host.files import read_json, write_json, write_npz
 from liftplace_jax.host.progress import Progress, progress
 from liftplace_jax.host.versions import versions
 from liftplace_jax.nn import building
@@ -63,6 +65,38 @@ def evaluate(context: Context) -> None:
             write_npz(folder / "samples.npz", images)
             write_json(folder / "evaluation.json", result)
         processes.wait_for(folder / "evaluation.json")
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """What `evaluate` wrote beside a model.
+
+    Raises:
+      ValueError: it is missing or damaged; names it and says what to do.
+    """
+    path = folder / "evaluation.json"
+    if not path.exists():
+        raise ValueError(f"no evaluation.json in {folder}: run --mode=evaluate first")
+    advice = "Delete it and run --mode=evaluate again"
+    found = read_json(path, advice)
+    if type(found.get("parameters")) is not int:
+        raise ValueError(f"{path} is damaged: it has no number of parameters. {advice}")
+    return found
+
+
+def read_samples(folder: Path) -> dict[str, np.ndarray]:
+    """The images that `evaluate` kept beside a model.
+
+    Raises:
+      ValueError: they are damaged; names the file and says what to do.
+    """
+    with local_copy(folder / "samples.npz") as path:
+        try:
+            return read_npz(path)
+        except ReferenceFileError as error:
+            raise ValueError(
+                f"{folder / 'samples.npz'} is damaged: {error}. Delete it and the evaluation.json "
+                "beside it, and run --mode=evaluate again"
+            ) from error
 
 
 def model_folders(context: Context) -> dict[str, Path]:

@@ -16,7 +16,9 @@ from liftplace_jax.experiment.report import is_reported, read_report, write_repo
 from liftplace_jax.experiment.scoring import evaluate, model_folders
 from liftplace_jax.experiment.training import distill, train_teacher
 from liftplace_jax.experiment.workdir import claim as claim_workdir
+from liftplace_jax.experiment.workdir import remove_leftovers
 from liftplace_jax.host import processes
+from liftplace_jax.host.locks import locked
 from liftplace_jax.nn.network import is_saved
 from liftplace_jax.training.profiling import keep_compiled
 
@@ -42,7 +44,7 @@ def open_experiment(config: ConfigDict, workdir: str | os.PathLike, *, claim: bo
       ValueError: a field of the config is out of its range, or the work directory belongs to
         another config; nothing is written then.
     """
-    context = make_context(config, workdir)
+    context = make_context(config, workdir, writes=claim)
     check_stages(context, trains=claim)
     if claim:
         claim_workdir(context.workdir, config)
@@ -56,11 +58,23 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str) -> None:
       config: ConfigDict of a config file.
       workdir: the work directory.
       mode: one of MODES.
+
+    Raises:
+      ValueError: another run has the work directory, or see `Experiment`.
     """
     keep_compiled(config.compile_cache)
-    context = open_experiment(config, workdir)
+    context = make_context(config, workdir)
+    check_stages(context, trains=True)
+    with locked(context.workdir) as alone:
+        claim_workdir(context.workdir, config)
+        if alone and processes.is_first():
+            remove_leftovers(context.workdir)
+        processes.log_to(context.workdir / "logs")
+        _run_stages(context, mode)
+
+
+def _run_stages(context: Context, mode: str) -> None:
     workdir = context.workdir
-    processes.log_to(workdir / "logs")
     if mode == "all" and is_reported(context):
         _conclude("All is done: see", workdir)
         return

@@ -195,6 +195,53 @@ def upload(source: Path, target: Path) -> None:
             _store().put_file(os.fspath(file), place, consistency="md5")
 
 
+def created(path: Path, text: str) -> bool:
+    """Writes an object that is not there yet; False: it is, and stays as it is.
+
+    Raises:
+      OSError: the bucket cannot be reached.
+    """
+    with reaching(path):
+        try:
+            _store().pipe_file(os.fspath(path), text.encode(), mode="create")
+        except FileExistsError:
+            return False
+    return True
+
+
+def version(path: Path) -> tuple[str, str] | None:
+    """Numbers of an object that change when it is replaced, and when it is touched; None: none."""
+    with reaching(path):
+        try:
+            facts = _store().info(os.fspath(path))
+        except FileNotFoundError:
+            return None
+    return str(facts["generation"]), str(facts.get("metageneration"))
+
+
+def touched(path: Path, generation: str, beat: int) -> bool:
+    """Changes the second number of `version`, unless the object is gone or another one."""
+    body = {"metadata": {"beat": str(beat)}}
+    return _unless_another(path, generation, "PATCH", json=body)
+
+
+def removed(path: Path, generation: str) -> bool:
+    """Removes an object, unless it is gone or another one."""
+    return _unless_another(path, generation, "DELETE")
+
+
+def _unless_another(path: Path, generation: str, method: str, **options: Any) -> bool:
+    bucket, _, name = os.fspath(path).removeprefix("gs://").partition("/")
+    with reaching(path):
+        try:
+            _store().call(
+                method, "b/{}/o/{}", bucket, name, ifGenerationMatch=generation, **options
+            )
+        except (FileExistsError, FileNotFoundError):  # as gcsfs calls a failed condition
+            return False
+    return True
+
+
 def fetched(files: Iterable[Path], cache: str | os.PathLike | None = None) -> None:
     """Copies files of a bucket to this machine, but for those that are there already.
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -88,6 +89,15 @@ def check_writable(path: str | os.PathLike) -> None:
         raise unwritable(path, error) from error
 
 
+# Of what `replacing` is given, so that no file of somebody else's is taken for a temporary one.
+_TEMPORARY = re.compile(r"\..+\.(json|jsonl|md|npz|png|safetensors)\.\d+")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is one that `replacing` was filling when its process died."""
+    return bool(_TEMPORARY.fullmatch(name))
+
+
 def unwritable(path: str | os.PathLike, error: OSError) -> OSError:
     """The error, with the name of the file: that of a full disk has none."""
     if error.errno is None:
@@ -99,6 +109,29 @@ def write_npz(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
     """Writes a compressed .npz file, whole or not at all."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
+
+
+def read_json(path: str | os.PathLike, advice: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Args:
+      path: the file.
+      advice: what to do if it is none, for the error message.
+
+    Raises:
+      ValueError: it is cut off, or holds something else; names it.
+      OSError: there is none, or it cannot be read.
+    """
+    path = as_path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file. {advice}")
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, no object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}. {advice}") from error
+    return found
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from liftplace_jax.host.buckets import as_path, is_in_bucket, upload
-from liftplace_jax.host.files import unwritable
+from liftplace_jax.host.files import replacing, unwritable
 
 _UPLOAD_SECONDS = 60
 
@@ -32,6 +32,10 @@ class MetricsLog:
           folder: where to write; made if missing.
           start_step: the step from which training goes on.
           tensorboard: whether to write event files too.
+
+        Raises:
+          ValueError: a line that is there already is damaged, see `read_metrics`.
+          OSError: the folder cannot be written.
         """
         self.folder = as_path(folder)
         self._file = self._board = self._scratch = None
@@ -45,20 +49,18 @@ class MetricsLog:
         local.mkdir(parents=True, exist_ok=True)
         path = local / "metrics.jsonl"
         kept = [row for row in read_metrics(self.folder) if row["step"] <= start_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("ab", buffering=0)  # a full disk is noticed at once
         self._step = start_step
-        self._seconds = kept[-1]["seconds"] if kept else 0.0
+        self._seconds = kept[-1].get("seconds", 0.0) if kept else 0.0
         self._clock = self._uploaded = time.monotonic()
         if tensorboard:
-            # Late: TensorFlow takes seconds to import.
-            import tensorflow as tf
-            from clu import metric_writers
+            # Late: for those who want none, TensorBoard need not be installed.
+            from liftplace_jax.training.event_files import EventFile, forget_later
 
-            tf.config.set_visible_devices([], "GPU")  # it would take the memory that JAX needs
-            self._board = metric_writers.SummaryWriter(os.fspath(local))
+            forget_later(self.folder, start_step)
+            self._board = EventFile(local, start_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line {"step": ..., name: value, ...}, with the run's seconds and its rate.
@@ -82,7 +84,7 @@ class MetricsLog:
         except OSError as error:
             raise unwritable(self._file.name, error) from error
         if self._board is not None:
-            self._board.write_scalars(step, values)
+            self._board.write(step, values)
         self._new = True
         if now - self._uploaded > _UPLOAD_SECONDS:
             self._try_to_flush()
@@ -111,7 +113,10 @@ class MetricsLog:
         if self._file is not None:
             self._file.close()
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except OSError as error:  # the run's own error, or its end, counts more
+                print(error, file=sys.stderr)
             self._board = None
         if self._scratch is not None:
             self._try_to_flush()
@@ -119,12 +124,32 @@ class MetricsLog:
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, float]]:
-    """The lines of a folder's metrics.jsonl; a last line that was cut off is left out."""
+    """The lines of a folder's metrics.jsonl; a last line that was cut off is left out.
+
+    Raises:
+      ValueError: another line is not {"step": ..., name: number, ...}; names it.
+    """
     path = as_path(folder) / "metrics.jsonl"
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    *lines, last = text.split("\n")
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for number, line in enumerate([*lines, last] if _is_row(last) else lines, 1):
+        if not _is_row(line):
+            raise ValueError(
+                f"{path}, line {number} is no line of metrics: {line[:80]!r}. Delete that line, or "
+                "the file"
+            )
+        rows.append(json.loads(line))
     return rows
+
+
+def _is_row(line: str) -> bool:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return (
+        isinstance(row, dict)
+        and type(row.get("step")) is int
+        and all(type(value) in (int, float) for value in row.values())
+    )

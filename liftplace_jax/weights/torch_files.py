@@ -3,10 +3,12 @@
 Files are data: nothing in a file is run, whatever it asks for.
 """
 
+import json
 import math
 import os
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  gives NumPy the name "bfloat16", which safetensors looks up
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from liftplace_jax.host.buckets import as_path, local_copy
 from liftplace_jax.host.files import replacing
@@ -87,11 +89,17 @@ def open_tensors(path: str | os.PathLike) -> Iterator[Mapping[str, np.ndarray]]:
 class _OnDisk(Mapping):
     def __init__(self, path: Path, file: Any):
         self._path, self._file, self._names = path, file, frozenset(file.keys())
+        self._checksums = _stored_checksums(path, file)
 
     def __getitem__(self, name):
         if name not in self._names:
             raise KeyError(name)
         value = _read(self._path, lambda _: self._file.get_tensor(name), self._path)
+        if self._checksums is not None and self._checksums.get(name) != _checksum(value):
+            raise WeightFileError(
+                f"{self._path} is damaged: {name} is not what was saved. Take it from a backup, or "
+                "delete the file and run the command that made it again"
+            )
         return _to_numpy(self._path, name, value)
 
     def __iter__(self):
@@ -99,6 +107,34 @@ class _OnDisk(Mapping):
 
     def __len__(self):
         return len(self._names)
+
+
+_CHECKSUMS = "crc32"  # in a file's header, of each tensor; files of others have none
+
+
+def _checksum(value: np.ndarray) -> str:
+    """Of the values, and of what the header says they are."""
+    start = zlib.crc32(f"{value.dtype.name} {list(value.shape)}".encode())
+    return f"{zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8), start):08x}"
+
+
+def _stored_checksums(path: Path, file: Any) -> dict[str, str] | None:
+    stored = (file.metadata() or {}).get(_CHECKSUMS)
+    if stored is None:
+        return None
+    try:
+        found = dict(json.loads(stored))
+    except (ValueError, TypeError) as error:
+        raise WeightFileError(f"{path} is damaged: its checksums cannot be read") from error
+    lost = sorted(found.keys() - set(file.keys()))
+    if lost:
+        raise WeightFileError(f"{path} is damaged: it has no {lost[0]} any more")
+    return found
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    with safe_open(path, "numpy") as file:
+        return dict(_OnDisk(path, file))
 
 
 @contextmanager
@@ -197,7 +233,7 @@ _HEADERS = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 _READERS: dict[str, Callable[[Path], Any]] = {
-    ".safetensors": load_file,
+    ".safetensors": _read_safetensors,
     ".npz": _read_npz,
     ".pt": read_torch,
     ".pth": read_torch,
@@ -221,6 +257,9 @@ def write_safetensors(
 ) -> None:
     """Writes a .safetensors file, whole or not at all.
 
+    Its header has a checksum of each tensor, which is compared when the tensor is read here; other
+    programs pass over it.
+
     Args:
       path: the file; its folder exists.
       tensors: arrays by name.
@@ -230,8 +269,10 @@ def write_safetensors(
       OSError: it cannot be written, or the disk is full; names the path.
     """
     contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+    checksums = {name: _checksum(value) for name, value in contiguous.items()}
+    metadata = dict(metadata or {}) | {_CHECKSUMS: json.dumps(checksums, sort_keys=True)}
     with replacing(path) as temporary:
         try:
-            save_file(contiguous, temporary, metadata=dict(metadata or {}) or None)
+            save_file(contiguous, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from error
