@@ -15,9 +15,14 @@ from ml_collections import ConfigDict, config_dict
 SEPARATOR = ","
 SETUP = (
     "mesh", "input_threads", "memory_cache_mb", "data_cache", "profile_steps", "compile_cache",
-    "transfer_guard",
+    "transfer_guard", "tensorboard",
+    *(f"{room}.{field}" for room in ("teacher", "distill", "compress.learned")
+      for field in ("log_every", "checkpoint_every")),
 )  # fmt: skip
-"""Fields that say where and how a run runs, not what it computes: they may change under way."""
+"""Fields that say where and how a run runs, not what it computes: they may change under way.
+
+evaluation.curve_every is a multiple of log_every, whichever that is: the curve has the same points.
+"""
 
 
 def optimizer_config(**changes: Any) -> ConfigDict:
@@ -278,19 +283,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
+def without_setup(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config as a nested dict, without the fields of SETUP."""
+    return {
+        key: without_setup(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in fields.items() if prefix + key not in SETUP
+    }  # fmt: skip
+
+
 def check_choice(field: str, value: Any, choices: Any) -> None:
     """Raises a ValueError naming the config field if `value` is not among `choices`."""
     if value not in choices:
-        raise ValueError(f"config.{field} must be one of {sorted(choices)}, got {value!r}")
-
-
-def check_positive(config: ConfigDict, *fields: str) -> None:
-    """Raises a ValueError naming the first of the (dotted) fields that is not above 0."""
-    for field in fields:
-        value = config
-        for part in field.split("."):
-            value = value[part]
-        if not value > 0:
-            raise ValueError(f"config.{field} must be > 0, got {value}")
-
-
+        names = sorted(choices, key=str)
+        raise ValueError(f"config.{field} must be one of {names}, got {value!r}")

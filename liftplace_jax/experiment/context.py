@@ -32,7 +32,13 @@ from liftplace_jax.host import processes
 from liftplace_jax.experiment import workdir as workdirs
 from liftplace_jax.encoders.autoencoder_folder import AutoencoderNetwork, load_autoencoder
 from liftplace_jax.host.buckets import as_path
-from liftplace_jax.experiment.checks import check_config, read_layer_map, under
+from liftplace_jax.experiment.checks import (
+    check_batches,
+    check_config,
+    check_neighbours,
+    read_layer_map,
+    under,
+)
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
 from liftplace_jax.training.distillation import loss_options, make_task, student_objective
 from liftplace_jax.evaluation.samples import replicated
@@ -131,6 +137,7 @@ class Experiment:
                    "; change one of them, or set config.latents (latent diffusion)")
             )  # fmt: skip
         shape = (model.image_size, model.image_size, model.in_channels)
+        check_batches(config, shape)
         image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
         with under("evaluation: "):
             if self.extractor:
@@ -145,6 +152,8 @@ class Experiment:
                 lambda params, x, *_: (jnp.concatenate(parts * [x], axis=-1), {}),
             )  # fmt: skip
             latents = jax.eval_shape(sampler, None, keys)
+        if config.evaluation.reference and self.real.features is not None:
+            check_neighbours(config, len(self.real.features))
         if self.autoencoder:
             jax.eval_shape(self.autoencoder.decode, self.autoencoder.params, latents)
         methods = [METHODS[run.method] for run in self.runs]
@@ -251,6 +260,8 @@ class Experiment:
         """Images by use; prepared on first use."""
         sources = open_images(self.config, self.image_shape)
         fields, count = self.config.evaluation, len(sources["train"])
+        if self.extractor and not fields.reference:
+            check_neighbours(self.config, count)
         few = self.extractor and count < self.extractor.dim
         if few and not fields.reference and fields.num_samples > self.extractor.dim:
             raise ValueError(

@@ -19,10 +19,12 @@ def run(config: ConfigDict, workdir: Path, mode: str) -> None:
     """
     from liftplace_jax.host import processes
     from liftplace_jax.experiment.context import Experiment
+    from liftplace_jax.experiment.fields import check_fields
     from liftplace_jax.experiment.report import is_reported, write_report
     from liftplace_jax.experiment.scoring import evaluate
     from liftplace_jax.training.profiling import keep_compiled
 
+    check_fields(config)  # or compile_cache may not be there
     keep_compiled(config.compile_cache)
     experiment = Experiment(config, workdir)
     processes.log_to(workdir / "logs")

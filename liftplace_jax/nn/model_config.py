@@ -2,13 +2,26 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from liftplace_jax.experiment.ranges import Range
+
 
 class ModelConfig:
-    """A frozen dataclass that defines a model; hashable and JSON friendly."""
+    """A frozen dataclass that defines a model; hashable and JSON friendly.
+
+    Attributes:
+      RANGES: of every field that is a number, or a sequence of numbers.
+    """
+
+    RANGES: ClassVar[Mapping[str, Range]] = {}
+
+    def check_numbers(self) -> None:
+        """Raises a ValueError naming the first field that is out of its range."""
+        for field, limits in self.RANGES.items():
+            limits.check(field, getattr(self, field))
 
     def replace(self, **changes: Any) -> Self:
         """A copy with changes."""
@@ -48,9 +61,3 @@ class ModelConfig:
         if unknown or missing:
             raise ValueError(f"{cls.__name__}: unknown fields {unknown}, missing fields {missing}")
         return cls(**fields)
-
-
-def check_count(name: str, value: Any, minimum: int = 1) -> None:
-    """Raises a ValueError naming a field that is no integer of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, not {value!r}")

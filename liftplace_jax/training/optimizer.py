@@ -8,6 +8,8 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from liftplace_jax.experiment.fields import OPTIMIZER
+
 OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw}
 SCHEDULES = ("constant", "cosine", "linear")
 FROZEN = "pos_embed"
@@ -54,8 +56,11 @@ def make_optimizer(
       total_steps: see `make_schedule`.
 
     Raises:
-      ValueError: unknown name or schedule, or weight decay with plain adam.
+      ValueError: unknown name or schedule, a number out of its range, or weight decay with plain
+        adam; names the field.
     """
+    for field, limits in OPTIMIZER.items():
+        limits.check(f"optimizer.{field}", config[field])
     if config.name not in OPTIMIZERS:
         raise ValueError(f"optimizer.name must be one of {sorted(OPTIMIZERS)}: {config.name!r}")
     if config.name == "adam" and config.weight_decay:

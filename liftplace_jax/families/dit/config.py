@@ -3,13 +3,16 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from liftplace_jax.nn.model_config import ModelConfig, check_count
+from liftplace_jax.nn.model_config import ModelConfig
+from liftplace_jax.experiment.ranges import INT32, SHARE, SIDE, positive, whole
 
 EMBEDDERS = ("shared", "per_block")
+_WIDTH = whole(1, SIDE)
+_DEPTH = 1024
 
 # Student depth, teacher depth -> (student block, teacher block) pairs that are not uniform.
 # Source: "TinyFusion_EXP/train_masked_kd.py".
@@ -64,12 +67,23 @@ class DiTConfig(ModelConfig):
     embedders: str = "shared"
     kept_layers: tuple[int, ...] | None = None
 
+    RANGES: ClassVar = {
+        "image_size": _WIDTH,
+        "hidden_size": _WIDTH,
+        "depth": whole(1, _DEPTH, why="each is a layer of its own in the program"),
+        "num_heads": _WIDTH,
+        "patch_size": _WIDTH,
+        "in_channels": _WIDTH,
+        "mlp_ratio": positive(1024.0),
+        "num_classes": whole(1, INT32 - 1, why="labels have 32 bits"),
+        "class_dropout": SHARE,
+        "frequency_shift": whole(0, 1),
+        "norm_epsilon": positive(1.0),
+        "kept_layers": whole(0, _DEPTH - 1, many=True, optional=True),
+    }
+
     def __post_init__(self):
-        for field in (
-            "image_size", "hidden_size", "depth", "num_heads", "patch_size", "in_channels",
-            "num_classes",
-        ):  # fmt: skip
-            check_count(field, getattr(self, field))
+        self.check_numbers()
         for field, divisor in (
             ("image_size", "patch_size"), ("hidden_size", "num_heads"), ("hidden_size", 4),
         ):  # fmt: skip
@@ -78,16 +92,10 @@ class DiTConfig(ModelConfig):
             if value % by:
                 named = f"{divisor} {by}" if isinstance(divisor, str) else by
                 raise ValueError(f"{field} {value} must be a multiple of {named}")
-        for field, fits, said in (
-            ("mlp_ratio", lambda v: self.hidden_size * v >= 1, "at least 1 / hidden_size"),
-            ("class_dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
-            ("norm_epsilon", lambda v: v > 0, "above 0"),
-        ):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
-                raise ValueError(f"{field} must be a number {said}, not {value!r}")
+        if self.mlp_width < 1:
+            raise ValueError(f"mlp_ratio must be at least 1 / hidden_size, got {self.mlp_ratio!r}")
         for field, choices in (
-            ("learn_sigma", (False, True)), ("frequency_shift", (0, 1)), ("embedders", EMBEDDERS),
+            ("learn_sigma", (False, True)), ("embedders", EMBEDDERS),
         ):  # fmt: skip
             value = getattr(self, field)
             if value not in choices or type(value) is not type(choices[0]):
@@ -97,10 +105,6 @@ class DiTConfig(ModelConfig):
 
     def _check_kept_layers(self):
         kept = self.kept_layers
-        if not isinstance(kept, list | tuple):
-            raise ValueError(f"kept_layers must be a sequence of block numbers, not {kept!r}")
-        for layer in kept:
-            check_count("kept_layers", layer, 0)
         if len(kept) != self.depth or list(kept) != sorted(set(kept)):
             raise ValueError(
                 f"kept_layers must be depth {self.depth} different block numbers in order, "
@@ -173,7 +177,7 @@ def published_layer_map(student_depth: int, teacher_depth: int) -> dict[str, str
     Raises:
       ValueError: the student is deeper than the teacher.
     """
-    check_count("the student's depth", student_depth)
+    whole(1, _DEPTH).check("the student's depth", student_depth)
     if student_depth > teacher_depth:
         raise ValueError(
             f"a student of {student_depth} blocks is deeper than its teacher of {teacher_depth}: "

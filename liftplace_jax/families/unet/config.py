@@ -9,7 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from liftplace_jax.nn.model_config import ModelConfig, check_count
+from liftplace_jax.nn.model_config import ModelConfig
+from liftplace_jax.experiment.ranges import SHARE, SIDE, whole
+
+_WIDTH = whole(1, SIDE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,8 @@ class UNetConfig(ModelConfig):
       ch: base width and dimension of the sinusoidal embedding; pruning never changes it.
       ch_mult: width of each level, over ch.
       num_res_blocks: residual blocks a level on the way down (one more on the way up).
-      attn_resolutions: resolutions (pixels) with attention after each block.
+      attn_resolutions: resolutions (pixels) with attention after each block, each one that the
+        network has: image_size, halved at each further level. None: 16, if it has that.
       dropout: rate inside the residual blocks, in [0, 1).
       resamp_with_conv: resample with convolutions, or by averaging and repeating alone.
       num_groups: normalisation groups. Must divide every normalised width if
@@ -74,17 +78,33 @@ class UNetConfig(ModelConfig):
     ch: int = 128
     ch_mult: tuple[int, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
-    attn_resolutions: tuple[int, ...] = (16,)
+    attn_resolutions: tuple[int, ...] | None = None
     dropout: float = 0.0
     resamp_with_conv: bool = True
     num_groups: int = 32
     min_channels_per_group: int = 1
     widths: tuple[tuple[str, int], ...] | None = None
 
+    RANGES: ClassVar = {
+        "image_size": whole(1, SIDE),
+        "in_channels": _WIDTH,
+        "out_channels": _WIDTH,
+        "ch": whole(4, SIDE),
+        "ch_mult": whole(1, 1024, many=True),
+        "num_res_blocks": whole(1, 256, why="each is a layer of its own in the program"),
+        "attn_resolutions": whole(1, SIDE, many=True),
+        "dropout": SHARE,
+        "num_groups": _WIDTH,
+        "min_channels_per_group": _WIDTH,
+    }
+
     num_classes: ClassVar[int] = 0  # this model is unconditional
     null_label: ClassVar[None] = None
 
     def __post_init__(self):
+        published = self.attn_resolutions is None
+        if published:
+            object.__setattr__(self, "attn_resolutions", (16,))
         for field in ("ch_mult", "attn_resolutions"):
             value = getattr(self, field)
             if not isinstance(value, list | tuple):
@@ -93,6 +113,9 @@ class UNetConfig(ModelConfig):
         if not isinstance(self.widths, Mapping | list | tuple | None):
             raise ValueError(f"widths must map layer names to widths, not be {self.widths!r}")
         self._check_fields()
+        if published and 16 not in self._resolutions():
+            object.__setattr__(self, "attn_resolutions", ())
+        self._check_attention()
         default = self._unpruned_widths()
         widths = default if self.widths is None else dict(self.widths)
         unknown, missing = sorted(widths.keys() - default), sorted(default.keys() - widths)
@@ -103,31 +126,34 @@ class UNetConfig(ModelConfig):
             )
         for name, width in widths.items():
             widths[name] = width.item() if isinstance(width, np.integer) else width
-            check_count(f"widths[{name!r}]", widths[name])
+            _WIDTH.check(f"widths[{name!r}]", widths[name])
         object.__setattr__(self, "widths", tuple((name, widths[name]) for name in default))
         self._check_plan()
 
     def _check_fields(self):
-        for field in (
-            "image_size", "in_channels", "out_channels", "num_res_blocks", "num_groups",
-            "min_channels_per_group",
-        ):  # fmt: skip
-            check_count(field, getattr(self, field))
-        check_count("ch", self.ch, minimum=4)
+        self.check_numbers()
         if not self.ch_mult:
             raise ValueError("ch_mult is empty; give one multiplier for each level")
-        for field in ("ch_mult", "attn_resolutions"):
-            for value in getattr(self, field):
-                check_count(field, value)
         if self.image_size % 2 ** (len(self.ch_mult) - 1):
             raise ValueError(
                 f"image_size {self.image_size} cannot be halved {len(self.ch_mult) - 1} times, "
                 f"as the {len(self.ch_mult)} levels of ch_mult need"
             )
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout!r}")
         if not isinstance(self.resamp_with_conv, bool):
             raise ValueError(f"resamp_with_conv must be a bool, not {self.resamp_with_conv!r}")
+
+    def _check_attention(self):
+        """Or the attention that was asked for would silently not be there."""
+        sizes = self._resolutions()
+        strange = [size for size in self.attn_resolutions if size not in sizes]
+        if strange:
+            raise ValueError(
+                f"attn_resolutions {strange}: the network has none of them, only {sizes} "
+                "(image_size, halved at each further level of ch_mult)"
+            )
+
+    def _resolutions(self) -> list[int]:
+        return [self.image_size >> level for level in range(len(self.ch_mult))]
 
     def _check_plan(self):
         nodes = self.block_plan()
@@ -260,6 +286,5 @@ class UNetConfig(ModelConfig):
         fields = self.to_dict()
         del fields["dropout"]
         widths = {"widths": fields.pop("widths")}
-        sizes = {self.image_size >> level for level in range(len(self.ch_mult))}
-        fields["attn_resolutions"] = sorted(sizes.intersection(self.attn_resolutions))
+        fields["attn_resolutions"] = sorted(set(self.attn_resolutions))
         return [fields, widths]
