@@ -15,16 +15,18 @@ import shlex
 import sys
 from pathlib import Path
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from liftplace_jax.host.buckets import on_this_machine
+from liftplace_jax.host.config_flag import define_config_flag
 from liftplace_jax.host.flags import (
     EXIT_INTERRUPTED,
-    parse_flags,
+    REFUSED,
     quieten_libraries,
     refuse,
+    start,
 )
+from liftplace_jax.host.ranges import INT32, SHARE
 
 # Suite -> the flags that are for it, beside those that all have.
 SUITES = {
@@ -42,15 +44,14 @@ SUITES = {
 
 _SUITE = flags.DEFINE_enum("suite", None, list(SUITES), "what to measure")
 _OUT = flags.DEFINE_string("out", "benchmarks", "folder of the results")
-_REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each case", lower_bound=3)
+_REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each case", lower_bound=3,
+                               upper_bound=10_000)  # fmt: skip
 _QUICK = flags.DEFINE_bool("quick", False, "a small part, to see that the suite works")
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "compression, capacity_gap: config file, FILE.py[:key=value,...]"
-)
+_CONFIG = define_config_flag("compression, capacity_gap: config file, FILE.py[:key=value,...]")
 _RATIOS = flags.DEFINE_list("ratios", [], "compression: shares of channels removed, in [0, 1)")
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "compression: of training and sampling (default: the config's)",
-    lower_bound=1,
+    lower_bound=1, upper_bound=INT32,
 )  # fmt: skip
 _WORKDIRS = flags.DEFINE_list(
     "workdirs", [], "compression: finished work directories, patterns such as runs/sweep/*"
@@ -62,7 +63,7 @@ _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a refused inpu
 def main(argv: list[str]) -> None:
     """Entry point under absl."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+        refuse(f"unexpected arguments: {argv[1:]}")
     quieten_libraries()
     try:
         options = read_options()
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> None:
     except (KeyboardInterrupt, Interrupted):
         print("\nInterrupted: no results are written.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except (ValueError, RuntimeError, OSError) as error:
+    except REFUSED as error:
         if _DEBUG.value:
             raise
         refuse(str(error))
@@ -93,6 +94,7 @@ def read_options():
     Raises:
       ValueError: a flag that is not for this suite, is lacking, or has a bad value.
     """
+    from liftplace_jax.experiment.fields import check_fields
     from liftplace_jax.suites.options import Options
 
     suite, known = _SUITE.value, SUITES[_SUITE.value]
@@ -102,6 +104,8 @@ def read_options():
     for name in {"config", "workdir"} & set(known):
         if flags.FLAGS[name].value is None:
             raise ValueError(f"--suite={suite} needs --{name}")
+    if _CONFIG.value is not None:
+        check_fields(_CONFIG.value)
     return Options(
         quick=_QUICK.value, repeats=_REPEATS.value, out=on_this_machine(_OUT.value, "--out"),
         workdir=on_this_machine(_WORKDIR.value, "--workdir") if _WORKDIR.value else None,
@@ -113,9 +117,11 @@ def read_options():
 
 def _ratio(text: str) -> float:
     try:
-        return float(text)
+        ratio = float(text)
     except ValueError:
         raise ValueError(f"--ratios must be numbers such as 0,0.5,0.9, got {text!r}") from None
+    SHARE.check("--ratios", ratio)
+    return ratio
 
 
 def _directories(pattern: str) -> list[Path]:
@@ -126,6 +132,10 @@ def _directories(pattern: str) -> list[Path]:
     return found
 
 
+def entry_point() -> None:
+    """For `python -m`."""
+    start(main, required=["suite"])
+
+
 if __name__ == "__main__":
-    flags.mark_flag_as_required("suite")
-    app.run(main, flags_parser=parse_flags)
+    entry_point()

@@ -10,18 +10,18 @@
 
 from __future__ import annotations
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
-from liftplace_jax.host.flags import parse_flags, quieten_libraries, refuse
+from liftplace_jax.host.config_flag import define_config_flag
+from liftplace_jax.host.flags import REFUSED, quieten_libraries, refuse, start
 
 FORMATS = ("published", "diffusers")
 
 _MODEL = flags.DEFINE_string(
     "model", None, "a folder of this repository or of diffusers, or a file of weights"
 )
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "for a file of weights: a config whose `model` it is, FILE.py[:key=value,...]"
+_CONFIG = define_config_flag(
+    "for a file of weights: a config whose `model` it is, FILE.py[:key=value,...]"
 )
 _ENTRY = flags.DEFINE_string(
     "entry", None, "where in a file: a key or the number of an item (ema.shadow, -1), or how names "
@@ -35,11 +35,11 @@ _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a refused inpu
 def main(argv: list[str]) -> None:
     """Entry point under absl."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+        refuse(f"unexpected arguments: {argv[1:]}")
     quieten_libraries()
     try:
         print(convert())
-    except (ValueError, OSError) as error:
+    except REFUSED as error:
         if _DEBUG.value:
             raise
         refuse(str(error))
@@ -49,6 +49,8 @@ def convert() -> str:
     """Does what the flags say; returns what was done, as a sentence."""
     # Late, so that --help and a misspelt flag answer at once.
     from liftplace_jax import weights
+    from liftplace_jax.experiment.configuration import under
+    from liftplace_jax.experiment.fields import check_fields
     from liftplace_jax.families import registry
     from liftplace_jax.families.loading import load_checkpoint, write_diffusers
     from liftplace_jax.host.buckets import as_path, on_this_machine
@@ -58,7 +60,9 @@ def convert() -> str:
     path, out = as_path(_MODEL.value), on_this_machine(_OUT.value, "--out")
     config = None
     if _CONFIG.value is not None:
-        config = registry.config_from_dict(_CONFIG.value.model.to_dict(), partial=True)
+        check_fields(_CONFIG.value)
+        with under("model: "):
+            config = registry.config_from_dict(_CONFIG.value.model.to_dict(), partial=True)
     try:
         network = load_checkpoint(path, config, _ENTRY.value)
     except weights.EntryError as error:
@@ -75,8 +79,7 @@ def convert() -> str:
 
 def entry_point() -> None:
     """For `python -m`."""
-    flags.mark_flags_as_required(["model", "to", "out"])
-    app.run(main, flags_parser=parse_flags)
+    start(main, required=["model", "to", "out"])
 
 
 if __name__ == "__main__":

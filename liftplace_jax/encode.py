@@ -11,17 +11,18 @@ processes, each makes its share of the shards.
 
 from __future__ import annotations
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
+from liftplace_jax.host.config_flag import define_config_flag
 from liftplace_jax.host.flags import (
     define_runtime_flags,
-    parse_flags,
     quieten_libraries,
+    refuse,
     running,
+    start,
 )
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "config file, FILE.py[:key=value,...]")
+_CONFIG = define_config_flag()
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 64, "images encoded at a time by this process", lower_bound=1
 )
@@ -32,7 +33,7 @@ define_runtime_flags()
 def main(argv: list[str]) -> None:
     """Entry point under absl."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+        refuse(f"unexpected arguments: {argv[1:]}")
     quieten_libraries()
     with running(_DEBUG.value):
         print(encode())
@@ -44,8 +45,10 @@ def encode() -> str:
     import jax
 
     from liftplace_jax.experiment.encoding import encode_data
+    from liftplace_jax.experiment.fields import check_fields
     from liftplace_jax.host import sharding
 
+    check_fields(_CONFIG.value)
     mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
     return encode_data(
         _CONFIG.value, sharding.batch_sharding(mesh), batch_size=_BATCH_SIZE.value
@@ -54,8 +57,7 @@ def encode() -> str:
 
 def entry_point() -> None:
     """For `python -m`."""
-    flags.mark_flags_as_required(["config"])
-    app.run(main, flags_parser=parse_flags)
+    start(main, required=["config"])
 
 
 if __name__ == "__main__":

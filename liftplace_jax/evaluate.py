@@ -18,16 +18,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
+from liftplace_jax.experiment.fields import EVALUATION
 from liftplace_jax.host.buckets import as_path, is_in_bucket, make_folder, on_this_machine
 from liftplace_jax.host.flags import (
     define_runtime_flags,
-    parse_flags,
     quieten_libraries,
     refuse,
     running,
+    start,
 )
+from liftplace_jax.host.ranges import INT32, SIDE
 
 # Verb -> flags that it needs, and others that it knows beside COMMON.
 VERBS = {
@@ -44,14 +46,16 @@ flags.DEFINE_string("data", None, "ref: a TFDS data set, a folder of images, or 
 flags.DEFINE_string("data_dir", None, "ref: where TFDS keeps its data")
 flags.DEFINE_string("split", "train", "ref: of the data")
 flags.DEFINE_integer("image_size", None, "ref, calc: resize and crop to squares of this side",
-                     lower_bound=1)  # fmt: skip
-flags.DEFINE_integer("num_images", None, "ref: the first so many (default: all)", lower_bound=2)
+                     lower_bound=1, upper_bound=SIDE)  # fmt: skip
+flags.DEFINE_integer("num_images", None, "ref: the first so many (default: all)", lower_bound=2,
+                     upper_bound=INT32)  # fmt: skip
 flags.DEFINE_string("workdir", None, "gen: a finished work directory")
 flags.DEFINE_string("model", None, "gen: teacher, or a method and seed such as 'lift seed 0'")
-flags.DEFINE_integer("num_samples", 50_000, "gen: how many", lower_bound=2)
+flags.DEFINE_integer("num_samples", 50_000, "gen: how many", lower_bound=2,
+                     upper_bound=INT32)  # fmt: skip
 flags.DEFINE_enum("params", "ema", ("ema", "raw"), "gen: averaged parameters, or the last ones")
 flags.DEFINE_integer("seed", None, "gen: of the samples (default: the config's)", lower_bound=0,
-                     upper_bound=2**31 - 1)  # fmt: skip
+                     upper_bound=INT32)  # fmt: skip
 flags.DEFINE_float("guidance", None, "gen: scale of the guidance (default: the config's)")
 flags.DEFINE_bool("save_npz", False, "gen: also write the images, for the ADM evaluator")
 flags.DEFINE_string("images", None, "calc: a folder of images, or an .npz")
@@ -61,7 +65,7 @@ flags.DEFINE_bool("allow_few", False, "gen, calc: accept fewer images than featu
 flags.DEFINE_string("out", None, "ref: the .npz; gen: folder of results; calc: file of the result")
 flags.DEFINE_string("features", "inception", "feature extractor")
 flags.DEFINE_string("weights", None, "file of the extractor's weights")
-flags.DEFINE_integer("batch_size", 64, "global batch", lower_bound=1)
+flags.DEFINE_integer("batch_size", 64, "global batch", lower_bound=1, upper_bound=INT32)
 flags.DEFINE_bool("debug", False, "show the traceback of a refused input")
 define_runtime_flags()
 
@@ -86,6 +90,8 @@ def check_flags(verb: str) -> None:
     for name in sorted(every - {*needed, *known}):
         if _FLAGS[name].present:
             raise ValueError(f"--{name} is not for {verb}")
+    if _FLAGS["guidance"].present:
+        EVALUATION["guidance"].check("--guidance", _FLAGS.guidance)
 
 
 def make_reference() -> str:
@@ -338,7 +344,7 @@ def summary(scores: dict[str, Any]) -> str:
 
 def entry_point() -> None:
     """For `python -m`."""
-    app.run(main, flags_parser=parse_flags)
+    start(main)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import sys
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
+from liftplace_jax.host.config_flag import define_config_flag
 from liftplace_jax.host.flags import (
     EXIT_INTERRUPTED,
     define_runtime_flags,
-    parse_flags,
     quieten_libraries,
+    refuse,
     running,
+    start,
 )
 
 MODES = ("all", "teacher", "compress", "distill", "evaluate", "report")
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "config file, FILE.py[:key=value,...]")
+_CONFIG = define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "work directory, also gs://...; made if missing")
 _MODE = flags.DEFINE_enum("mode", "all", MODES, "which stage to run; all: whatever is missing")
 _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a refused input")
@@ -32,7 +33,7 @@ define_runtime_flags()
 def main(argv: list[str]) -> None:
     """Entry point under absl."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+        refuse(f"unexpected arguments: {argv[1:]}")
     quieten_libraries()
     with running(_DEBUG.value):
         # Late, so that JAX's processes are joined before anything else of it runs.
@@ -49,8 +50,7 @@ def main(argv: list[str]) -> None:
 
 def entry_point() -> None:
     """For `python -m` and the installed command."""
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse_flags)
+    start(main, required=["config", "workdir"])
 
 
 if __name__ == "__main__":

@@ -166,6 +166,22 @@ def test_a_job_killed_anywhere_ends_as_one_that_was_not(start, finished, tmp_pat
     assert names[0] == names[1]
 
 
+def test_what_computes_nothing_may_change_when_a_run_goes_on(start, finished, tmp_path):
+    workdir = tmp_path / "run"
+    flags = CONFIG, f"--workdir={workdir}"
+    process = start(INTERRUPTED, "SIGTERM", "teacher metrics 2", *flags)
+    assert process.wait(timeout=300) == main.EXIT_INTERRUPTED
+    changed = ("--config.teacher.log_every=3", "--config.teacher.checkpoint_every=5",
+               "--config.distill.log_every=2", "--config.compress.learned.checkpoint_every=7",
+               "--config.tensorboard=true")  # fmt: skip
+    out, err = start(*MAIN, *flags, "--mode=teacher", *changed).communicate(timeout=300)
+    assert "teacher: goes on from step 2" in err
+    assert [row["step"] for row in read_metrics(workdir / "teacher")] == [1, 2, 3, 6, 8]
+    assert list((workdir / "teacher").glob("events*"))
+    ours, theirs = ((d / "teacher" / "model.safetensors").read_bytes() for d in (workdir, finished))
+    assert ours == theirs
+
+
 def test_a_second_run_says_that_all_is_done(copy, capsys):
     before = files(copy)
     run(copy)
@@ -300,9 +316,9 @@ def test_refused_commands_are_one_line_and_leave_nothing(start, tmp_path):
             "error: unknown config field in --config.teacher.nope=1: 'nope'",
         (CONFIG, "--config.teacher.step=1"):
             "error: unknown config field in --config.teacher.step=1: 'step' Did you mean \"steps\"",
-        (CONFIG, "--config.seed=x"): "error: flag --config.seed=x: invalid literal for int()",
+        (CONFIG, "--config.seed=x"): "error: flag --config.seed=x: want a whole number, got 'x'",
         (CONFIG, "--mode=trian"): "error: flag --mode=trian: value should be one of <all|teacher|",
-        ("--config=tests/missing.py",): "error: Configuration is not available",
+        ("--config=tests/missing.py",): "error: --config=tests/missing.py: there is no such file",
         (): "error: flag --config=None: Flag --config must have a value",
     }  # fmt: skip
     started = [start(*MAIN, f"--workdir={workdir}", *command) for command in commands]
@@ -311,7 +327,7 @@ def test_refused_commands_are_one_line_and_leave_nothing(start, tmp_path):
         assert (process.returncode, out) == (EXIT_BAD_INPUT, "")
         assert err.startswith(message), err
         assert "Traceback" not in err
-        assert len(err.splitlines()) == 1 or "missing.py" in err
+        assert len(err.splitlines()) == 1
     assert not workdir.exists()
 
 
@@ -401,6 +417,8 @@ def test_a_truncated_checkpoint_is_named(copy):
 @pytest.mark.parametrize("changes, kind, message", [
     (dict(data__name="no_such_data"), ValueError, "TFDS knows no data set 'no_such_data'"),
     (dict(data__test_split="tset"), ValueError, "digits has no split 'tset', only"),
+    (dict(evaluation__neighbours=1700, evaluation__num_samples=5000), ValueError,
+     r"config.evaluation.neighbours 1700 must be below the number of real images, 1\d+$"),
 ])  # fmt: skip
 def test_unfit_data_is_refused_before_training(tmp_path, changes, kind, message):
     with pytest.raises(kind, match=message):

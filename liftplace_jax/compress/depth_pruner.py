@@ -11,7 +11,8 @@ from ml_collections import ConfigDict, config_dict
 
 from liftplace_jax.compress import depth as depths
 from liftplace_jax.compress import learned_depth
-from liftplace_jax.compress.pruner import Search, Student, TeacherNetwork, Tools, check_positive
+from liftplace_jax.compress.pruner import Search, Student, TeacherNetwork, Tools
+from liftplace_jax.host.ranges import COUNT, SIDE, positive, whole
 
 LAYERS = ("uniform", "learned", *depths.LAYER_IMPORTANCES)
 """Choices of `layers`, beside a list of block numbers."""
@@ -30,6 +31,18 @@ class DepthPruner:
     """
 
     name = "depth"
+    ranges = {
+        "depth": whole(1, SIDE, optional=True),
+        "score_batches": COUNT,
+        "score_batch_size": COUNT,
+        "learned.rank": whole(1, SIDE),
+        "learned.alpha": positive(),
+        "learned.gate_scale": positive(),
+        "learned.temperature_start": positive(),
+        "learned.temperature_end": positive(),
+        "learned.keep": whole(1, SIDE, optional=True),
+        "learned.group": whole(1, SIDE, optional=True),
+    }
 
     def defaults(self, training: Callable[..., ConfigDict]) -> ConfigDict:
         learned = training(
@@ -50,10 +63,6 @@ class DepthPruner:
 
     def predict(self, fields: Any, teacher: Any) -> Any:
         """The student's config; kept_layers only if `layers` says them."""
-        learned = ("rank", "alpha", "gate_scale", "temperature_start", "temperature_end")
-        check_positive(
-            fields, "score_batches", "score_batch_size", *(f"learned.{name}" for name in learned)
-        )
         if fields.depth is None:
             raise ValueError(f"depth must be set: how many of {teacher.depth} blocks stay")
         # The checks do not depend on which blocks stay.

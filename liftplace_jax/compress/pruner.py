@@ -6,8 +6,6 @@ devices and training comes as `Tools`. A new pruner is one class, and one line i
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +13,8 @@ import jax
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
+
+from liftplace_jax.host.ranges import Range
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -85,9 +85,11 @@ class Pruner(Protocol):
 
     Attributes:
       name: config.compress.pruner.
+      ranges: dotted field -> range, of its numbers but those of trainings.
     """
 
     name: str
+    ranges: Mapping[str, Range]
 
     def defaults(self, training: Callable[..., ConfigDict]) -> ConfigDict:
         """The pruner's fields of config.compress, with their defaults.
@@ -108,11 +110,3 @@ class Pruner(Protocol):
 
     def prune(self, fields: Any, teacher: TeacherNetwork, tools: Tools) -> Student:
         """Makes the student."""
-
-
-def check_positive(fields: Any, *names: str) -> None:
-    """Raises a ValueError naming the first of the (dotted) fields that is no number above 0."""
-    for name in names:
-        value = functools.reduce(lambda part, key: part[key], name.split("."), fields)
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be > 0, got {value}")

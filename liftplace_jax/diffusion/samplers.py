@@ -92,7 +92,7 @@ def ddim_sample(
     now, after = process.alphas_cumprod_at(t), process.alphas_cumprod_at(np.append(t[1:], -1))
     sigma = eta * np.sqrt((1 - now / after) * (1 - after) / (1 - now))
     direction = 1 - after - sigma**2
-    if eta < 0 or direction.min() < -1e-12:
+    if not (eta >= 0 and direction.min() >= -1e-12):  # NaN neither
         raise ValueError(f"eta {eta} is out of range: its noise must fit into each step's variance")
     update = {
         "of_x0": np.sqrt(after),

@@ -1,13 +1,16 @@
 """Config of the Stable Diffusion autoencoders; names and rules of diffusers' `AutoencoderKL`."""
 
 import dataclasses
-import math
 from typing import ClassVar
 
 from flax import nnx
 from flax.typing import Dtype
 
-from liftplace_jax.nn.model_config import MOST_BLOCKS_OF_LEVEL, ModelConfig, check_count
+from liftplace_jax.host.ranges import LARGE, SIDE, Range, positive, whole
+from liftplace_jax.nn.model_config import MOST_BLOCKS_OF_LEVEL, ModelConfig
+
+_WIDTH = whole(1, SIDE)
+
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,19 @@ class AutoencoderConfig(ModelConfig):
     sample_size: int = 512
 
     model: ClassVar[str] = "autoencoder"
+    RANGES: ClassVar = {
+        "block_out_channels": whole(1, SIDE, many=True),
+        "layers_per_block": whole(
+            1, MOST_BLOCKS_OF_LEVEL, why="each is a layer of its own in the program"
+        ),
+        "latent_channels": _WIDTH,
+        "norm_num_groups": _WIDTH,
+        "scaling_factor": positive(),
+        "shift_factor": Range(float, -LARGE, LARGE),
+        "in_channels": _WIDTH,
+        "out_channels": _WIDTH,
+        "sample_size": _WIDTH,
+    }
 
     def __post_init__(self):
         if not isinstance(self.block_out_channels, list | tuple) or not self.block_out_channels:
@@ -53,27 +69,13 @@ class AutoencoderConfig(ModelConfig):
                 f"block_out_channels must be a sequence of widths, not {self.block_out_channels!r}"
             )
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
-        counts = {f"block_out_channels[{i}]": w for i, w in enumerate(self.block_out_channels)}
-        for field in (
-            "latent_channels", "norm_num_groups", "in_channels",
-            "out_channels", "sample_size",
-        ):  # fmt: skip
-            counts[field] = getattr(self, field)
-        for name, value in counts.items():
-            check_count(name, value)
-        check_count("layers_per_block", self.layers_per_block, maximum=MOST_BLOCKS_OF_LEVEL)
-        check_count("the number of block_out_channels", len(self.block_out_channels), maximum=16)
+        self.check_numbers()
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise ValueError(
                     f"norm_num_groups {self.norm_num_groups} does not divide the width {width} of "
                     "block_out_channels"
                 )
-        for name, above in (("scaling_factor", 0), ("shift_factor", -math.inf)):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not above < value < math.inf:
-                raise ValueError(f"{name} must be a number above {above}, not {value!r}")
         for name in ("use_quant_conv", "use_post_quant_conv"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be a bool, not {getattr(self, name)!r}")

@@ -16,7 +16,7 @@ from liftplace_jax import data, weights
 from liftplace_jax.compress import Search, taylor_gradients
 from liftplace_jax.compress.pruner import Tensors
 from liftplace_jax.evaluation.samples import replicated
-from liftplace_jax.experiment.checks import under
+from liftplace_jax.experiment.configuration import under
 from liftplace_jax.experiment.context import Context
 from liftplace_jax.experiment.pictures import draw_search
 from liftplace_jax.experiment.training import load_teacher, run_training, save

@@ -6,8 +6,9 @@ hands over the arg, and `--config.field=value` changes single fields.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -18,9 +19,14 @@ from liftplace_jax.families.registry import FAMILIES, family_named
 SEPARATOR = ","
 SETUP = (
     "mesh", "input_threads", "memory_cache_mb", "data_cache", "profile_steps", "compile_cache",
-    "transfer_guard",
+    "transfer_guard", "tensorboard",
+    *(f"{room}.{field}" for room in ("teacher", "distill", "compress.learned")
+      for field in ("log_every", "checkpoint_every")),
 )  # fmt: skip
-"""Fields that say where and how a run runs, not what it computes: they may change under way."""
+"""Fields that say where and how a run runs, not what it computes: they may change under way.
+
+evaluation.curve_every is a multiple of log_every, whichever that is: the curve has the same points.
+"""
 
 
 def optimizer_config(**changes: Any) -> ConfigDict:
@@ -273,19 +279,25 @@ def completed(old: Mapping[str, Any]) -> dict[str, Any]:
     return filled(old, defaults)
 
 
+def without_setup(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config as a nested dict, without the fields of SETUP."""
+    return {
+        key: without_setup(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in fields.items() if prefix + key not in SETUP
+    }  # fmt: skip
+
+
 def check_choice(field: str, value: Any, choices: Any) -> None:
     """Raises a ValueError naming the config field if `value` is not among `choices`."""
     if value not in choices:
-        raise ValueError(f"config.{field} must be one of {sorted(choices)}, got {value!r}")
+        names = sorted(choices, key=str)
+        raise ValueError(f"config.{field} must be one of {names}, got {value!r}")
 
 
-def check_positive(config: ConfigDict, *fields: str) -> None:
-    """Raises a ValueError naming the first of the (dotted) fields that is not above 0."""
-    for field in fields:
-        value = config
-        for part in field.split("."):
-            value = value[part]
-        if not value > 0:
-            raise ValueError(f"config.{field} must be > 0, got {value}")
-
-
+@contextlib.contextmanager
+def under(prefix: str) -> Iterator[None]:
+    """Puts the config's part before the message of a ValueError, which starts with the field."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"config.{prefix}{error}") from error

@@ -24,7 +24,8 @@ from liftplace_jax import data
 from liftplace_jax.compress import Pruner
 from liftplace_jax.diffusion import Process, make_process
 from liftplace_jax.encoders.autoencoder_folder import AutoencoderNetwork, load_autoencoder
-from liftplace_jax.experiment.checks import check_config, under
+from liftplace_jax.experiment.checks import check_config, check_neighbours
+from liftplace_jax.experiment.configuration import under
 from liftplace_jax.experiment.judging import Judge
 from liftplace_jax.experiment.sources import open_images, open_latents
 from liftplace_jax.experiment.workdir import check_data
@@ -149,6 +150,8 @@ class Context:
         sources = open_images(self.config, self.image_shape)
         fields, count = self.config.evaluation, len(sources["train"])
         extractor = self.judge.extractor
+        if extractor and not fields.reference:
+            check_neighbours(self.config, count)
         few = extractor and count < extractor.dim and not fields.allow_few
         if few and not fields.reference:
             raise ValueError(

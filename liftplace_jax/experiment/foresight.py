@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from liftplace_jax import evaluation
 from liftplace_jax.evaluation.sampling import make_sampler
-from liftplace_jax.experiment.checks import under
+from liftplace_jax.experiment.checks import check_batches, check_neighbours
 from liftplace_jax.experiment.compressing import predicted_student
+from liftplace_jax.experiment.configuration import under
 from liftplace_jax.experiment.context import Context
 from liftplace_jax.nn import building
 from liftplace_jax.nn.network import Network, is_finished
@@ -63,6 +64,7 @@ def _check_batches(context: Context, trains: bool) -> None:
 
 def _check_shapes(context: Context) -> None:
     config, model, outputs = context.config, context.model, context.process.outputs
+    check_batches(config, model.shape)
     if model.out_channels != outputs * model.in_channels:
         raise ValueError(
             f"config.model: the network predicts {model.out_channels} channels for an input of "
@@ -102,6 +104,8 @@ def _check_judging(context: Context) -> None:
             lambda params, x, *_: (jnp.concatenate(context.process.outputs * [x], axis=-1), {}),
         )  # fmt: skip
         latents = jax.eval_shape(sampler, None, keys)
+    if fields.reference and judge.real.features is not None:
+        check_neighbours(context.config, len(judge.real.features))
     if context.autoencoder:
         jax.eval_shape(context.autoencoder.decode, context.autoencoder.params, latents)
 

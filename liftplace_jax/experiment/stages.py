@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from liftplace_jax.experiment.compressing import compress
 from liftplace_jax.experiment.context import Context, make_context
+from liftplace_jax.experiment.fields import check_fields
 from liftplace_jax.experiment.foresight import check_stages
 from liftplace_jax.experiment.report import is_reported, read_report, write_report
 from liftplace_jax.experiment.scoring import evaluate, model_folders
@@ -60,8 +61,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str) -> None:
       mode: one of MODES.
 
     Raises:
-      ValueError: another run has the work directory, or see `Experiment`.
+      ValueError: another run has the work directory, or see `open_experiment`.
     """
+    check_fields(config)  # or compile_cache may not be there
     keep_compiled(config.compile_cache)
     context = make_context(config, workdir)
     check_stages(context, trains=True)

@@ -115,5 +115,5 @@ def _changes(path: Path, new: dict, alone: bool) -> list[str]:
     if alone and old.keys() == new.keys():
         return []  # of a run that was refused before it made anything
     # A run may go on on other hardware.
-    setup = dict.fromkeys(configuration.SETUP)
-    return differences(configuration.completed(old) | setup, new | setup)
+    old, new = map(configuration.without_setup, (configuration.completed(old), new))
+    return differences(old, new)

@@ -92,6 +92,32 @@ def tree_shardings(tree: Any, rules: Rules, mesh: Mesh, prefix: str = "") -> Any
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def check_rules(rules: Any) -> None:
+    """Checks what `tree_shardings` takes as rules.
+
+    Raises:
+      ValueError: names config.sharding_rules and the first rule that is none.
+    """
+    for number, rule in enumerate(rules):
+        name = f"config.sharding_rules[{number}]"
+        pair = isinstance(rule, list | tuple) and len(rule) == 2 and isinstance(rule[0], str)
+        if not pair or not isinstance(rule[1], list | tuple):
+            raise ValueError(
+                f"{name} must be (regular expression, partition), such as "
+                f"('kernel', ('fsdp',)), got {rule!r}"
+            )
+        try:
+            re.compile(rule[0])
+        except re.error as error:
+            raise ValueError(f"{name}: {rule[0]!r} is no regular expression: {error}") from error
+        axes = [axis for axis in rule[1] if axis is not None]
+        if any(axis not in AXES for axis in axes) or len(axes) != len(set(axes)):
+            raise ValueError(
+                f"{name}: a partition names for each dimension None or an axis, one of "
+                f"{list(AXES)}, each axis once at most; got {rule[1]!r}"
+            )
+
+
 def place(tree: Any, shardings: Any) -> Any:
     """Arrays that every process has whole, such as just read ones, on the mesh.
 

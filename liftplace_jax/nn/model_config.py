@@ -9,7 +9,8 @@ from flax import nnx
 from flax.typing import Dtype
 
 from liftplace_jax.conditioning import UNCONDITIONAL, Conditioning
-from liftplace_jax.host.outside import cut, shown
+from liftplace_jax.host.outside import cut
+from liftplace_jax.host.ranges import Range
 
 _MOST_UNCHECKED = 64
 
@@ -19,9 +20,16 @@ class ModelConfig:
 
     Attributes:
       model: the model's name, "model" of a config.json.
+      RANGES: of every field that is a number, or a sequence of numbers.
     """
 
     model: ClassVar[str]
+    RANGES: ClassVar[Mapping[str, Range]] = {}
+
+    def check_numbers(self) -> None:
+        """Raises a ValueError naming the first field that is out of its range."""
+        for field, limits in self.RANGES.items():
+            limits.check(field, getattr(self, field))
 
     def build(self, *, rngs: nnx.Rngs, dtype: Dtype, remat: str | None = None) -> nnx.Module:
         """The model, initialised; `building.create` is the way to call it.
@@ -132,11 +140,3 @@ MOST_BLOCKS, MOST_BLOCKS_OF_LEVEL = 1000, 100
 """Far above any network; a model of more would seem to hang while it is built."""
 MOST_PIXELS = 2**14
 """Along a side."""
-
-
-def check_count(name: str, value: Any, minimum: int = 1, maximum: int = 1_000_000) -> None:
-    """Raises a ValueError naming a field that is no integer of minimum..maximum."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, not {shown(value)}")
-    if value > maximum:
-        raise ValueError(f"{name} must be at most {maximum:,}, not {shown(value)}")

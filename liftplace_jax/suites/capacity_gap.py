@@ -18,7 +18,7 @@ import tqdm
 from ml_collections import ConfigDict
 
 from liftplace_jax.experiment import stages
-from liftplace_jax.experiment.checks import under
+from liftplace_jax.experiment.configuration import under
 from liftplace_jax.families import registry
 from liftplace_jax.suites.options import Options, Result
 

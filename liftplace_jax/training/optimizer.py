@@ -10,6 +10,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from liftplace_jax.experiment.fields import OPTIMIZER
 from liftplace_jax.host.sharding import parameter_name
 
 OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw}
@@ -57,8 +58,11 @@ def make_optimizer(
       frozen: full names of parameters that the model never trains: they must not decay.
 
     Raises:
-      ValueError: unknown name or schedule, or weight decay with plain adam.
+      ValueError: unknown name or schedule, a number out of its range, or weight decay with plain
+        adam; names the field.
     """
+    for field, limits in OPTIMIZER.items():
+        limits.check(f"optimizer.{field}", config[field])
     if config.name not in OPTIMIZERS:
         raise ValueError(f"optimizer.name must be one of {sorted(OPTIMIZERS)}: {config.name!r}")
     if config.name == "adam" and config.weight_decay:

@@ -12,12 +12,10 @@ from flax import nnx
 from flax.typing import Dtype
 
 from liftplace_jax.host.outside import cut
-from liftplace_jax.nn.model_config import (
-    MOST_BLOCKS_OF_LEVEL,
-    MOST_PIXELS,
-    DenoiserConfig,
-    check_count,
-)
+from liftplace_jax.host.ranges import SHARE, SIDE, whole
+from liftplace_jax.nn.model_config import MOST_BLOCKS_OF_LEVEL, MOST_PIXELS, DenoiserConfig
+
+_WIDTH = whole(1, SIDE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +57,8 @@ class UNetConfig(DenoiserConfig):
       ch: base width and dimension of the sinusoidal embedding; pruning never changes it.
       ch_mult: width of each level, over ch.
       num_res_blocks: residual blocks a level on the way down (one more on the way up).
-      attn_resolutions: resolutions (pixels) with attention after each block.
+      attn_resolutions: resolutions (pixels) with attention after each block, each one that the
+        network has: image_size, halved at each further level. None: 16, if it has that.
       dropout: rate inside the residual blocks, in [0, 1).
       resamp_with_conv: resample with convolutions, or by averaging and repeating alone.
       num_groups: normalisation groups. Must divide every normalised width if
@@ -82,7 +81,7 @@ class UNetConfig(DenoiserConfig):
     ch: int = 128
     ch_mult: tuple[int, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
-    attn_resolutions: tuple[int, ...] = (16,)
+    attn_resolutions: tuple[int, ...] | None = None
     dropout: float = 0.0
     resamp_with_conv: bool = True
     num_groups: int = 32
@@ -90,8 +89,25 @@ class UNetConfig(DenoiserConfig):
     widths: tuple[tuple[str, int], ...] | None = None
 
     model: ClassVar[str] = "unet"
+    RANGES: ClassVar = {
+        "image_size": whole(1, MOST_PIXELS),
+        "in_channels": _WIDTH,
+        "out_channels": _WIDTH,
+        "ch": whole(4, SIDE),
+        "ch_mult": whole(1, 1024, many=True),
+        "num_res_blocks": whole(
+            1, MOST_BLOCKS_OF_LEVEL, why="each is a layer of its own in the program"
+        ),
+        "attn_resolutions": whole(1, SIDE, many=True),
+        "dropout": SHARE,
+        "num_groups": _WIDTH,
+        "min_channels_per_group": _WIDTH,
+    }
 
     def __post_init__(self):
+        published = self.attn_resolutions is None
+        if published:
+            object.__setattr__(self, "attn_resolutions", (16,))
         for field in ("ch_mult", "attn_resolutions"):
             value = getattr(self, field)
             if not isinstance(value, list | tuple):
@@ -100,6 +116,9 @@ class UNetConfig(DenoiserConfig):
         if not isinstance(self.widths, Mapping | list | tuple | None):
             raise ValueError(f"widths must map layer names to widths, not be {self.widths!r}")
         self._check_fields()
+        if published and 16 not in self._resolutions():
+            object.__setattr__(self, "attn_resolutions", ())
+        self._check_attention()
         default = self._unpruned_widths()
         widths = default if self.widths is None else dict(self.widths)
         unknown, missing = sorted(widths.keys() - default), sorted(default.keys() - widths)
@@ -110,30 +129,34 @@ class UNetConfig(DenoiserConfig):
             )
         for name, width in widths.items():
             widths[name] = width.item() if isinstance(width, np.integer) else width
-            check_count(f"widths[{name!r}]", widths[name])
+            _WIDTH.check(f"widths[{name!r}]", widths[name])
         object.__setattr__(self, "widths", tuple((name, widths[name]) for name in default))
         self._check_plan()
 
     def _check_fields(self):
-        for field in ("in_channels", "out_channels", "num_groups", "min_channels_per_group"):
-            check_count(field, getattr(self, field))
-        check_count("image_size", self.image_size, maximum=MOST_PIXELS)
-        check_count("num_res_blocks", self.num_res_blocks, maximum=MOST_BLOCKS_OF_LEVEL)
-        check_count("ch", self.ch, minimum=4)
+        self.check_numbers()
         if not self.ch_mult:
             raise ValueError("ch_mult is empty; give one multiplier for each level")
-        for field in ("ch_mult", "attn_resolutions"):
-            for value in getattr(self, field):
-                check_count(field, value)
         if self.image_size % 2 ** (len(self.ch_mult) - 1):
             raise ValueError(
                 f"image_size {self.image_size} cannot be halved {len(self.ch_mult) - 1} times, "
                 f"as the {len(self.ch_mult)} levels of ch_mult need"
             )
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout!r}")
         if not isinstance(self.resamp_with_conv, bool):
             raise ValueError(f"resamp_with_conv must be a bool, not {self.resamp_with_conv!r}")
+
+    def _check_attention(self):
+        """Or the attention that was asked for would silently not be there."""
+        sizes = self._resolutions()
+        strange = [size for size in self.attn_resolutions if size not in sizes]
+        if strange:
+            raise ValueError(
+                f"attn_resolutions {strange}: the network has none of them, only {sizes} "
+                "(image_size, halved at each further level of ch_mult)"
+            )
+
+    def _resolutions(self) -> list[int]:
+        return [self.image_size >> level for level in range(len(self.ch_mult))]
 
     def _check_plan(self):
         nodes = self.block_plan()
@@ -276,6 +299,5 @@ class UNetConfig(DenoiserConfig):
         fields = self.to_dict()
         del fields["dropout"]
         widths = {"widths": fields.pop("widths")}
-        sizes = {self.image_size >> level for level in range(len(self.ch_mult))}
-        fields["attn_resolutions"] = sorted(sizes.intersection(self.attn_resolutions))
+        fields["attn_resolutions"] = sorted(set(self.attn_resolutions))
         return [fields, widths]

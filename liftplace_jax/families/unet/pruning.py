@@ -7,10 +7,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from liftplace_jax.compress.pruner import Student, Tools, check_positive
+from liftplace_jax.compress.pruner import Student, Tools
 from liftplace_jax.families.unet.channels import NORMALISATIONS, prune_unet, pruned_config
 from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.families.unet.importance import IMPORTANCES
+from liftplace_jax.host.ranges import COUNT, SHARE
 
 
 class ChannelPruner:
@@ -26,6 +27,7 @@ class ChannelPruner:
     """
 
     name = "channels"
+    ranges = {"ratio": SHARE, "taylor_threshold": SHARE, "taylor_batch_size": COUNT}
 
     def defaults(self, training: Callable[..., ConfigDict]) -> ConfigDict:
         del training
@@ -42,9 +44,6 @@ class ChannelPruner:
         for field, known in (("importance", IMPORTANCES), ("normalisation", NORMALISATIONS)):
             if fields[field] not in known:
                 raise ValueError(f"{field} must be one of {sorted(known)}, got {fields[field]!r}")
-        check_positive(fields, "taylor_batch_size")
-        if not 0 <= fields.taylor_threshold < 1:
-            raise ValueError(f"taylor_threshold must be in [0, 1), got {fields.taylor_threshold}")
         return pruned_config(teacher, fields.ratio, NORMALISATIONS[fields.normalisation])
 
     def prune(self, fields: Any, teacher: Any, tools: Tools) -> Student:
