@@ -16,7 +16,6 @@ from liftplace_jax import data, weights
 from liftplace_jax.evaluation.sampling import make_sampler
 from liftplace_jax.experiment import configuration
 from liftplace_jax.experiment.configuration import parse_arg
-from liftplace_jax.experiment.context import Experiment, Run
 from liftplace_jax.experiment.pictures import (
     CURVES,
     columns_for,
