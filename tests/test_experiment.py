@@ -16,6 +16,7 @@ from liftplace_jax import data, weights
 from liftplace_jax.evaluation.sampling import make_sampler
 from liftplace_jax.experiment import configuration
 from liftplace_jax.experiment.configuration import parse_arg
+from liftplace_jax.experiment.context import Run
 from liftplace_jax.experiment.pictures import (
     CURVES,
     columns_for,
@@ -362,7 +363,7 @@ def pixels(figure):
 
 
 def test_curves_of_many_terms_and_samples_of_many_methods_fit_a_page(tmp_path):
-    experiment = Experiment(tiny("method=all,seeds=0+1"), tmp_path / "run")
+    experiment = open_experiment(tiny("method=all,seeds=0+1"), tmp_path / "run")
     (axis,) = curves_figure(experiment).axes
     assert axis.get_title() == "no metrics were logged"
     for run in experiment.runs:
