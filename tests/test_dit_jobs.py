@@ -194,9 +194,9 @@ def test_runlocal_goes_from_teacher_to_report(name, finished):
     for picture in ("samples.png", "groups.png", "curves.png"):
         with Image.open(workdir / picture) as image:
             assert min(image.size) > 200
-    config = json.loads((workdir / "student" / "config.json").read_text())
+    config = json.loads((workdir / "student" / "lift_place_feature_kd" / "seed0" / "config.json").read_text())
     assert config["depth"] == len(config["kept_layers"]) == 2
-    with np.load(workdir / "student" / "samples.npz", allow_pickle=False) as samples:
+    with np.load(workdir / "student" / "lift_place_feature_kd" / "seed0" / "samples.npz", allow_pickle=False) as samples:
         # Every digit, from the same noise in each row.
         assert samples["classes"].tolist() == list(range(10))
         assert samples["images_by_class"].shape == (40, 8, 8, 1)
@@ -207,7 +207,7 @@ def test_latents_are_trained_on_and_decoded_in_graph(finished):
     assert "1,437" in encoded.stdout
     manifest = json.loads((home / "latents" / "latents.json").read_text())
     assert manifest["shape"] == [4, 4, 4]
-    metrics = read_metrics(home / "imagenet256_dit" / "student")
+    metrics = read_metrics(home / "imagenet256_dit" / "student" / "lift_place_feature_kd" / "seed0")
     assert [m["step"] for m in metrics if "frechet_float32" in m] == [30]
     with np.load(home / "imagenet256_dit" / "teacher" / "samples.npz") as samples:
         assert samples["images"].shape == (64, 8, 8, 1)

@@ -109,7 +109,7 @@ def test_raw_parameters_are_others_than_the_averaged_ones(home, run, reference_f
 
 
 def test_a_curve_of_frechet_distances_is_logged(home):
-    metrics = read_metrics(home / "run" / "student")
+    metrics = read_metrics(home / "run" / "student" / "lift_place" / "seed0")
     values = {m["step"]: m["frechet_float32"] for m in metrics if "frechet_float32" in m}
     assert sorted(values) == [4, 8] and all(value > 0 for value in values.values())
 

@@ -99,7 +99,11 @@ def test_checks_name_the_field():
 
 def test_folders_of_one_and_of_many_students(tmp_path):
     one = open_experiment(tiny(), tmp_path / "one")
-    assert one.runs == [Run("lift_place", 0, tmp_path / "one" / "student")]
+    assert one.runs == [Run("lift_place", 0, tmp_path / "one/student/lift_place/seed0")]
+    # A single student of an earlier version lies one folder higher.
+    (tmp_path / "one" / "student").mkdir()
+    (tmp_path / "one" / "student" / "metrics.jsonl").touch()
+    assert open_experiment(tiny(), tmp_path / "one").runs == [Run("lift_place", 0, tmp_path / "one" / "student")]
     many = open_experiment(tiny("method=all,seeds=0+3"), tmp_path / "many")
     assert [(run.method, run.seed) for run in many.runs] == [
         (method, seed) for method in BASIC_METHODS for seed in (0, 3)

@@ -126,10 +126,10 @@ def test_a_job_killed_anywhere_ends_as_one_that_was_not(start, finished, tmp_pat
     assert not (workdir / "teacher" / "checkpoints" / "6").exists()
     assert not (workdir / "teacher" / "model.safetensors").exists()
     interrupt("SIGKILL", "student metrics 5", -signal.SIGKILL)
-    assert not (workdir / "student" / "model.safetensors").exists()
+    assert not (workdir / "student" / "lift_place" / "seed0" / "model.safetensors").exists()
     interrupt("SIGKILL", "scored 3", -signal.SIGKILL)
     assert (workdir / "teacher" / "evaluation.json").exists()
-    assert not (workdir / "student" / "evaluation.json").exists()
+    assert not (workdir / "student" / "lift_place" / "seed0" / "evaluation.json").exists()
 
     process = start(*MAIN, *flags)
     out, err = process.communicate(timeout=300)
@@ -144,10 +144,10 @@ def test_a_job_killed_anywhere_ends_as_one_that_was_not(start, finished, tmp_pat
         "stage 5 of 5: report",
     ]
     assert "samples, lift_place seed 0: compiling ... 0 s" in err
-    for name in ("teacher", "pruned", "student"):
+    for name in ("teacher", "pruned", "student/lift_place/seed0"):
         ours, theirs = ((d / name / "model.safetensors").read_bytes() for d in (workdir, finished))
         assert ours == theirs, name
-    for name in ("teacher", "student"):
+    for name in ("teacher", "student/lift_place/seed0"):
         rows = [read_metrics(folder / name) for folder in (workdir, finished)]
         assert [row["step"] for row in rows[0]] == list(range(1, 9))
         for ours, theirs in zip(*rows, strict=True):
@@ -212,7 +212,7 @@ def test_the_report_has_a_row_for_each_method_and_finite_numbers(finished):
 
     check(report)
     student, score = report["rows"][1], json.loads(
-        (finished / "student" / "evaluation.json").read_text()
+        (finished / "student" / "lift_place" / "seed0" / "evaluation.json").read_text()
     )  # fmt: skip
     assert student["frechet"] == score["frechet"] and student["steps"] == 8
     teacher_tensors, student_tensors = (
@@ -232,7 +232,7 @@ def test_the_report_has_a_row_for_each_method_and_finite_numbers(finished):
     assert [line.split("|")[1].strip() for line in table] == ["teacher", "lift_place"]
     assert f"{student['frechet']:.1f}" in table[1] and f"{sizes[1]:,}" in table[1]
     assert "digit-feature Frechet distance, 24 samples" in text and "smoke run" in text
-    with np.load(finished / "student" / "samples.npz", allow_pickle=False) as samples:
+    with np.load(finished / "student" / "lift_place" / "seed0" / "samples.npz", allow_pickle=False) as samples:
         assert samples["images"].shape == (24, 8, 8, 1) and samples["images"].dtype == np.uint8
 
 
@@ -274,17 +274,17 @@ def test_features_learnable_weight_bfloat16_and_fsdp_in_one_job(finished, tmp_pa
     workdir = tmp_path / "run"
     ours, theirs = ((d / "teacher" / "model.safetensors").read_bytes() for d in (workdir, finished))
     assert ours == theirs
-    rows = read_metrics(workdir / "student")
+    rows = read_metrics(workdir / "student" / "lift_place" / "seed0")
     names = {"loss", "diffusion", "lift", "coarse", "fine", "weight", "feature_kd", "learning_rate"}
     assert len(rows) == 2 and all(names <= set(row) for row in rows)
     assert rows[0]["weight"] == pytest.approx(0.3)
     # The same student, images and noise as in float32.
-    exact = read_metrics(finished / "student")[0]
+    exact = read_metrics(finished / "student" / "lift_place" / "seed0")[0]
     for name in ("diffusion", "output_kd", "coarse", "fine"):
         assert rows[0][name] == pytest.approx(exact[name], rel=0.05), name
     assert rows[0]["diffusion"] != exact["diffusion"]
     with ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.restore(workdir / "student" / "checkpoints" / "2" / "default")
+        saved = checkpointer.restore(workdir / "student" / "lift_place" / "seed0" / "checkpoints" / "2" / "default")
     assert set(saved["params"]) == {"student", "adapters", "weight_logit"}
     assert saved["params"]["weight_logit"] != np.float32(math.log(0.3 / 0.7))
     assert set(saved["params"]["adapters"]) == {"mid.block_1"}
@@ -335,8 +335,8 @@ def test_refused_commands_are_one_line_and_leave_nothing(start, tmp_path):
     ("compress", "teacher pruned student", "teacher: run --mode=teacher first"),
     ("distill", "teacher student", "teacher: run --mode=teacher first"),
     ("distill", "pruned student", "pruned: run --mode=compress first"),
-    ("evaluate", "student", "student: run --mode=distill first"),
-    ("report", "student", "student: run --mode=evaluate first"),
+    ("evaluate", "student", "seed0: run --mode=distill first"),
+    ("report", "student", "seed0: run --mode=evaluate first"),
 ])  # fmt: skip
 def test_a_mode_names_the_one_that_comes_first(copy, mode, lost, message):
     for name in lost.split():
@@ -405,13 +405,13 @@ def test_bad_teacher_checkpoints_are_named(copy, finished, tmp_path, damage, mes
 
 
 def test_a_truncated_checkpoint_is_named(copy):
-    (copy / "student" / "model.safetensors").unlink()
-    for path in (copy / "student" / "checkpoints" / "8").rglob("*"):
+    (copy / "student" / "lift_place" / "seed0" / "model.safetensors").unlink()
+    for path in (copy / "student" / "lift_place" / "seed0" / "checkpoints" / "8").rglob("*"):
         if path.is_file() and path.stat().st_size > 64:
             os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(ValueError, match="step 8 in .*student/checkpoints cannot be restored"):
+    with pytest.raises(ValueError, match="step 8 in .*seed0/checkpoints cannot be restored"):
         run(copy, "distill")
-    assert not (copy / "student" / "model.safetensors").exists()
+    assert not (copy / "student" / "lift_place" / "seed0" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("changes, kind, message", [

@@ -31,7 +31,7 @@ from liftplace_jax.experiment.sources import open_images, open_latents
 from liftplace_jax.experiment.workdir import check_data
 from liftplace_jax.families import registry
 from liftplace_jax.families.family import Family
-from liftplace_jax.host import sharding
+from liftplace_jax.host import processes, sharding
 from liftplace_jax.host.buckets import as_path
 from liftplace_jax.nn.model_config import DenoiserConfig
 from liftplace_jax.training.objective import BASIC_METHODS
@@ -92,15 +92,15 @@ class Context:
         """Where the student before training is."""
         return self.workdir / "pruned"
 
-    @property
+    @functools.cached_property
     def runs(self) -> list[Run]:
-        """All students of the config."""
+        """All students of the config; first asked for by all processes."""
         config, folder = self.config, self.workdir / "student"
         methods = BASIC_METHODS if config.method == "all" else config.method.split("+")
         methods = dict.fromkeys(methods)
         pairs = [(method, seed) for method in methods for seed in config.seeds]
-        if len(pairs) == 1:
-            return [Run(*pairs[0], folder)]
+        if len(pairs) == 1 and processes.told_by_first((folder / "metrics.jsonl").exists):
+            return [Run(*pairs[0], folder)]  # of a version that gave a single student no folder
         return [Run(m, s, folder / m / f"seed{s}") for m, s in pairs]
 
     @functools.cached_property
