@@ -20,7 +20,7 @@ from liftplace_jax import main
 from liftplace_jax.host import files
 from liftplace_jax.host import processes
 from liftplace_jax.experiment.context import Experiment
-from liftplace_jax.locks import locked
+from liftplace_jax.host.locks import locked
 from liftplace_jax.host import sharding
 from liftplace_jax.training.state import random_key
 

@@ -19,8 +19,9 @@ import safetensors.torch
 import tiny_config
 from PIL import Image
 
-from liftplace_jax import locks, weights
+from liftplace_jax import weights
 from liftplace_jax.host import buckets
+from liftplace_jax.host import locks
 from liftplace_jax.families import registry
 from liftplace_jax.nn import building
 from liftplace_jax.experiment import report
@@ -28,7 +29,7 @@ from liftplace_jax.experiment import workdir as workdirs
 from liftplace_jax.host.buckets import UnreachableError, as_path
 from liftplace_jax.experiment.context import Experiment
 from liftplace_jax.host.files import write_json
-from liftplace_jax.locks import locked
+from liftplace_jax.host.locks import locked
 from liftplace_jax.nn.network import load_network
 from liftplace_jax.experiment.scoring import read_evaluation, read_samples
 from liftplace_jax.experiment.stages import run
@@ -74,7 +75,7 @@ def test_folders_that_were_there_stay(tmp_path):
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path, capsys):
     code = (
-        "import sys, time; from pathlib import Path; from liftplace_jax.locks import locked\n"
+        "import sys, time; from pathlib import Path; from liftplace_jax.host.locks import locked\n"
         "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(100)"
     )
     program = [sys.executable, "-c", code, str(tmp_path)]

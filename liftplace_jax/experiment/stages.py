@@ -23,7 +23,7 @@ def run(config: ConfigDict, workdir: Path, mode: str) -> None:
     from liftplace_jax.host import processes
     from liftplace_jax.experiment import workdir as workdirs
     from liftplace_jax.experiment.context import Experiment
-    from liftplace_jax.locks import locked
+    from liftplace_jax.host.locks import locked
     from liftplace_jax.experiment.report import is_reported, write_report
     from liftplace_jax.experiment.scoring import evaluate
     from liftplace_jax.training.profiling import keep_compiled
