@@ -16,10 +16,12 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny_config
 from conftest import QUICK_XLA
+from safetensors.numpy import load_file, save_file
 
 from liftplace_jax import data, main, weights
 from liftplace_jax.experiment.report import FILES
 from liftplace_jax.host.flags import EXIT_BAD_INPUT
+from liftplace_jax.host.locks import locked
 from liftplace_jax.host.versions import line, processor
 from liftplace_jax.training.metrics_io import read_metrics
 
@@ -371,6 +373,28 @@ def test_work_directories_of_others_are_refused_untouched(copy, tmp_path):
     assert list(files(foreign).values()) == [b'{"cut o']
     with pytest.raises(NotADirectoryError):
         run(foreign / "config.json")
+
+
+def test_a_second_command_on_a_work_directory_is_one_line(start, copy):
+    (copy / "report.md").unlink()
+    before = files(copy)
+    with locked(copy):
+        process = start(*MAIN, CONFIG, f"--workdir={copy}")
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, out, len(err.splitlines())) == (EXIT_BAD_INPUT, "", 1)
+    assert err.startswith(f"error: {copy} is in use by process {os.getpid()} on ")
+    assert files(copy) == before
+
+
+def test_a_finished_work_directory_without_its_newer_files_goes_on(copy, capsys):
+    """As a version before checksums and data.json left it."""
+    (copy / "data.json").unlink()
+    for path in copy.rglob("*.safetensors"):
+        save_file(load_file(path), path)
+    (copy / "report.md").unlink()
+    run(copy)
+    assert capsys.readouterr().out == f"Report: {copy / 'report.md'}\n"
+    assert (copy / "data.json").exists()
 
 
 def cut_weights(folder):

@@ -25,7 +25,8 @@ from conftest import QUICK_XLA
 from liftplace_jax import data, main, weights
 from liftplace_jax.host import files, processes, sharding
 from liftplace_jax.host.buckets import as_path, local_copy
-from liftplace_jax.host.flags import EXIT_INTERRUPTED, EXIT_LOST
+from liftplace_jax.host.flags import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_LOST
+from liftplace_jax.host.locks import locked
 from liftplace_jax.training.checkpoints import Checkpoints
 from liftplace_jax.training.loop import train
 from liftplace_jax.training.metrics_io import MetricsLog, read_metrics
@@ -304,6 +305,18 @@ def test_a_work_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="the work directory cannot be written.*file/run"):
         main.run(tiny_config.get_config(), tmp_path / "file" / "run", "teacher")
+
+
+def test_a_pod_is_refused_where_another_run_is_under_way(run, tmp_path):
+    with locked(tmp_path):
+        before = (tmp_path / ".lock").read_bytes()
+        statuses, printed = run("none", tmp_path, 2, 1)
+        assert statuses == [EXIT_BAD_INPUT, EXIT_BAD_INPUT], printed
+        assert f"is in use by process {os.getpid()} on {socket.gethostname()}, since" in printed[0]
+        assert f"process 1: error: process 0 cannot use {tmp_path}, and says why" in printed[1]
+        assert "Traceback" not in printed[0] + printed[1]
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        assert (tmp_path / ".lock").read_bytes() == before
 
 
 # The runtime ------------------------------------------------------------------------------------

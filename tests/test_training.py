@@ -610,7 +610,7 @@ def test_a_checkpoint_that_another_process_is_writing_is_left_alone(tmp_path):
     checkpoints.save(4, wide_state())
     others = [unfinished(tmp_path, step) for step in (6, 9)]
     Checkpoints(tmp_path).restore(jax.eval_shape(wide_state))  # someone looks
-    with pytest.raises(OSError, match="step 6 cannot be written to .*: another process is writing"):
+    with pytest.raises(OSError, match="step 6 in .* is being written by another process"):
         checkpoints.save(6, wide_state())
     assert all((path / "default").is_dir() for path in others)
 

@@ -23,7 +23,7 @@ from liftplace_jax.host.buckets import (
     is_of_bucket,
     may_pass,
 )
-from liftplace_jax.host.processes import is_first
+from liftplace_jax.host.processes import is_first, told_by_first
 
 _METADATA = "_CHECKPOINT_METADATA"  # orbax' file of what it was given beside the arrays
 
@@ -70,23 +70,29 @@ class Checkpoints:
         """Writes the state unless that step is there already.
 
         Raises:
-          OSError: it cannot be written, or the disk is full; the ones before stay as they are.
+          OSError: it cannot be written, the disk is full, or another process is writing it; the
+            ones before, and what the other is writing, stay as they are.
         """
         latest = self.latest_step()
         if latest == step:
             return
         state, sums = state._asdict(), {"sums": _sums(state)}
         self._remove(self._leftovers)
-        self._leftovers, others = [], self._find_unfinished()
+        self._leftovers, others = [], self._find_unfinished() if is_first() else []
+        steps = [name.partition(".")[0] for name in others]
+        if told_by_first(lambda: str(step) in steps):  # orbax would remove that one
+            raise OSError(
+                f"the checkpoint of step {step} in {self._folder} is being written by another "
+                "process: end one of the two"
+            )
         try:
-            if str(step) in (name.partition(".")[0] for name in others):
-                raise OSError("another process is writing it")  # orbax would remove that one
             self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=sums)
         except Exception as error:
             if not (isinstance(error, OSError | ValueError) or is_of_bucket(error)):
                 raise
             # It would keep a full disk full; but never what another process is writing.
-            self._remove([name for name in self._find_unfinished() if name not in others])
+            if is_first():
+                self._remove([name for name in self._find_unfinished() if name not in others])
             kept = "there is none before" if latest is None else f"that of step {latest} is whole"
             kind = UnreachableError if may_pass(error) else OSError
             raise kind(
