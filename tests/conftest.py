@@ -65,14 +65,12 @@ def bucket():
 
 
 @pytest.fixture(scope="module")
-def one_device():
-    """The losses take the path of large arrays in a process with a single device, despite the
-    simulated eight."""
-    from liftplace_jax.losses import grouping
+def machine_code():
+    """The losses sort by machine code, as they do with large arrays."""
+    from liftplace_jax.losses import permute
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouping, "_one_device", lambda: True)
-        patch.setattr(grouping, "HOST_LEAST", 0)
+        patch.setattr(permute, "HOST_LEAST", 0)
         jax.clear_caches()
         yield
     jax.clear_caches()

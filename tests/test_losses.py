@@ -16,10 +16,10 @@ from liftplace_jax import PUBLISHED, feature_kd_loss, lift_loss, output_kd_loss,
 from liftplace_jax.losses import (
     Groups,
     error_groups,
-    grouping,
     init_adapters,
     lift_terms,
     mask_outliers,
+    permute,
 )
 
 
@@ -296,7 +296,7 @@ def test_vmap_equals_a_loop(loss):
     np.testing.assert_allclose(mapped[1], np.stack([g for _, g in looped]), atol=1e-5)
 
 
-def test_sharded_batch_equals_one_device():
+def test_sharded_batch_equals_one_device(both_sorts):
     """Under jit the adaptive weight is over the global batch, and nothing is gathered."""
     student, teacher = draw((8, 8, 8, 3))
     value = jax.jit(jax.value_and_grad(lambda s, t: place_loss(s, t).loss))
@@ -311,8 +311,17 @@ def test_sharded_batch_equals_one_device():
     assert "all-gather" not in program and "all-to-all" not in program
 
 
-def test_paths_of_one_and_several_devices_agree(monkeypatch):
-    """Flat indices and split sorts, or batched ones: the same order, the same numbers."""
+@pytest.fixture(params=["xla", "machine code"])
+def both_sorts(request, monkeypatch):
+    if request.param == "machine code":
+        monkeypatch.setattr(permute, "HOST_LEAST", 0)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def test_machine_code_and_xla_agree(monkeypatch):
+    """The same order, the same numbers, alone and under vmap."""
     pairs = [draw(shape) for shape in [(8, 8, 8, 3), (3, 7, 5, 2), (2, 12, 3)]]
     for student, teacher in pairs:
         student[0] = teacher[0]  # ties
@@ -330,8 +339,8 @@ def test_paths_of_one_and_several_devices_agree(monkeypatch):
         return found
 
     results = []
-    for one_device in (True, False):
-        monkeypatch.setattr(grouping, "_one_device", lambda one=one_device: one)
+    for least in (0, 10**9):
+        monkeypatch.setattr(permute, "HOST_LEAST", least)
         jax.clear_caches()
         results.append(jax.jit(values)([s for s, _ in pairs]))
     jax.clear_caches()

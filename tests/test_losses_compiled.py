@@ -9,10 +9,10 @@ import pytest
 from jax import export
 
 from liftplace_jax import lift_loss, place_loss
-from liftplace_jax.losses import grouping
-from liftplace_jax.losses.host_sort import TARGET
+from liftplace_jax.losses import grouping, permute
+from liftplace_jax.losses.permute import TARGET, packed_order
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("machine_code")
 SHAPE = (8, 16, 16, 3)
 
 

@@ -1,6 +1,6 @@
-"""The losses against arrays made by running the published PyTorch code, on one device.
+"""The losses against arrays made by running the published PyTorch code, sorted by machine code.
 
-`test_losses.py` runs the path for several devices and compares the two.
+`test_losses.py` runs XLA's own sort and compares the two.
 """
 
 import json
@@ -14,7 +14,7 @@ from liftplace_jax import PUBLISHED, feature_kd_loss, lift_loss, output_kd_loss,
 from liftplace_jax.losses import cosine_weight, learnable_weight, linear_weight
 
 GRAD_TOLERANCE = 1e-4
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("machine_code")
 
 
 def cases(name, prefix):

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from liftplace_jax.losses.lift_place import REDUCTIONS, _check_choice, _checked
+from liftplace_jax.losses.arguments import (
+    check_choice,
+    floating,
+    real_number,
+    student_and_teacher,
+    whole_number,
+)
+from liftplace_jax.losses.lift_place import REDUCTIONS
 
 OVER_LAYERS = ("sum", "mean")
 
@@ -27,8 +34,8 @@ def output_kd_loss(student: jax.Array, teacher: jax.Array, *, reduction: str = "
     Raises:
       ValueError: shapes differ, or an argument is out of its range.
     """
-    _check_choice("reduction", reduction, REDUCTIONS)
-    student, teacher = _checked(student, teacher)
+    check_choice("reduction", reduction, REDUCTIONS)
+    student, teacher = student_and_teacher(student, teacher)
     return _reduce(_squared_error(student, teacher), reduction)
 
 
@@ -52,7 +59,8 @@ def feature_kd_loss(
       adapters: student layer -> (student channels, teacher channels) matrix of a 1x1 convolution
         without bias (`init_adapters`); None where the widths agree.
       mask_sigma: masked variant (TinyFusion uses 2): before the comparison, values further than
-        that many standard deviations from their sample's mean are set to 0, in both features.
+        that many standard deviations from their sample's mean are set to 0, in both features; a
+        finite number > 0.
       reduction: as in `output_kd_loss`; the pixel-space code uses "sum", the others "mean".
       layers: "sum" or "mean" of the layers' losses; the DiT code uses "mean", the others "sum".
 
@@ -60,12 +68,13 @@ def feature_kd_loss(
       float32 scalar, or (batch,).
 
     Raises:
-      ValueError: a layer or adapter is missing or shapes do not fit; the message names the layer.
+      ValueError: a layer or adapter is missing, shapes do not fit, or values are not floating
+        point; the message names the layer.
 
     Source: Diff_Pruning_EXP/functions/losses.py, FitNetLoss; TinyFusion_EXP/diffusion.
     """
-    _check_choice("reduction", reduction, REDUCTIONS)
-    _check_choice("layers", layers, OVER_LAYERS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("layers", layers, OVER_LAYERS)
     layer_map = {name: name for name in student} if layer_map is None else layer_map
     if not layer_map:
         raise ValueError("feature_kd_loss needs at least one layer")
@@ -76,10 +85,13 @@ def feature_kd_loss(
         ):  # fmt: skip
             if name not in features:
                 raise ValueError(f"{side} has no feature {name!r}; it has {sorted(features)}")
-        s = jnp.asarray(student[student_name]).astype(jnp.float32)
-        t = jax.lax.stop_gradient(jnp.asarray(teacher[teacher_name]).astype(jnp.float32))
+        s = floating(f"student's feature {student_name!r}", student[student_name])
+        t = floating(f"teacher's feature {teacher_name!r}", teacher[teacher_name])
+        t = jax.lax.stop_gradient(t)
         if adapters is not None:
             s = _adapt(s, adapters, student_name)
+        if s.ndim < 2:
+            raise ValueError(f"feature {student_name!r} must be (batch, ...), got shape {s.shape}")
         if s.shape != t.shape:
             raise ValueError(
                 f"feature {student_name!r} has shape {s.shape} but the teacher's {teacher_name!r} "
@@ -99,19 +111,43 @@ def init_adapters(
     layer_map: Mapping[str, str] | None = None,
     scale: float = 0.005,
 ) -> dict[str, jax.Array]:
-    """Adapters for `feature_kd_loss`: layer -> (student, teacher) matrix, uniform in +-scale."""
+    """Adapters for `feature_kd_loss`: layer -> (student, teacher) matrix, uniform in +-scale.
+
+    Raises:
+      ValueError: a layer has no channels given, or a number is out of its range.
+    """
     layer_map = {name: name for name in student_channels} if layer_map is None else layer_map
+    scale = real_number("scale", scale, 0)
     keys = jax.random.split(key, max(len(layer_map), 1))
-    return {
-        name: jax.random.uniform(
-            k, (student_channels[name], teacher_channels[target]), jnp.float32, -scale, scale
-        )
-        for k, (name, target) in zip(keys, layer_map.items(), strict=True)
-    }
+    adapters = {}
+    for k, (name, target) in zip(keys, layer_map.items(), strict=True):
+        shape = []
+        for side, channels, layer in (
+            ("student", student_channels, name), ("teacher", teacher_channels, target)
+        ):  # fmt: skip
+            if layer not in channels:
+                raise ValueError(f"{side} has no channels of {layer!r}; it has {sorted(channels)}")
+            number = whole_number(f"{side}'s channels of {layer!r}", channels[layer], 1, 2**31 - 1)
+            shape.append(number)
+        adapters[name] = jax.random.uniform(k, shape, jnp.float32, -scale, scale)
+    return adapters
 
 
 def mask_outliers(x: jax.Array, sigma: float) -> jax.Array:
-    """Sets values at least `sigma` (unbiased) standard deviations off their sample's mean to 0."""
+    """Sets values at least `sigma` (unbiased) standard deviations off their sample's mean to 0.
+
+    Args:
+      x: floating point, (batch, ...), two values or more a sample.
+      sigma: > 0.
+    """
+    sigma = real_number("mask_sigma", sigma, float(jnp.finfo(jnp.float32).tiny))
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 2 or x[:1].size < 2:
+        raise ValueError(
+            "mask_sigma needs floating-point features (batch, ...) with two values or more a "
+            f"sample, got {x.dtype} of shape {x.shape}"
+        )
+    sigma = jnp.asarray(sigma, x.dtype)
     axes = tuple(range(1, x.ndim))
     frozen = jax.lax.stop_gradient(x)
     mean = jnp.mean(frozen, axis=axes, keepdims=True)
@@ -122,12 +158,14 @@ def mask_outliers(x: jax.Array, sigma: float) -> jax.Array:
 def _adapt(features, adapters, name):
     if name not in adapters:
         raise ValueError(f"no adapter for feature {name!r}; adapters: {sorted(adapters)}")
-    kernel = adapters[name]
+    kernel = floating(f"the adapter of {name!r}", adapters[name])
+    if kernel.ndim != 2:
+        raise ValueError(f"the adapter of {name!r} must be a matrix, got shape {kernel.shape}")
     if kernel.shape[0] != features.shape[-1]:
         raise ValueError(
             f"the adapter of {name!r} takes {kernel.shape[0]} channels, got {features.shape[-1]}"
         )
-    return features @ kernel
+    return features @ kernel.astype(features.dtype)
 
 
 @jax.custom_jvp

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from liftplace_jax.losses.host_sort import error_order_on_host
-
-HOST_LEAST = 2**15  # elements; for fewer, a call to the host costs more than it saves
+from liftplace_jax.losses.arguments import student_and_teacher, whole_number
+from liftplace_jax.losses.permute import sort_by_error
 
 
 class Groups(NamedTuple):
@@ -56,8 +55,8 @@ def by_error(student: jax.Array, teacher: jax.Array, group_size: int) -> Groups:
     Per sample and channel. Ties are broken by position. If `group_size` does not divide the
     number of elements, the last group (largest errors) is smaller.
     """
-    order = error_order(student, teacher)
-    return Groups(*_cut(take(student, order), take(teacher, order), group_size))
+    student, teacher, _ = sort_by_error(_channels_last(student), _channels_last(teacher))
+    return Groups(*_cut(student, teacher, group_size))
 
 
 def by_space(student: jax.Array, teacher: jax.Array, patch: Sequence[int]) -> Groups:
@@ -81,114 +80,30 @@ def error_order(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Returns:
       int32 (batch, channel, elements): positions in the flattened space.
     """
-    # |t - s| orders as (t - s)^2 does, but neither overflows nor underflows.
-    error = jnp.abs(jax.lax.stop_gradient(teacher) - jax.lax.stop_gradient(student))
-    error = rows_per_channel(error)
-    if error.dtype.itemsize == 4:
-        return jax.lax.platform_dependent(error, cpu=_cpu_order, default=_pair_order)
-    return _pair_order(error)
+    samples = map(_channels_last, (student, teacher))
+    return sort_by_error(*map(jax.lax.stop_gradient, samples))[2]
 
 
-def _bits(error):
-    # Non-negative floats sort like their bits, and XLA sorts integers faster.
-    return jax.lax.bitcast_convert_type(error, jnp.dtype(f"int{error.dtype.itemsize * 8}"))
-
-
-def _pair_order(error):
-    """A stable sort of (error, position) pairs."""
-    position = jax.lax.broadcasted_iota(jnp.int32, error.shape, error.ndim - 1)
-    operands = (_bits(error), position)
-    return jax.lax.sort(operands, dimension=-1, is_stable=True, num_keys=1)[1]
-
-
-def _cpu_order(error):
-    if _one_device() and error.size >= HOST_LEAST:
-        return error_order_on_host(error)
-    return _packed_order(error)
-
-
-def _packed_order(error):
-    """One sort of error << 32 | position: on CPU XLA sorts one array much faster than a pair.
-
-    Unlike a call to the host, it is split over devices as its operand is.
-    """
-    with jax.enable_x64(True):
-        position = jax.lax.broadcasted_iota(jnp.int64, error.shape, error.ndim - 1)
-        keys = (_bits(error).astype(jnp.int64) << 32) | position
-        keys = jax.lax.sort(keys, dimension=-1, is_stable=False)
-        return (keys & 0xFFFFFFFF).astype(jnp.int32)
+def _channels_last(x):
+    """(batch, *space, channel) -> (batch, elements, channel)."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def error_groups(student: jax.Array, teacher: jax.Array, group_size: int) -> jax.Array:
     """Index of the PLACE group of every element: int32, the shape of `student`.
 
     0 holds the smallest errors. For pictures such as the paper's group map.
+
+    Raises:
+      ValueError: as of `place_loss`.
     """
+    student, teacher = student_and_teacher(student, teacher)
+    elements = math.prod(student.shape[1:-1])
+    group_size = whole_number("group_size", group_size, 1, elements)
     order = error_order(student, teacher)
     rank = jnp.argsort(order, axis=-1).astype(jnp.int32)
     ids = (rank // group_size).reshape(order.shape[:2] + student.shape[1:-1])
     return jnp.moveaxis(ids, 1, -1)
-
-
-def _one_device() -> bool:
-    """With several devices the batch may be sharded: then its axis must stay an axis of its own,
-    so that nothing crosses devices. With one, flat indices and the host's sort are faster."""
-    return jax.device_count() == 1
-
-
-def _indices(order, one_array: bool):
-    """Positions in the space -> positions in a flat sample, or in the flat array; (..., all)."""
-    batch, channels, elements = order.shape
-    index = order * channels + jax.lax.broadcasted_iota(jnp.int32, order.shape, 1)
-    if not one_array:
-        return index.reshape(batch, -1)
-    index = index + jax.lax.broadcasted_iota(jnp.int32, order.shape, 0) * (elements * channels)
-    return index.reshape(-1)
-
-
-def take(x: jax.Array, order: jax.Array) -> jax.Array:
-    """Every channel of every sample in its own order; the gradient is a plain write-back.
-
-    The indices reach into the array as it lies, so that no transposed copy is made of it.
-
-    Args:
-      x: (batch, *space, channel).
-      order: int32 (batch, channel, elements): permutations of the flattened space.
-
-    Returns:
-      (batch, channel, elements).
-    """
-    return _take(x.reshape(x.shape[0], -1), order)
-
-
-@jax.custom_vjp
-def _take(samples, order):
-    index = _indices(order, _one_device())
-    if _one_device():
-        taken = samples.reshape(-1).at[index].get(mode="promise_in_bounds", unique_indices=True)
-    else:
-        taken = jnp.take_along_axis(samples, index, axis=-1, mode="promise_in_bounds")
-    return taken.reshape(order.shape)
-
-
-def _take_forward(samples, order):
-    return _take(samples, order), order
-
-
-def _take_backward(order, cotangent):
-    def put_back(index, values):
-        return jnp.zeros_like(values).at[index].set(
-            values, unique_indices=True, mode="promise_in_bounds"
-        )
-
-    index = _indices(order, _one_device())
-    if not _one_device():
-        put_back = jax.vmap(put_back)
-    flat = put_back(index, cotangent.reshape(index.shape))
-    return flat.reshape(order.shape[0], -1), None
-
-
-_take.defvjp(_take_forward, _take_backward)
 
 
 def _cut(student, teacher, group_size):

@@ -13,8 +13,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from liftplace_jax.losses import grouping as grouping_lib
+from liftplace_jax.losses.arguments import (
+    check_choice,
+    real_number,
+    student_and_teacher,
+    whole_number,
+)
 from liftplace_jax.losses.fit import NORMALIZE, least_squares_fit
 from liftplace_jax.losses.grouping import Groups
 from liftplace_jax.losses.weighting import adaptive_weight
@@ -88,8 +95,8 @@ def lift_loss(
 
     The other arguments, the result and the errors are those of `place_loss`.
     """
-    _check_choice("per", per, PER)
-    student, teacher = _checked(student, teacher)
+    check_choice("per", per, PER)
+    student, teacher = student_and_teacher(student, teacher)
     return lift_terms(
         grouping_lib.whole(student, teacher, per),
         norm=norm, eps=eps, normalize=normalize, reduction=reduction, terms=terms,
@@ -119,8 +126,10 @@ def place_loss(
     order, ties by position), cut into groups of `group_size`, and each group is fitted by itself.
     The defaults are the published pixel-space variant, `PUBLISHED["pixel"]`.
 
-    Works under jit, grad and vmap. Gradients are closed-form and reach the student only. bfloat16
-    and float16 inputs are computed in float32. NaN in gives NaN out.
+    Works under jit, vmap, grad and forward differentiation (jvp, jacfwd, linearize). Derivatives
+    are closed-form and reach the student only; those forward are of the loss as the gradient sees
+    it, with order, weight and the fine term's fits as constants. bfloat16, float16 and float8
+    inputs are computed in float32. NaN in gives NaN out.
 
     Args:
       student: predictions (batch, *space, channel), any number of space axes, floating point.
@@ -131,7 +140,7 @@ def place_loss(
       num_groups: instead of `group_size`, how many groups a channel is cut into.
       grouping: "error" (PLACE), or "space" (ablation: patches).
       norm: of the coarse term, "l1" or "l2" (squares).
-      eps: added to the variance of the student, > 0.
+      eps: added to the variance of the student, > 0; a number that is known when traced.
       normalize: "mean" or "sum": whether variance and covariance are divided by the group's size.
       reduction: "sum": both terms are sums over the elements of a sample (each fit counted once
         for each of its elements), averaged over the batch, like the diffusion loss of the
@@ -139,10 +148,10 @@ def place_loss(
         of each sample, (batch,) values.
       terms: "both", or the ablations "coarse" and "fine", each by itself and unweighted.
       weight: of the fine term: "adaptive" is 1 - min(1, mean|b1 - 1| + mean|b0|) over all fits of
-        the global batch, without gradient; or a number, or a schedule's value
+        the global batch, without gradient; or a number of 0 or more, or a schedule's value
         (`liftplace_jax.losses.weighting`), which may be traced and gets its gradient.
       coarse_scale: with reduction="sum", what each fit's coarse term is multiplied with; default
-        the number of elements of the fit.
+        the number of elements of the fit; 0 or more, may be traced.
       axis_name: for `shard_map`/`pmap` users: the axis the batch is split over, for the adaptive
         weight. Not needed under `jit` with sharded arrays.
 
@@ -151,10 +160,11 @@ def place_loss(
 
     Raises:
       ValueError: shapes differ, are empty or have fewer than three axes; values are not floating
-        point; an argument is out of its range. The message names it.
+        point; an argument is of another kind (True is no whole number) or out of its range. The
+        message names it.
     """
-    _check_choice("grouping", grouping, GROUPINGS)
-    student, teacher = _checked(student, teacher)
+    check_choice("grouping", grouping, GROUPINGS)
+    student, teacher = student_and_teacher(student, teacher)
     space = student.shape[1:-1]
     if grouping == "error":
         size = _elements_per_group(math.prod(space), group_size, num_groups)
@@ -189,21 +199,23 @@ def lift_terms(
     The other arguments, the result and the errors are those of `place_loss`.
     """
     student, teacher, mask = _checked_groups(groups)
-    _check_choice("norm", norm, NORMS)
-    _check_choice("normalize", normalize, NORMALIZE)
-    _check_choice("reduction", reduction, REDUCTIONS)
-    _check_choice("terms", terms, TERMS)
-    if not eps > 0:
-        raise ValueError(f"eps must be > 0, got {eps}")
-    if coarse_scale is not None and reduction != "sum":
-        raise ValueError(f"coarse_scale goes with reduction='sum', got reduction={reduction!r}")
-    if isinstance(weight, str) and weight != "adaptive":
-        raise ValueError(f"weight must be 'adaptive' or a number, got {weight!r}")
+    check_choice("norm", norm, NORMS)
+    check_choice("normalize", normalize, NORMALIZE)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("terms", terms, TERMS)
+    eps = _checked_eps(eps, student.dtype)
+    if coarse_scale is not None:
+        if reduction != "sum":
+            raise ValueError(f"coarse_scale goes with reduction='sum', got reduction={reduction!r}")
+        coarse_scale = jnp.asarray(real_number("coarse_scale", coarse_scale, 0), student.dtype)
+    adaptive = isinstance(weight, str) and weight == "adaptive"
+    if not adaptive:
+        weight = real_number("weight must be 'adaptive' or a number: it", weight, 0)
 
     fit = least_squares_fit(student, teacher, mask, eps, normalize)
     _, rows, num_groups, _ = student.shape
     counts = None if mask is None else mask.sum(axis=-1)
-    elements = num_groups * student.shape[-1] if counts is None else counts.sum()
+    elements = num_groups * student.shape[-1] if counts is None else float(counts.sum())
     share = None if counts is None else counts / elements
 
     power = jnp.abs if norm == "l1" else jnp.square
@@ -229,26 +241,11 @@ def lift_terms(
     elif terms == "fine":
         weight, loss = jnp.ones_like(fine, shape=()), fine
     else:
-        if isinstance(weight, str):
+        if adaptive:
             weight = adaptive_weight(fit.slope, fit.intercept, share, axis_name=axis_name)
         weight = jnp.asarray(weight, fine.dtype)
         loss = coarse + weight * fine
     return LiftTerms(loss, coarse, fine, weight, fit.slope, fit.intercept)
-
-
-def _checked(student, teacher):
-    student, teacher = jnp.asarray(student), jnp.asarray(teacher)
-    if student.shape != teacher.shape:
-        raise ValueError(f"student has shape {student.shape} but teacher has {teacher.shape}")
-    if student.ndim < 3 or not student.size:
-        raise ValueError(
-            f"expected non-empty (batch, *space, channel) arrays, got shape {student.shape}"
-        )
-    for name, x in (("student", student), ("teacher", teacher)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} must be floating point, got {x.dtype}")
-    dtype = jnp.promote_types(jnp.promote_types(student.dtype, teacher.dtype), jnp.float32)
-    return student.astype(dtype), jax.lax.stop_gradient(teacher).astype(dtype)
 
 
 def _checked_groups(groups):
@@ -262,46 +259,55 @@ def _checked_groups(groups):
             f"the mask of Groups has shape {mask.shape}, expected (groups, group_size), "
             f"{student.shape[2:]}"
         )
-    return *_checked(student, teacher), mask
+    student, teacher = student_and_teacher(student, teacher)
+    if mask is not None:
+        if isinstance(mask, np.ndarray) and not (np.isin(mask, (0, 1)).all() and mask.any(1).all()):
+            raise ValueError("the mask of Groups must hold 0 and 1, and a 1 in every group")
+        mask = mask.astype(student.dtype)
+    return student, teacher, mask
 
 
-def _check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+def _checked_eps(eps, dtype):
+    """A float that the fits' dtype can tell from 0."""
+    limits = jnp.finfo(dtype)
+    try:
+        return float(real_number("eps", eps, float(limits.tiny), float(limits.max), traced=False))
+    except ValueError as error:
+        raise ValueError(f"eps must be > 0 in {dtype}: {error}") from None
 
 
 def _elements_per_group(elements, group_size, num_groups):
+    of_channel = " (the elements of a channel)"
     if num_groups is not None:
-        if not 1 <= num_groups <= elements:
-            raise ValueError(f"num_groups must be in 1..{elements}, got {num_groups}")
+        num_groups = whole_number("num_groups", num_groups, 1, elements, of_channel)
         group_size = math.ceil(elements / num_groups)
         if math.ceil(elements / group_size) != num_groups:
             raise ValueError(
                 f"{elements} elements cannot be cut into num_groups={num_groups} groups of which "
                 f"only the last is smaller; the nearest is {math.ceil(elements / group_size)}"
             )
-    if not isinstance(group_size, int) or not 1 <= group_size <= elements:
-        raise ValueError(
-            f"group_size must be a whole number in 1..{elements} (the elements of a channel), "
-            f"got {group_size}"
-        )
-    return group_size
+    return whole_number("group_size", group_size, 1, elements, of_channel)
 
 
 def _patch_shape(space, group_size, num_groups):
     if num_groups is not None:
         raise ValueError("num_groups goes with grouping='error'; give group_size as a patch shape")
-    if isinstance(group_size, int):
-        edge = round(max(group_size, 0) ** (1 / len(space)))
-        if edge ** len(space) != group_size:
+    if np.ndim(group_size) == 0:
+        size = whole_number(
+            "group_size", group_size, 1, math.prod(space), " (the elements of the space)"
+        )
+        edge = round(size ** (1 / len(space)))
+        if edge ** len(space) != size:
             raise ValueError(
-                f"group_size={group_size} is no cubic patch in {len(space)} dimensions; give the "
+                f"group_size={size} is no cubic patch in {len(space)} dimensions; give the "
                 f"patch shape, such as group_size={(4,) * len(space)}"
             )
         group_size = (edge,) * len(space)
     patch = tuple(group_size)
-    if len(patch) != len(space) or any(
-        not 1 <= p <= n for p, n in zip(patch, space, strict=False)
-    ):
+    if len(patch) != len(space):
         raise ValueError(f"group_size (patch shape) {patch} does not fit the space {space}")
-    return patch
+    return tuple(
+        whole_number(f"group_size (patch shape) {patch} does not fit the space {space}: axis {i}",
+                     edge, 1, size)
+        for i, (edge, size) in enumerate(zip(patch, space, strict=True))
+    )  # fmt: skip

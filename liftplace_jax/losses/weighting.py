@@ -1,13 +1,16 @@
 """The weight w of the fine term: adaptive (the paper's), or a schedule's value.
 
 Each function returns a float32 scalar in 0..1. A schedule's value is passed to the losses as
-`weight=cosine_weight(step, total_steps)`.
+`weight=cosine_weight(step, total_steps)`. Steps may be traced, their total not; a number that is
+none raises a ValueError which names it.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
+from liftplace_jax.losses.arguments import check_choice, real_number, whole_number
 
 DIRECTIONS = ("increase", "decrease")
 
@@ -23,6 +26,8 @@ def adaptive_weight(slope, intercept, share=None, *, axis_name: str | None = Non
         plain `jit` the arrays are global already and nothing is needed.
     """
     drift = jax.lax.stop_gradient(jnp.abs(slope - 1) + jnp.abs(intercept))
+    if share is not None:
+        share = jnp.asarray(share).astype(drift.dtype)
     drift = jnp.mean(drift) if share is None else jnp.mean(jnp.sum(drift * share, axis=-1))
     if axis_name is not None:
         drift = jax.lax.pmean(drift, axis_name)
@@ -31,7 +36,7 @@ def adaptive_weight(slope, intercept, share=None, *, axis_name: str | None = Non
 
 def constant_weight(value: float) -> jax.Array:
     """A fixed w."""
-    return jnp.asarray(value, jnp.float32)
+    return jnp.asarray(real_number("value", value, 0), jnp.float32)
 
 
 def linear_weight(step, total_steps: int, direction: str = "increase") -> jax.Array:
@@ -50,12 +55,13 @@ def learnable_weight(logit) -> jax.Array:
 
 
 def _progress(step, total_steps):
+    step = jnp.asarray(real_number("step", step, -(2.0**63)), jnp.float32)
+    total_steps = whole_number("total_steps", total_steps, -(2**63), 2**63)
     if total_steps <= 0:
         return jnp.zeros((), jnp.float32)
-    return jnp.clip(jnp.asarray(step, jnp.float32) / total_steps, 0, 1)
+    return jnp.clip(step / total_steps, 0, 1)
 
 
 def _directed(value, direction):
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
+    check_choice("direction", direction, DIRECTIONS)
     return value if direction == "increase" else 1 - value
