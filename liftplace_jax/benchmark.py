@@ -26,7 +26,7 @@ from liftplace_jax.host.flags import (
     start,
 )
 from liftplace_jax.host.config_flag import define_config_flag
-from liftplace_jax.experiment.ranges import INT32, SHARE
+from liftplace_jax.host.ranges import INT32, SHARE
 
 # Suite -> the flags that are for it, beside those that all have.
 SUITES = {

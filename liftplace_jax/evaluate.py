@@ -28,7 +28,7 @@ from liftplace_jax.host.flags import (
     start,
 )
 from liftplace_jax.experiment.fields import EVALUATION
-from liftplace_jax.experiment.ranges import INT32, SIDE
+from liftplace_jax.host.ranges import INT32, SIDE
 
 # Verb -> flags that it needs, and others that it knows beside COMMON.
 VERBS = {

@@ -22,7 +22,7 @@ from liftplace_jax.experiment.fields import RANGES, check_fields, kind_of, leave
 from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
 from liftplace_jax.families.dit.config import DiTConfig
 from liftplace_jax.families.unet.config import UNetConfig
-from liftplace_jax.experiment.ranges import positive, whole
+from liftplace_jax.host.ranges import positive, whole
 from liftplace_jax.training.optimizer import make_optimizer
 
 CONFIGS = {path.stem: None for path in (Path(__file__).parent.parent / "configs").glob("*.py")}

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from liftplace_jax.nn.model_config import ModelConfig
-from liftplace_jax.experiment.ranges import LARGE, SIDE, Range, positive, whole
+from liftplace_jax.host.ranges import LARGE, SIDE, Range, positive, whole
 
 _WIDTH = whole(1, SIDE)
 

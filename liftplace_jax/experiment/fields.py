@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from liftplace_jax.experiment.configuration import default_config
-from liftplace_jax.experiment.ranges import COUNT, SHARE, SIDE, Range, factor, positive, whole
+from liftplace_jax.host.ranges import COUNT, SHARE, SIDE, Range, factor, positive, whole
 
 SEED = whole(0)
 _THREADS = whole(1, 1024, why="threads of one machine")

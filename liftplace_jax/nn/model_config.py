@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from liftplace_jax.experiment.ranges import Range
+from liftplace_jax.host.ranges import Range
 
 
 class ModelConfig:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from liftplace_jax.nn.model_config import ModelConfig
-from liftplace_jax.experiment.ranges import INT32, SHARE, SIDE, positive, whole
+from liftplace_jax.host.ranges import INT32, SHARE, SIDE, positive, whole
 
 EMBEDDERS = ("shared", "per_block")
 _WIDTH = whole(1, SIDE)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from liftplace_jax.nn.model_config import ModelConfig
-from liftplace_jax.experiment.ranges import SHARE, SIDE, whole
+from liftplace_jax.host.ranges import SHARE, SIDE, whole
 
 _WIDTH = whole(1, SIDE)
 
