@@ -154,14 +154,14 @@ REFUSED = {
 SCRIPT = """
 import contextlib, io, json, sys
 from liftplace_jax import evaluate
+from liftplace_jax.host import flags as host_flags
 said = []
 for arguments in json.loads(sys.argv[1]):
     evaluate.flags.FLAGS.unparse_flags()
     for name in evaluate.flags.FLAGS:
         evaluate.flags.FLAGS[name].unparse()
-    evaluate.parse_flags(["evaluate", *arguments[1:]])
-    text, code = io.StringIO(), 0
-    with contextlib.redirect_stderr(text), contextlib.redirect_stdout(text):
+    host_flags.parse_flags(["evaluate", *arguments[1:]], evaluate)
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
         try:
             evaluate.main(["evaluate", arguments[0]])
         except SystemExit as stop:

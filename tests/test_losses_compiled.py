@@ -9,8 +9,8 @@ import pytest
 from jax import export
 
 from liftplace_jax import lift_loss, place_loss
-from liftplace_jax.losses import grouping, permute
-from liftplace_jax.losses.permute import TARGET, packed_order
+from liftplace_jax.losses import grouping
+from liftplace_jax.losses.permute import TARGET
 
 pytestmark = pytest.mark.usefixtures("machine_code")
 SHAPE = (8, 16, 16, 3)

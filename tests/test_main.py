@@ -459,5 +459,5 @@ def test_a_nan_in_the_data_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "load_source", source)
     with pytest.raises(ValueError, match="data set digits, example 3: image has non-finite values"):
-        run(tmp_path / "run", "teacher")
+        run(tmp_path / "run", "teacher", evaluation__neighbours=2)
     assert not (tmp_path / "run" / "teacher" / "model.safetensors").exists()

@@ -99,7 +99,7 @@ def test_bad_steps_are_named(text):
 def test_bad_guards_and_threads_are_named():
     with pytest.raises(ValueError, match=r"config.transfer_guard must be one of \['disallow', 'lo"):
         check_config(config(transfer_guard="allow"))
-    with pytest.raises(ValueError, match="config.input_threads must be > 0, got 0"):
+    with pytest.raises(ValueError, match="config.input_threads must be .* 1..1024, got 0"):
         check_config(config(input_threads=0))
 
 

@@ -290,8 +290,9 @@ def without_setup(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
 def check_choice(field: str, value: Any, choices: Any) -> None:
     """Raises a ValueError naming the config field if `value` is not among `choices`."""
     if value not in choices:
-        names = sorted(choices, key=str)
-        raise ValueError(f"config.{field} must be one of {names}, got {value!r}")
+        names = sorted(name for name in choices if name is not None)
+        unset = " or None" if None in choices else ""
+        raise ValueError(f"config.{field} must be one of {names}{unset}, got {value!r}")
 
 
 @contextlib.contextmanager

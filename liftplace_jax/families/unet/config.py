@@ -13,7 +13,11 @@ from flax.typing import Dtype
 
 from liftplace_jax.host.outside import cut
 from liftplace_jax.host.ranges import SHARE, SIDE, whole
-from liftplace_jax.nn.model_config import MOST_BLOCKS_OF_LEVEL, MOST_PIXELS, DenoiserConfig
+from liftplace_jax.nn.model_config import (
+    MOST_BLOCKS_OF_LEVEL,
+    MOST_PIXELS,
+    DenoiserConfig,
+)
 
 _WIDTH = whole(1, SIDE)
 
