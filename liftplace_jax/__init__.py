@@ -1,7 +1,7 @@
 """LIFT and PLACE: stable knowledge distillation for lightweight diffusion models, in JAX.
 
 `import liftplace_jax` brings the losses and needs jax alone; models, data and training are
-imported by name (`liftplace_jax.models`, ...).
+imported by name (`liftplace_jax.families`, ...).
 """
 
 from liftplace_jax.losses import (

@@ -179,7 +179,7 @@ def searched_apply(
     graphdef: nnx.GraphDef, base: nnx.State, groups: Groups, *, lora_scale: float,
     gate_scale: float, temperature: jax.Array | float,
 ) -> Callable[..., tuple[jax.Array, dict]]:  # fmt: skip
-    """A DiT under search, as of `networks.make_apply`.
+    """A DiT under search, as of `network.make_apply`.
 
     Args:
       graphdef: of the DiT.

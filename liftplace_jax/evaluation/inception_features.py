@@ -74,7 +74,7 @@ def load_inception(path: str | os.PathLike) -> tuple[nnx.GraphDef, nnx.State]:
 
     Returns:
       (graphdef, params), float32; `nnx.merge(graphdef, params)` takes (B, 299, 299, 3) images, as
-      `models.inception.Inception` says. The same ones for the same path, read once.
+      `evaluation.inception.Inception` says. The same ones for the same path, read once.
 
     Raises:
       ValueError: the file cannot be read or does not fit; lists every misfit.
