@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,12 +47,27 @@ def machine() -> dict[str, Any]:
     device = jax.devices()[0]
     found = {
         "device": device.device_kind, "devices": jax.device_count(), "backend": device.platform,
-        "cores": os.cpu_count(), "processor": platform.machine(),
+        "cores": os.cpu_count(), "processor": processor(),
         "python": platform.python_version(), "jax": jax.__version__,
     }  # fmt: skip
     if "torch" in sys.modules:
         found["torch"] = sys.modules["torch"].__version__
     return found
+
+
+def processor() -> str:
+    """The CPU's name as its maker writes it, and its kind, such as "AMD EPYC (x86_64, AVX-512)"."""
+    name, kind = platform.processor(), platform.machine()
+    if sys.platform == "darwin":
+        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        name = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+        name = fields.get("model name", name)
+        if "avx512f" in fields.get("flags", "").split():
+            kind += ", AVX-512"
+    return kind if name in ("", platform.machine()) else f"{name} ({kind})"
 
 
 def markdown(result: Result) -> str:
