@@ -17,8 +17,8 @@ from pathlib import Path
 
 from absl import flags
 
+from liftplace_jax.experiment.config_flag import define_config_flag
 from liftplace_jax.host.buckets import on_this_machine
-from liftplace_jax.host.config_flag import define_config_flag
 from liftplace_jax.host.flags import (
     EXIT_INTERRUPTED,
     REFUSED,

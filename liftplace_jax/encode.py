@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from liftplace_jax.host.config_flag import define_config_flag
+from liftplace_jax.experiment.config_flag import define_config_flag
 from liftplace_jax.host.flags import (
     define_runtime_flags,
     quieten_libraries,

@@ -11,7 +11,7 @@ import sys
 
 from absl import flags
 
-from liftplace_jax.host.config_flag import define_config_flag
+from liftplace_jax.experiment.config_flag import define_config_flag
 from liftplace_jax.host.flags import (
     EXIT_INTERRUPTED,
     define_runtime_flags,

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from liftplace_jax import __main__ as listing
-from liftplace_jax.host.config_flag import ConfigError, load_config
+from liftplace_jax.experiment.config_flag import ConfigError, load_config
 from liftplace_jax.host.flags import EXIT_BAD_INPUT
 
 ROOT = Path(__file__).parent.parent

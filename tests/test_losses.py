@@ -15,9 +15,13 @@ from jax.sharding import PartitionSpec as P
 from liftplace_jax import PUBLISHED, feature_kd_loss, lift_loss, output_kd_loss, place_loss
 from liftplace_jax.losses import (
     Groups,
+    constant_weight,
+    cosine_weight,
     error_groups,
     init_adapters,
+    learnable_weight,
     lift_terms,
+    linear_weight,
     mask_outliers,
     permute,
 )
@@ -398,6 +402,33 @@ BAD = {
     "grouping": (dict(grouping="time"), None, "grouping"),
     "eps": (dict(eps=0.0), None, "eps"),
     "coarse_scale": (dict(reduction="mean", coarse_scale=3.0), None, "coarse_scale"),
+    "group_size True": (dict(group_size=True), None, "group_size.*whole number.*got True"),
+    "group_size np.True_": (dict(group_size=np.True_), None, "group_size.*whole number"),
+    "group_size None": (dict(group_size=None), None, "group_size.*whole number.*got None"),
+    "group_size text": (dict(group_size="16"), None, "group_size.*whole number.*got '16'"),
+    "group_size pair": (dict(group_size=(4, 4)), None, r"group_size.*whole number.*got \(4, 4\)"),
+    "num_groups True": (dict(num_groups=True), None, "num_groups.*whole number.*got True"),
+    "num_groups fraction": (dict(num_groups=4.0), None, "num_groups.*whole number.*got 4.0"),
+    "patch True": (dict(grouping="space", group_size=(True, 4)), None, "patch shape.*got True"),
+    "patch fraction": (dict(grouping="space", group_size=(4, 4.0)), None, "patch shape.*got 4.0"),
+    "patch of one True": (dict(grouping="space", group_size=True), None, "whole number"),
+    "patch text": (dict(grouping="space", group_size="ab"), None, "whole number"),
+    "eps nan": (dict(eps=np.nan), None, "eps must be > 0.*nan"),
+    "eps inf": (dict(eps=np.inf), None, "eps must be > 0.*inf"),
+    "eps negative": (dict(eps=-1e-7), None, "eps must be > 0.*-1e-07"),
+    "eps too small": (dict(eps=1e-50), None, "eps must be > 0 in float32.*1e-50"),
+    "eps True": (dict(eps=True), None, "eps must be > 0.*True"),
+    "eps text": (dict(eps="1e-7"), None, "eps must be > 0.*'1e-7'"),
+    "weight nan": (dict(weight=np.float32(np.nan)), None, "weight.*finite and 0 or more"),
+    "weight negative": (dict(weight=-0.5), None, "weight.*finite and 0 or more.*-0.5"),
+    "weight True": (dict(weight=True), None, "weight must be 'adaptive' or a number.*True"),
+    "weight None": (dict(weight=None), None, "weight must be 'adaptive' or a number.*None"),
+    "weight array": (dict(weight=np.ones(2, np.float32)), None, "weight must be 'adaptive'"),
+    "weight complex": (dict(weight=1j), None, "weight must be 'adaptive'"),
+    "coarse_scale nan": (dict(coarse_scale=np.nan), None, "coarse_scale must be a number.*nan"),
+    "coarse_scale True": (dict(coarse_scale=jnp.array(True)), None, "coarse_scale must be"),
+    "reduction None": (dict(reduction=None), None, "reduction must be one of"),
+    "norm list": (dict(norm=["l1"]), None, "norm must be one of"),
 }
 
 
@@ -407,20 +438,174 @@ def test_bad_arguments_are_named(kind):
     student, teacher = draw((2, 8, 8, 3))
     if teacher_shape:
         teacher = np.zeros(teacher_shape, np.float32)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         place_loss(student, teacher, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.int32, np.uint8, jnp.int32])
+def test_whole_numbers_of_any_library(kind):
+    student, teacher = draw((2, 8, 8, 3))
+    want = place_loss(student, teacher, group_size=16).loss
+    assert place_loss(student, teacher, group_size=kind(16)).loss == want
+    assert place_loss(student, teacher, num_groups=kind(4)).loss == want
+    by_space = partial(place_loss, student, teacher, grouping="space")
+    want = by_space(group_size=(4, 4)).loss
+    for patch in (kind(16), (kind(4), 4), [4, kind(4)], np.array([4, 4])):
+        assert by_space(group_size=patch).loss == want
+    groups = error_groups(student, teacher, kind(16))
+    np.testing.assert_array_equal(groups, error_groups(student, teacher, 16))
+    assert linear_weight(kind(1), kind(4)) == 0.25
+
+
+def test_numbers_may_be_traced_where_they_decide_no_shape():
+    student, teacher = draw((2, 8, 8, 3))
+
+    def loss(weight, scale):
+        return place_loss(student, teacher, weight=weight, coarse_scale=scale).loss
+
+    np.testing.assert_allclose(jax.jit(loss)(1, 2.5), loss(1.0, 2.5), rtol=1e-6)
+    for name in ("group_size", "num_groups", "eps"):
+        with pytest.raises(ValueError, match=f"{name}.*known when the program is traced"):
+            jax.jit(lambda x, name=name: place_loss(student, teacher, **{name: x}).loss)(4)
+    with pytest.raises(ValueError, match="weight must be"):
+        jax.jit(lambda w: place_loss(student, teacher, weight=w).loss)(np.ones(2))
 
 
 def test_bad_arrays_are_named():
     for bad, message in (
         (np.zeros((2, 8, 8, 3), np.int32), "floating point, got int32"),
+        (np.zeros((2, 8, 8, 3), np.complex64), "floating point, got complex64"),
+        (np.zeros((2, 8, 8, 3), bool), "floating point, got bool"),
         (np.zeros((0, 8, 8, 3), np.float32), "non-empty"),
+        (np.zeros((2, 0, 8, 3), np.float32), "non-empty"),
         (np.zeros((4, 3), np.float32), r"\(batch, \*space, channel\)"),
+        (0.5, r"\(batch, \*space, channel\)"),
+        (np.full((2, 4, 3), "x"), "student must be an array of floating-point numbers"),
     ):
-        with pytest.raises(ValueError, match=message):
-            place_loss(bad, bad)
+        for loss in (place_loss, lift_loss, output_kd_loss, partial(error_groups, group_size=4)):
+            with pytest.raises(ValueError, match=message):
+                loss(bad, bad)
     with pytest.raises(ValueError, match="per must be one of"):
         lift_loss(*draw((2, 4, 4, 1)), per="pixel")
+    with pytest.raises(ValueError, match="group_size must be a whole number in 1..16, got 0"):
+        error_groups(*draw((2, 4, 4, 1)), 0)
+
+
+def test_bad_weights_and_features_are_named():
+    x = np.ones((2, 4, 6), np.float32)
+    for call, message in (
+        (lambda: linear_weight(1, 2.5), "total_steps must be a whole number.*2.5"),
+        (lambda: cosine_weight(1, True), "total_steps must be a whole number.*True"),
+        (lambda: linear_weight(np.nan, 10), "step must be a number, finite.*nan"),
+        (lambda: linear_weight(1, 10, "up"), "direction must be one of 'increase', 'decrease'"),
+        (lambda: constant_weight(np.nan), "value must be a number, finite.*nan"),
+        (lambda: constant_weight(-1), "value must be a number, finite and 0 or more, got -1"),
+        (lambda: mask_outliers(x, np.nan), "mask_sigma must be a number.*nan"),
+        (lambda: mask_outliers(x, -2), "mask_sigma must be a number.*-2"),
+        (lambda: mask_outliers(x[:, :1, 0], 2), "mask_sigma needs .* two values or more"),
+        (lambda: mask_outliers(x.astype(int), 2), "mask_sigma needs floating-point"),
+        (lambda: feature_kd_loss({"a": x}, {"a": x}, mask_sigma=0), "mask_sigma must be"),
+        (lambda: feature_kd_loss({"a": x.astype(int)}, {"a": x}), "student's feature 'a'.*int32"),
+        (lambda: feature_kd_loss({"a": x}, {"a": x * 1j}), "teacher's feature 'a'.*complex"),
+        (lambda: feature_kd_loss({"a": x[:0]}, {"a": x[:0]}), "student's feature 'a'.*non-empty"),
+        (lambda: feature_kd_loss({"a": x[0, 0]}, {"a": x[0, 0]}), r"feature 'a' must be \(batch"),
+        (lambda: feature_kd_loss({"a": x}, {"a": x}, adapters={"a": x}), "must be a matrix"),
+        (lambda: init_adapters(jax.random.key(0), {"a": 6}, {"b": 3}), "teacher has no channels"),
+        (lambda: init_adapters(jax.random.key(0), {"a": 0}, {"a": 3}), "student's channels of 'a'"),
+        (lambda: init_adapters(jax.random.key(0), {"a": 6}, {"a": 3}, scale=np.inf), "scale must"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    for mask in (np.full((3, 4), 2.0), np.zeros((3, 4))):
+        groups = Groups(*own_groups(*draw((2, 12, 3)), 3, 4)[:2], mask)
+        with pytest.raises(ValueError, match="mask of Groups must hold 0 and 1, and a 1 in every"):
+            lift_terms(groups)
+
+
+def test_low_precision_under_strict_promotion():
+    """A setting that large code bases switch on; all losses compute in float32, weights too."""
+    dtype = jnp.bfloat16
+    student, teacher = (jnp.asarray(x).astype(dtype) for x in draw((2, 5, 4, 3)))
+    kernel = jnp.ones((3, 2), jnp.bfloat16)
+    mask = np.ones((3, 4), bool)
+    losses = {
+        "place": lambda s: place_loss(s, teacher).loss,
+        "place, uneven": lambda s: place_loss(s, teacher, group_size=np.int64(7)).loss,
+        "place, mean": lambda s: place_loss(s, teacher, **PUBLISHED["dit"]).loss,
+        "patches": lambda s: place_loss(s, teacher, grouping="space", group_size=(2, 3)).loss,
+        "scaled": lambda s: place_loss(s, teacher, coarse_scale=np.float64(2)).loss,
+        "lift": lambda s: lift_loss(s, teacher, weight=np.float64(0.3)).loss,
+        "sample": lambda s: lift_loss(s, teacher, per="sample", weight=1).loss,
+        "float32 teacher": lambda s: lift_loss(s, teacher.astype(jnp.float32)).loss,
+        "cosine": lambda s: lift_loss(s, teacher, weight=cosine_weight(3, np.int64(9))).loss,
+        "linear": lambda s: lift_loss(s, teacher, weight=linear_weight(jnp.int32(3), 9)).loss,
+        "learnable": lambda s: lift_loss(s, teacher, weight=learnable_weight(0.3)).loss,
+        "output": lambda s: output_kd_loss(s, teacher),
+        "features": lambda s: feature_kd_loss({"a": s}, {"a": teacher}, mask_sigma=2),
+        "adapted": lambda s: feature_kd_loss(
+            {"a": s}, {"a": teacher[..., :2]}, adapters={"a": kernel}
+        ),
+        "own groups": lambda s: lift_terms(
+            Groups(*(x.reshape(1, 2, 15, 4)[:, :, :3] for x in (s, teacher)), mask)
+        ).loss,
+    }  # fmt: skip
+    with jax.numpy_dtype_promotion("strict"):
+        for name, loss in losses.items():
+            value, gradient = jax.eval_shape(jax.value_and_grad(loss), student)
+            assert value.dtype == jnp.float32, name
+            assert gradient.dtype == dtype, name
+            assert np.isfinite(loss(student)), name
+        error_groups(student, teacher, 4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_other_low_precisions_are_computed_in_float32(dtype):
+    student, teacher = (jnp.asarray(x).astype(dtype) for x in draw((2, 5, 4, 3)))
+    wide = [x.astype(jnp.float32) for x in (student, teacher)]
+    for loss in (place_loss, lift_loss, output_kd_loss):
+        with jax.numpy_dtype_promotion("strict"):
+            value = loss(student, teacher)
+            gradient = jax.grad(lambda s, f=loss: jax.tree.leaves(f(s, teacher))[0])(student)
+        jax.tree.map(np.testing.assert_array_equal, value, loss(*wide))
+        assert gradient.dtype == dtype
+
+
+@pytest.mark.parametrize("group_size, variant", [(4, "pixel"), (5, "dit"), (5, "sd")])
+def test_forward_derivatives_are_the_gradients(group_size, variant, monkeypatch):
+    monkeypatch.setattr(permute, "HOST_LEAST", 0)
+    student, teacher = draw((2, 4, 4, 3))
+    direction = draw((2, 4, 4, 3), seed=1)[1]
+    for loss in (
+        lambda s: place_loss(s, teacher, group_size=group_size, **PUBLISHED[variant]).loss,
+        lambda s: lift_loss(s, teacher, **PUBLISHED[variant]).loss,
+    ):
+        @jax.jit
+        def derivatives(student, direction, loss=loss):
+            def back(s):
+                return jnp.vdot(jax.grad(loss)(s), direction)
+
+            def forward(s):
+                return jax.jvp(loss, (s,), (direction,))[1]
+
+            first = jnp.vdot(jax.grad(loss)(student), direction)
+            also = forward(student), jax.linearize(loss, student)[1](direction)
+            second = jax.jvp(back, (student,), (direction,))[1]
+            also_second = [jnp.vdot(jax.grad(f)(student), direction) for f in (back, forward)]
+            gradients = jax.grad(loss)(student), jax.jacfwd(loss)(student)
+            return *gradients, first, also, second, also_second
+
+        found = derivatives(student, direction)
+        np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found[3], [found[2]] * 2, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found[5], [found[4]] * 2, rtol=1e-3, atol=1e-4)
+
+
+def test_no_forward_derivative_by_the_teacher():
+    student, teacher = draw((2, 4, 4, 3))
+    for loss in (place_loss, lift_loss):
+        change = jax.jvp(lambda t, loss=loss: loss(student, t).loss, (teacher,), (teacher,))[1]
+        assert change == 0
 
 
 def test_output_kd_reductions():
@@ -461,12 +646,12 @@ def test_mask_outliers_matches_torch():
 
 
 def test_import_is_light():
-    """`import liftplace_jax` and a loss bring neither TensorFlow nor TFDS, orbax or a model."""
+    """`import liftplace_jax` and a small loss bring no TensorFlow, TFDS, orbax, numba or model."""
     code = (
         "import sys, numpy as np, liftplace_jax as l;"
         "x = np.ones((1, 4, 4, 1), np.float32); l.place_loss(x, x);"
         "heavy = {'tensorflow', 'tensorflow_datasets', 'orbax', 'clu', 'torch', 'matplotlib',"
-        " 'sklearn', 'tensorboard', 'liftplace_jax.models', 'liftplace_jax.training'}"
+        " 'numba', 'sklearn', 'tensorboard', 'liftplace_jax.models', 'liftplace_jax.training'}"
         " & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

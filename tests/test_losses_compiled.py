@@ -9,8 +9,8 @@ import pytest
 from jax import export
 
 from liftplace_jax import lift_loss, place_loss
-from liftplace_jax.losses import grouping
-from liftplace_jax.losses.permute import TARGET
+from liftplace_jax.losses import permute
+from liftplace_jax.losses.permute import TARGET, packed_order
 
 pytestmark = pytest.mark.usefixtures("machine_code")
 SHAPE = (8, 16, 16, 3)
@@ -30,24 +30,25 @@ def test_lowers_for_accelerators(platform):
     assert not re.search(r"tensor<[0-9x]+xi64>", text)
 
 
-def test_one_cpu_device_sorts_on_the_host():
+def test_a_cpu_program_sorts_by_machine_code():
     function, arrays = value_and_grad(place_loss)
     text = function.lower(*arrays).as_text()
-    assert "stablehlo.sort" not in text
-    assert len(re.findall(rf"@{TARGET}\b", text)) == 1
+    assert "stablehlo.sort" not in text and "stablehlo.scatter" not in text
+    assert len(re.findall(rf"@{TARGET}sort\b", text)) == 1
+    assert len(re.findall(rf"@{TARGET}put\b", text)) == 1
 
 
 def test_small_arrays_stay_in_the_program(monkeypatch):
-    monkeypatch.setattr(grouping, "HOST_LEAST", 2**15)
-    order = jax.jit(grouping._cpu_order)
-    for rows, on_host in ((7, False), (8, True)):
-        text = order.lower(jnp.ones((rows, 1, 4096))).as_text()
-        assert (TARGET in text) == on_host
+    monkeypatch.setattr(permute, "HOST_LEAST", 2**15)
+    sort = jax.jit(permute.sort_by_error)
+    for batch, native in ((7, False), (8, True)):
+        array = jax.ShapeDtypeStruct((batch, 4096, 1), jnp.float32)
+        assert (TARGET in sort.lower(array, array).as_text()) == native
 
 
-def test_several_cpu_devices_sort_packed_keys():
+def test_without_machine_code_cpus_sort_packed_keys():
     """64-bit keys inside, although the user has not enabled x64; XLA can split the sort."""
-    text = jax.jit(grouping._packed_order).lower(jnp.ones((8, 3, 256))).as_text()
+    text = jax.jit(packed_order).lower(jnp.ones((8, 3, 256))).as_text()
     assert len(re.findall(r"= \"?stablehlo\.sort", text)) == 1
     assert re.search(r"tensor<[0-9x]+xi64>", text)
     assert not jax.config.jax_enable_x64

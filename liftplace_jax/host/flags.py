@@ -137,6 +137,10 @@ def parse_flags(argv: list[str], module: ModuleType) -> list[str]:
         refuse(f"unknown config field in {changes}: {said}")
 
 
+describe_config: Callable[[str], str] | None = None
+"""A config's text -> what --help says of it; set by who defines the flag."""
+
+
 def usage(argv: Sequence[str], module: ModuleType, full: bool = False) -> str:
     """What --help prints: the command's text, its flags, and what its config is.
 
@@ -153,14 +157,12 @@ def usage(argv: Sequence[str], module: ModuleType, full: bool = False) -> str:
     own = flags.FLAGS.get_help() if full else f"Flags:\n{own}"
     parts = [(module.__doc__ or "").strip(), own.strip()]
     if "config" in flags.FLAGS:
-        from liftplace_jax.host.config_flag import describe
-
         given = None
         for arg, following in zip(argv, [*argv[1:], None], strict=True):
             name, equals, value = arg.lstrip("-").partition("=")
             if name == "config" and name != arg:
                 given = value if equals else following
-        parts.append(describe(given) if given else CONFIG_HELP)
+        parts.append(describe_config(given) if given and describe_config else CONFIG_HELP)
     if not full:
         parts.append("--helpfull lists the flags of all modules: of several processes, of logging.")
     return "\n\n".join(parts)

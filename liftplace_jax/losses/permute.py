@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import sys
 import warnings
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def put(rows: jax.Array, order: jax.Array) -> jax.Array:
     return put_p.bind(rows, order)
 
 
-def _bits(error):
+def error_bits(error):
     """Integers in the order of non-negative floats, which XLA sorts faster; every NaN the same."""
     dtype = jnp.dtype(f"int{error.dtype.itemsize * 8}")
     bits = jax.lax.bitcast_convert_type(error, dtype)
@@ -68,7 +69,7 @@ def _bits(error):
 def pair_order(error: jax.Array) -> jax.Array:
     """The order of non-negative numbers by a stable sort of (error, position) pairs."""
     position = jax.lax.broadcasted_iota(jnp.int32, error.shape, error.ndim - 1)
-    operands = (_bits(error), position)
+    operands = (error_bits(error), position)
     return jax.lax.sort(operands, dimension=-1, is_stable=True, num_keys=1)[1]
 
 
@@ -76,12 +77,15 @@ def packed_order(error: jax.Array) -> jax.Array:
     """The same, float32, by one sort of error << 32 | position, which XLA does faster on CPUs."""
     with jax.enable_x64(True):
         position = jax.lax.broadcasted_iota(jnp.int64, error.shape, error.ndim - 1)
-        keys = (_bits(error).astype(jnp.int64) << 32) | position
+        keys = (error_bits(error).astype(jnp.int64) << 32) | position
         keys = jax.lax.sort(keys, dimension=-1, is_stable=False)
         return (keys & 0xFFFFFFFF).astype(jnp.int32)
 
 
-def _sort_with(order_of, student, teacher):
+def sort_with(
+    order_of: Callable[[jax.Array], jax.Array], student: jax.Array, teacher: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`sort_by_error` by XLA's operations, with one of the two orders above."""
     error = jnp.abs(teacher - student)  # orders as its square does, but does not overflow
     order = order_of(jnp.swapaxes(error, -1, -2))
     return _take(student, order), _take(teacher, order), order
@@ -89,7 +93,7 @@ def _sort_with(order_of, student, teacher):
 
 def _sort_on_cpu(student, teacher):
     packed = student.dtype.itemsize == 4
-    return _sort_with(packed_order if packed else pair_order, student, teacher)
+    return sort_with(packed_order if packed else pair_order, student, teacher)
 
 
 def _indices(order):
@@ -202,7 +206,7 @@ def _sort_abstract(student, teacher):
     return [_swapped(student), _swapped(teacher), _swapped(student, jnp.dtype(jnp.int32))]
 
 
-sort_p = _primitive("sort", _sort_abstract, functools.partial(_sort_with, pair_order), _sort_on_cpu)
+sort_p = _primitive("sort", _sort_abstract, functools.partial(sort_with, pair_order), _sort_on_cpu)
 take_p = _primitive("take", lambda samples, order: _swapped(samples), _take, _take)
 put_p = _primitive("put", lambda rows, order: _swapped(rows), _put, _put)
 

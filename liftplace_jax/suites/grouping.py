@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import tqdm
 
-from liftplace_jax.losses import grouping as lib
-from liftplace_jax.losses.host_sort import error_order_on_host
+from liftplace_jax.losses import permute
+from liftplace_jax.losses.grouping import rows_per_channel
 from liftplace_jax.suites.losses import SHAPES, draw
 from liftplace_jax.suites.options import Options, Result
 from liftplace_jax.suites.timing import milliseconds, time_side_by_side
 
 GROUP_SIZE = 16
-HOST = "host sort, gather"
+RADIX = "radix sort with gather"
 
 
 def run(options: Options) -> Result:
@@ -33,7 +33,7 @@ def run(options: Options) -> Result:
         student, teacher = map(jnp.asarray, draw(shape))
         calls = {}
         for name, way in WAYS.items():
-            if name == HOST and jax.default_backend() != "cpu":
+            if name == RADIX and jax.default_backend() != "cpu":
                 continue
             if name == "comparison and matrix product" and student[0, ..., 0].size > 4096:
                 continue  # elements x groups would be gigabytes
@@ -65,13 +65,17 @@ def _values(s, t):
 
 def _rows(s, t):
     """Student, teacher and their distance, each (batch, channel, elements)."""
-    s, t = lib.rows_per_channel(s), lib.rows_per_channel(t)
+    s, t = rows_per_channel(s), rows_per_channel(t)
     return s, t, jnp.abs(t - s)
 
 
+def _channels_last(x):
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
 def _sorted_sums(order_of, s, t):
-    order = order_of(lib.rows_per_channel(jnp.abs(t - s)))
-    return _sums_of_runs(lib.take(s, order), lib.take(t, order))
+    s, t, _ = permute.sort_with(order_of, _channels_last(s), _channels_last(t))
+    return _sums_of_runs(s, t)
 
 
 def _sums_of_runs(s, t):
@@ -80,28 +84,29 @@ def _sums_of_runs(s, t):
 
 def pair_sort(s, t):
     """A stable sort of (error, position) pairs: the losses' way on accelerators."""
-    return _sorted_sums(lib._pair_order, s, t)
+    return _sorted_sums(permute.pair_order, s, t)
 
 
-def host_sort(s, t):
-    """NumPy's sort of packed 64-bit keys: the losses' way on one CPU device."""
-    return _sorted_sums(error_order_on_host, s, t)
+def radix_sort(s, t):
+    """Machine code that sorts and gathers at once: the losses' way on CPUs."""
+    s, t, _ = permute.sort_by_error(_channels_last(s), _channels_last(t))
+    return _sums_of_runs(s, t)
 
 
 def packed_sort(s, t):
-    """XLA's sort of packed 64-bit keys: the losses' way on several CPU devices."""
-    return _sorted_sums(lib._packed_order, s, t)
+    """XLA's sort of packed 64-bit keys: the losses' way on CPUs without numba."""
+    return _sorted_sums(permute.packed_order, s, t)
 
 
 def multi_operand_sort(s, t):
     """Student and teacher carried along by the sort: no gather."""
     s, t, error = _rows(s, t)
-    _, s, t = jax.lax.sort((lib._bits(error), s, t), dimension=-1, num_keys=1)
+    _, s, t = jax.lax.sort((permute.error_bits(error), s, t), dimension=-1, num_keys=1)
     return _sums_of_runs(s, t)
 
 
 def _thresholds(error):
-    return jnp.sort(lib._bits(error), axis=-1)[..., GROUP_SIZE - 1 :: GROUP_SIZE]
+    return jnp.sort(permute.error_bits(error), axis=-1)[..., GROUP_SIZE - 1 :: GROUP_SIZE]
 
 
 def binary_search(s, t):
@@ -115,19 +120,19 @@ def binary_search(s, t):
 
     rows = jax.vmap(jax.vmap(one_row))
     values = jnp.moveaxis(_values(s, t), 0, 2)
-    return jnp.moveaxis(rows(lib._bits(error), _thresholds(error), values), 2, 0)
+    return jnp.moveaxis(rows(permute.error_bits(error), _thresholds(error), values), 2, 0)
 
 
 def comparison(s, t):
     """Errors sorted alone; membership by comparison with all thresholds; sums by matrix product."""
     s, t, error = _rows(s, t)
-    below = lib._bits(error)[..., None] <= _thresholds(error)[..., None, :]
+    below = permute.error_bits(error)[..., None] <= _thresholds(error)[..., None, :]
     cumulative = jnp.einsum("kbrn,brng->kbrg", _values(s, t), below.astype(jnp.float32))
     return jnp.diff(cumulative, axis=-1, prepend=0.0)
 
 
 WAYS = {
-    HOST: host_sort,
+    RADIX: radix_sort,
     "packed sort, gather": packed_sort,
     "pair sort, gather": pair_sort,
     "sort carrying both": multi_operand_sort,

@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 
 from liftplace_jax.losses import lift_loss, output_kd_loss, place_loss
-from liftplace_jax.losses.grouping import error_order
+from liftplace_jax.losses.permute import sort_by_error
 from liftplace_jax.suites import torch_losses
 from liftplace_jax.suites.options import Options, Result
 from liftplace_jax.suites.timing import Timing, milliseconds, time_side_by_side
@@ -33,7 +33,8 @@ def run(options: Options) -> Result:
                "temporaries"]  # fmt: skip
     return {"title": "Losses: value and gradient", "columns": columns, "rows": rows, "notes": [
         "ours_ms, torch_ms: median and quartiles of one call; ratio: torch / ours, of the medians.",
-        "sort_share: time of the sort alone / time of the loss with its gradient.",
+        "sort_share: time of the sort alone, which writes student, teacher and their order / time "
+        "of the loss with its gradient.",
         "temporaries: memory beside arguments and results, in arrays of the output's size.",
         "" if peer else "PyTorch is not installed: no ratios.",
     ]}  # fmt: skip
@@ -72,8 +73,9 @@ def _measure(shape, dtype, name, group_size, repeats, peer) -> dict[str, Any]:
     )
     calls = {"ours": lambda: jax.block_until_ready(compiled(student, teacher))}
     if name == "place":
-        order = jax.jit(lambda s, t: error_order(s.astype(jnp.float32), t.astype(jnp.float32)))
-        calls["sort"] = lambda: jax.block_until_ready(order(student, teacher))
+        flat = [x.astype(jnp.float32).reshape(len(x), -1, x.shape[-1]) for x in (student, teacher)]
+        sort = jax.jit(sort_by_error)
+        calls["sort"] = lambda: jax.block_until_ready(sort(*flat))
     if peer:
         calls["torch"] = _torch_call(arrays, dtype, name, group_size)
     times = time_side_by_side(calls, repeats, rounds=3)

@@ -21,6 +21,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from liftplace_jax.host import flags as host_flags
+
 flags.disclaim_key_flags()  # they are those of the command
 
 HELP = "config file, FILE.py[:key=value,...]"
@@ -35,6 +37,7 @@ class ConfigError(flags.Error):
 def define_config_flag(help_text: str = HELP) -> flags.FlagHolder:
     """Defines --config; its value is the config, with what --config.FIELD=VALUE changes."""
     holder = config_flags.DEFINE_config_file("config", None, help_text)
+    host_flags.describe_config = describe
     flags.FLAGS["config"].parser = _FileParser()
     parsers = {
         int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser(),
