@@ -21,7 +21,7 @@ CLASSES = 5
 MODEL = DiTConfig(image_size=2, patch_size=1, hidden_size=4, depth=1, num_heads=1, in_channels=2,
                   num_classes=CLASSES)  # fmt: skip
 FIELDS = dict(sampler="ddim", sample_steps=4, skip_type="uniform", eta=0.0, guidance=1.0,
-              guidance_channels=None)  # fmt: skip
+              guidance_channels=None, precision="highest")  # fmt: skip
 PROCESS = GaussianDiffusion(beta_schedule("linear", 8), variance="learned_range")
 KEYS = jax.random.split(jax.random.key(0), 6)
 

@@ -82,7 +82,8 @@ def test_generated_samples_are_scored_with_their_protocol(home, run, reference_f
     assert protocol["reference"]["count"] == 1437
     for name, value in {"num_samples": 100, "sampler": "ddim", "sample_steps": 4, "eta": 0.0,
                         "skip_type": "uniform", "seed": 12345, "params": "ema",
-                        "features": "digits", "precision": "float32"}.items():  # fmt: skip
+                        "features": "digits", "precision": "highest",
+                        "dtype": "float32"}.items():  # fmt: skip
         assert protocol[name] == value
     assert result["num_samples"] == 100 and "jax" in result["versions"]
     # What was saved scores the same: images go through uint8 either way.

@@ -14,7 +14,7 @@ import tiny_config
 
 from liftplace_jax import data, weights
 from liftplace_jax.evaluation.sampling import make_sampler
-from liftplace_jax.experiment import configuration
+from liftplace_jax.experiment import configuration, scoring
 from liftplace_jax.experiment.configuration import parse_arg
 from liftplace_jax.experiment.context import Run
 from liftplace_jax.experiment.pictures import (
@@ -126,6 +126,8 @@ def test_folders_of_one_and_of_many_students(tmp_path):
     ("teacher.accumulation", 3, "teacher.accumulation 3 does not divide config.teacher.batch_size"),
     ("distill.accumulation", 5, "distill.accumulation 5 does not divide config.distill.batch_size"),
     ("teacher.dtype", "float16", "config.teacher.dtype must be one of"),
+    ("distill.precision", "float32", "config.distill.precision must be one of"),
+    ("evaluation.precision", "bfloat16", "config.evaluation.precision must be one of"),
     ("distill.ema_decay", 1.0, r"config.distill.ema_decay must be a number in \[0, 1\), got 1.0"),
     ("teacher.optimizer.name", "sgd", "config.teacher.optimizer.name must be one of"),
     ("distill.optimizer.warmup_steps", 99, r"distill.optimizer.warmup_steps must be in 0\.\.8"),
@@ -267,6 +269,39 @@ def test_samplers_are_a_function_of_the_keys(tmp_path):
         assert images.shape == (3, 8, 8, 1) and np.isfinite(images).all()
         np.testing.assert_allclose(sample(0.1, keys[::-1])[::-1], images, atol=1e-6)
         assert np.abs(images[0] - images[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("precision", ["default", "highest"])
+def test_networks_are_judged_in_the_precision_of_the_config(tmp_path, precision):
+    experiment = open_experiment(tiny(evaluation__precision=precision), tmp_path / "run")
+    graphdef, params = building.abstract(experiment.model)
+    judge, network = experiment.judge, Network(experiment.model, graphdef, params)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+    x = jax.ShapeDtypeStruct((2, *experiment.model.shape), np.float32)
+    t = jax.ShapeDtypeStruct((2,), np.int32)
+    for traced in (
+        jax.jit(judge.sampler(network)).trace(params, keys),
+        judge.predictor(graphdef).trace(params, x, t, None),
+    ):
+        lines = traced.lower(lowering_platforms=("tpu",)).as_text().splitlines()
+        products = [line for line in lines if "dot_general" in line]
+        assert products and all(f"[{precision.upper()}, " in line for line in products)
+        text = "".join(lines)
+        assert text.count("stablehlo.convolution") == text.count("#stablehlo<precision ") / 2 > 0
+        assert text.count(f"#stablehlo<precision {precision.upper()}>") == text.count(
+            "#stablehlo<precision "
+        )
+    assert scoring.protocol(experiment)["precision"] == precision
+
+
+def test_configs_of_before_precision_get_its_defaults():
+    old = configuration.to_json(tiny())
+    for room in ("teacher", "distill", "evaluation"):
+        del old[room]["precision"]
+    found = configuration.completed(old)
+    assert found == configuration.to_json(tiny())
+    assert found["teacher"]["precision"] == found["distill"]["precision"] == "default"
+    assert found["evaluation"]["precision"] == "highest"
 
 
 def test_adapters_fit_the_widths_of_both_networks():

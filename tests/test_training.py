@@ -234,6 +234,23 @@ def test_a_run_keeps_no_second_copy_of_what_it_trains():
         np.testing.assert_array_equal(run.state.params["student"]["inner"], STUDENT["inner"])
 
 
+@pytest.mark.parametrize("precision", ["default", "high", "highest"])
+def test_products_of_a_step_have_the_precision_of_the_config(precision):
+    """Forward and backward, of student and teacher; the process's own setting does not matter."""
+    objective = make_objective(METHODS["output_kd"], small_apply, PROCESS, 7,
+                               teacher_apply=small_apply)  # fmt: skip
+    mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+    params = {"student": jax.tree.map(jnp.copy, STUDENT)}
+    fields = training_config(steps=2, precision=precision)
+    run = prepare(fields, objective, params, TEACHER, mesh, ())
+    traced = run.step.trace(run.state, run.teacher_params, {"image": IMAGES})
+    lines = traced.lower(lowering_platforms=("tpu",)).as_text().splitlines()
+    products = [line for line in lines if "dot_general" in line]
+    assert len(products) >= 7
+    said = f"precision = [{precision.upper()}, {precision.upper()}]"
+    assert all(said in line for line in products)
+
+
 def test_accumulation_equals_the_whole_batch():
     optimizer = optax.adam(0.1)
     results = []

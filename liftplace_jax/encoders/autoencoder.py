@@ -13,6 +13,7 @@ from flax.typing import Dtype
 
 from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
 from liftplace_jax.nn import layers
+from liftplace_jax.nn.attention import attention
 
 _LEAST_LOGVAR, _MOST_LOGVAR = -30.0, 20.0
 
@@ -48,7 +49,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = self.group_norm(x).reshape(x.shape[0], -1, 1, x.shape[-1])
-        h = jax.nn.dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        h = attention(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out[0](h).reshape(x.shape)
 
 

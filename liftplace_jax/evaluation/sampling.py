@@ -30,7 +30,7 @@ def make_sampler(
 
     Args:
       fields: config.evaluation: the sampler's (`Process.sampler`), guidance and
-        guidance_channels (see `diffusion.guided`).
+        guidance_channels (see `diffusion.guided`), and precision (of the networks' products).
       process: the diffusion process.
       model: the network's config.
       apply: the network, as of `network.make_apply`.
@@ -69,6 +69,7 @@ def make_sampler(
     def draw(key):
         return conditioning.draw(jax.random.fold_in(key, 2))
 
+    @jax.default_matmul_precision(fields.precision)  # while it is traced, decoder and all
     def sample(params, keys, condition=None):
         params, decoder = params if decode else (params, None)
         if condition is None:

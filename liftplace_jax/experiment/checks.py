@@ -33,6 +33,8 @@ from liftplace_jax.training.optimizer import make_optimizer
 from liftplace_jax.training.profiling import TRANSFER_GUARDS, read_profile_steps
 
 DTYPES = ("float32", "bfloat16")
+PRECISIONS = ("default", "high", "highest")
+"""Of `jax.default_matmul_precision`: bfloat16 or TF32 passes, three of them, or float32."""
 
 
 def check_config(config: ConfigDict) -> None:
@@ -98,6 +100,7 @@ def _check_choices(config):
         "distill.weight.name": WEIGHTS,
         "distill.weight.direction": DIRECTIONS,
         "evaluation.features": (None, *evaluation.FEATURES),
+        "evaluation.precision": PRECISIONS,
     }  # fmt: skip
     found = dict(leaves(config))
     for field, names in choices.items():
@@ -106,6 +109,7 @@ def _check_choices(config):
 
 def _check_training(config, room, fields):
     check_choice(f"{room}.dtype", fields.dtype, DTYPES)
+    check_choice(f"{room}.precision", fields.precision, PRECISIONS)
     check_choice(f"{room}.remat", fields.remat, (None, *REMAT_POLICIES))
     if fields.batch_size % fields.accumulation:
         raise ValueError(

@@ -46,6 +46,8 @@ def training_config(**changes: Any) -> ConfigDict:
             accumulation=1,  # parts of a batch, one after another, each with its adaptive weight
             ema_decay=0.9999,
             dtype="float32",  # of the computation: float32 or bfloat16
+            # Of float32 products on TPUs and GPUs: one of `checks.PRECISIONS`; CPUs know but one.
+            precision="default",
             log_every=50,
             checkpoint_every=500,
         )
@@ -140,8 +142,9 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     config.evaluation = ConfigDict(
         dict(features="digits", num_samples=1024, batch_size=256, sampler="ddim", sample_steps=50,
              skip_type="uniform", eta=0.0, seed=12345, neighbours=5, clip=None, curve_every=0,
-             curve_samples=256, guidance=1.0, allow_few=False)
+             curve_samples=256, guidance=1.0, allow_few=False, precision="highest")
     )  # fmt: skip
+    # precision: as config.teacher.precision, of all networks where they are judged.
     # allow_few: fewer samples than features have dimensions, whose Frechet distance compares with
     # nothing; the report says so.
     # Channels that classifier-free guidance acts on; default: all of the mean. DiT published 3.

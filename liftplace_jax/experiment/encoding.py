@@ -141,6 +141,7 @@ def _manifest(config, autoencoder, sources, shard_size) -> dict[str, Any]:
 def _program(graphdef: nnx.GraphDef, sharding: NamedSharding) -> Callable[..., jax.Array]:
     """Jitted (params, images (B, H, W, C)) -> moments (B, 2 flips, 2, h, w, C) float16."""
 
+    @jax.default_matmul_precision("highest")  # latents are data: the same on every machine
     def encode(params, images):
         def moments(x):
             return jnp.stack(nnx.merge(graphdef, params).encode(x), axis=1)

@@ -98,6 +98,7 @@ class Judge:
         def made(graphdef):
             apply = make_apply(graphdef)
 
+            @jax.default_matmul_precision(self.fields.precision)
             def prediction(params, x, t, condition):
                 return self.process.split(apply(params, x, t, False, None, condition)[0])[0]
 

@@ -112,12 +112,21 @@ def collect_rows(context: Context) -> list[dict[str, Any]]:
             "steps": int(metrics[-1]["step"]) if metrics else None,
             "train_seconds": metrics[-1]["seconds"] if metrics else None,
             "final_loss_terms": metrics[-1] if metrics else None,
+            "training": _training(context, method),
             **result,
         })  # fmt: skip
     for row in rows:
         row["compression"] = rows[0]["parameters"] / row["parameters"]
         row["macs_ratio"] = teacher_macs / row["macs"]
     return rows
+
+
+def _training(context: Context, method: str) -> dict[str, str] | None:
+    """What a network was computed in while it was trained; None if it was not trained here."""
+    fields = context.config.teacher if method == "teacher" else context.config.distill
+    if fields.get("checkpoint"):
+        return None
+    return {"dtype": fields.dtype, "precision": fields.precision}
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -188,6 +197,11 @@ def _protocol(context: Context, summary: list[dict[str, Any]]) -> list[str]:
             f"{evaluation.num_samples} samples were drawn from each model and compared with "
             "nothing, so there is no Frechet distance, precision or recall."
         )
+    lines.append(
+        "Matrix products: evaluation float32, precision "
+        f"{evaluation.precision}; training {config.distill.dtype}, precision "
+        f"{config.distill.precision} (jax.default_matmul_precision)."
+    )
     if evaluation.clip:
         lines.append(
             "Clipped: predicted data limited to the image range at each sampling step, which "

@@ -65,6 +65,6 @@ def prepare(
     )
     step = make_train_step(
         objective, optimizer, ema_decay=fields.ema_decay, accumulation=fields.accumulation,
-        shardings=shardings,
+        shardings=shardings, precision=fields.precision,
     )  # fmt: skip
     return Training(step, state, teacher_params, shardings, schedule)

@@ -24,6 +24,7 @@ def make_train_step(
     ema_decay: float,
     accumulation: int = 1,
     shardings: TrainState | None = None,
+    precision: str = "default",
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
     """Compiles `step(state, teacher_params, batch) -> (state, metrics)`; the state is donated.
 
@@ -35,11 +36,13 @@ def make_train_step(
       accumulation: over how many parts of the batch gradients are averaged before the update.
       shardings: of the state (a tree of shardings), None on one device. Devices split the batch,
         whatever splits the parameters: these are gathered, the images stay where they are.
+      precision: of matrix products and convolutions, as of `jax.default_matmul_precision`.
 
     Raises:
       ValueError: accumulation does not divide the batch (at the first call).
     """
 
+    @jax.default_matmul_precision(precision)  # while it is traced: a property of the program
     def step(state: TrainState, teacher_params: Any, batch: Any) -> tuple[TrainState, Metrics]:
         # Said here, or the compiler may send activations to where it finds a part of a kernel.
         params, teacher_params = whole(state.params), whole(teacher_params)

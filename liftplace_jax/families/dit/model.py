@@ -14,6 +14,7 @@ from flax.typing import Dtype
 
 from liftplace_jax.families.dit.config import DiTConfig
 from liftplace_jax.nn import layers
+from liftplace_jax.nn.attention import attention
 
 FREQUENCIES = 256
 """Size of the timestep's sinusoidal embedding."""
@@ -80,7 +81,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        h = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         return self.proj(h.reshape(batch, tokens, width))
 
 

@@ -14,6 +14,7 @@ from flax.typing import Dtype
 
 from liftplace_jax.families.unet.config import Node, UNetConfig
 from liftplace_jax.nn import layers
+from liftplace_jax.nn.attention import attention
 
 
 class ResnetBlock(nnx.Module):
@@ -60,7 +61,7 @@ class AttnBlock(nnx.Module):
         q, k, v = (
             layer(h).reshape(batch, height * width, 1, -1) for layer in (self.q, self.k, self.v)
         )
-        h = jax.nn.dot_product_attention(q, k, v)
+        h = attention(q, k, v)
         return x + self.proj_out(h.reshape(batch, height, width, -1))
 
 
