@@ -245,7 +245,7 @@ def test_accumulation_equals_the_whole_batch():
         results.append((state, metrics))
     close(results[0], results[1])
     close(results[0], results[2])
-    assert set(metrics) == {"loss", "square", "grad_norm"}
+    assert set(metrics) == {"loss", "square", "grad_norm", "finite"}
     step = make_train_step(squares, optimizer, ema_decay=0.9, accumulation=3)
     with pytest.raises(ValueError, match="accumulation 3 does not divide the batch of 4"):
         step(vector_state(optimizer), None, vector_batch(0))

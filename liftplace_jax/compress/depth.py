@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from liftplace_jax.nn.building import Params
+
 Config = TypeVar("Config")
 
 
@@ -152,7 +154,7 @@ LAYER_IMPORTANCES: dict[str, Callable[..., jax.Array]] = {
 
 
 def layer_scores(
-    name: str, graphdef: nnx.GraphDef, params: nnx.State, batches: Iterator[tuple[jax.Array, ...]]
+    name: str, graphdef: nnx.GraphDef, params: Params, batches: Iterator[tuple[jax.Array, ...]]
 ) -> np.ndarray:
     """An importance, averaged over batches.
 
