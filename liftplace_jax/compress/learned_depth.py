@@ -27,7 +27,6 @@ import numpy as np
 from flax import nnx
 
 from liftplace_jax.compress.depth import check_depth
-from liftplace_jax.nn.building import Params
 
 _LINEAR = re.compile(r"(blocks\.\d+\..+)\.kernel")
 
@@ -132,7 +131,7 @@ def most_probable(gates: np.ndarray, groups: Groups) -> tuple[int, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def init_search(key: jax.Array, params: Params, groups: Groups, rank: int) -> dict[str, Any]:
+def init_search(key: jax.Array, params: dict[str, Any], groups: Groups, rank: int) -> dict[str, Any]:
     """The trained parameters at the start: all masks equally likely, and an update of zero.
 
     Args:
@@ -157,8 +156,8 @@ def init_search(key: jax.Array, params: Params, groups: Groups, rank: int) -> di
 
 
 def merge_lora(
-    params: Params, lora: Mapping[str, Mapping[str, jax.Array]], scale: float
-) -> Params:
+    params: dict[str, Any], lora: Mapping[str, Mapping[str, jax.Array]], scale: float
+) -> dict[str, Any]:
     """Parameters with W + scale * a @ b in place of each W that `lora` has."""
 
     def merged(path, leaf):
@@ -177,7 +176,7 @@ def _linear(path: tuple[Any, ...]) -> str | None:
 
 
 def searched_apply(
-    graphdef: nnx.GraphDef, base: Params, groups: Groups, *, lora_scale: float,
+    graphdef: nnx.GraphDef, base: dict[str, Any], groups: Groups, *, lora_scale: float,
     gate_scale: float, temperature: jax.Array | float,
 ) -> Callable[..., tuple[jax.Array, dict]]:  # fmt: skip
     """A DiT under search, as of `network.make_apply`.
