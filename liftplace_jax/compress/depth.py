@@ -152,7 +152,10 @@ LAYER_IMPORTANCES: dict[str, Callable[..., jax.Array]] = {
 
 
 def layer_scores(
-    name: str, graphdef: nnx.GraphDef, params: dict[str, Any], batches: Iterator[tuple[jax.Array, ...]]
+    name: str,
+    graphdef: nnx.GraphDef,
+    params: dict[str, Any],
+    batches: Iterator[tuple[jax.Array, ...]],
 ) -> np.ndarray:
     """An importance, averaged over batches.
 

@@ -131,7 +131,9 @@ def most_probable(gates: np.ndarray, groups: Groups) -> tuple[int, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def init_search(key: jax.Array, params: dict[str, Any], groups: Groups, rank: int) -> dict[str, Any]:
+def init_search(
+    key: jax.Array, params: dict[str, Any], groups: Groups, rank: int
+) -> dict[str, Any]:
     """The trained parameters at the start: all masks equally likely, and an update of zero.
 
     Args:
