@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
@@ -251,6 +252,32 @@ def test_products_of_a_step_have_the_precision_of_the_config(precision):
     assert all(said in line for line in products)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_flag_is_that_of_every_metric(bad):
+    def loss_fn(params, teacher_params, batch, step):
+        loss = jnp.sum(params["student"]["w"] ** 2)
+        return loss, {"odd": jnp.where(step == 1, bad, 1.0), "number": step}
+
+    step = make_train_step(loss_fn, SGD, ema_decay=0.9)
+    state, first = step(vector_state(SGD), None, vector_batch(0))
+    _, second = step(state, None, vector_batch(1))
+    assert bool(first["finite"]) and not bool(second["finite"])
+
+
+def test_plain_dicts_and_nnx_states_give_the_same_bits():
+    config = UNetConfig(image_size=4, in_channels=1, out_channels=1, ch=8, ch_mult=(1,),
+                        num_res_blocks=1, attn_resolutions=(), num_groups=4)  # fmt: skip
+    graphdef, params = building.create(config, 0)
+    objective = make_objective(METHODS["no_kd"], make_apply(graphdef), PROCESS, 7)
+    results = []
+    for tree in (params, nnx.state(nnx.merge(graphdef, params))):
+        compute = jax.jit(jax.value_and_grad(objective, has_aux=True))
+        batch = {"image": np.random.default_rng(0).normal(size=(4, 4, 4, 1)).astype("f4")}
+        results.append(jax.tree.leaves(compute({"student": tree}, None, batch, 0)))
+    assert type(params) is dict and len(results[0]) == len(results[1]) > 20
+    equal(*results)
+
+
 def test_accumulation_equals_the_whole_batch():
     optimizer = optax.adam(0.1)
     results = []
@@ -262,7 +289,7 @@ def test_accumulation_equals_the_whole_batch():
         results.append((state, metrics))
     close(results[0], results[1])
     close(results[0], results[2])
-    assert set(metrics) == {"loss", "square", "grad_norm"}
+    assert set(metrics) == {"loss", "square", "grad_norm", "finite"}
     step = make_train_step(squares, optimizer, ema_decay=0.9, accumulation=3)
     with pytest.raises(ValueError, match="accumulation 3 does not divide the batch of 4"):
         step(vector_state(optimizer), None, vector_batch(0))
@@ -547,6 +574,28 @@ def test_a_relative_folder_will_do(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
 
 
+@pytest.mark.parametrize("has_sums", [True, False])
+def test_checkpoints_of_versions_whose_parameters_were_an_nnx_state_go_on(tmp_path, has_sums):
+    class Model(nnx.Module):
+        def __init__(self):
+            self.blocks = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(n)) for n in range(11)])
+
+    graphdef, params = building.split(Model())
+    older = create_state({"student": nnx.state(nnx.merge(graphdef, params))}, OPTIMIZER)
+    state = create_state({"student": params}, OPTIMIZER)
+    assert "value" in jax.tree_util.keystr(jax.tree_util.tree_leaves_with_path(older)[1][0])
+    Checkpoints(tmp_path).save(4, older)
+    path = tmp_path / "4" / "_CHECKPOINT_METADATA"
+    content = json.loads(path.read_text())
+    assert "params.student.blocks.10.kernel.value" in content["custom_metadata"]["sums"]
+    if not has_sums:
+        path.write_text(json.dumps(content | {"custom_metadata": {}}))
+    for shardings in (None, sharding.tree_shardings(state, (), sharding.make_mesh({"data": -1}))):
+        restored = Checkpoints(tmp_path).restore(jax.eval_shape(lambda: state), shardings)
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+        equal(restored, state)
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     with pytest.raises(ValueError, match=re.escape(f"no checkpoint in {tmp_path}")):
@@ -709,6 +758,42 @@ def test_non_finite_losses_are_named_and_never_saved(tmp_path, log_every):
     assert max(row["step"] for row in read_metrics(tmp_path)) <= 5
     # Better data, same command: it goes on.
     assert int(looped(tmp_path).step) == 9
+
+
+def test_one_flag_is_fetched_each_step_and_all_metrics_where_they_are_logged(tmp_path, monkeypatch):
+    fetched = []
+    real = jax.device_get
+
+    def device_get(tree):
+        if isinstance(tree, dict):
+            fetched.append(sorted(tree))
+        elif tree.dtype == bool and tree.ndim == 0:
+            fetched.append("flag")
+        return real(tree)
+
+    monkeypatch.setattr("liftplace_jax.training.loop.jax.device_get", device_get)
+    looped(tmp_path, log_every=4, checkpoint_every=100)
+    terms = ["grad_norm", "loss", "square"]
+    assert fetched == [terms, "flag", "flag", terms, "flag", "flag", "flag", terms, terms]
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 4, 8, 9]
+
+
+def test_a_step_that_is_not_finite_is_named_though_what_follows_fails_too(tmp_path):
+    def nan_then_damaged(first):
+        yield vector_batch(first)
+        yield {"image": np.full((4, 3), np.nan, np.float32)}
+        raise ValueError("example 3")
+
+    with pytest.raises(NonFiniteLossError, match="step 2: .*loss=nan"):
+        looped(tmp_path / "a", batches=nan_then_damaged)
+
+    def on_log(step, state):
+        if step == 2:
+            raise ValueError("features are not finite")
+        return {}
+
+    with pytest.raises(NonFiniteLossError, match="step 2: .*loss=nan"):
+        looped(tmp_path / "b", batches=nan_then_damaged, on_log=on_log)
 
 
 def test_a_failing_batch_ends_the_loop_with_its_error(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +152,10 @@ LAYER_IMPORTANCES: dict[str, Callable[..., jax.Array]] = {
 
 
 def layer_scores(
-    name: str, graphdef: nnx.GraphDef, params: nnx.State, batches: Iterator[tuple[jax.Array, ...]]
+    name: str,
+    graphdef: nnx.GraphDef,
+    params: dict[str, Any],
+    batches: Iterator[tuple[jax.Array, ...]],
 ) -> np.ndarray:
     """An importance, averaged over batches.
 

@@ -131,7 +131,9 @@ def most_probable(gates: np.ndarray, groups: Groups) -> tuple[int, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def init_search(key: jax.Array, params: nnx.State, groups: Groups, rank: int) -> dict[str, Any]:
+def init_search(
+    key: jax.Array, params: dict[str, Any], groups: Groups, rank: int
+) -> dict[str, Any]:
     """The trained parameters at the start: all masks equally likely, and an update of zero.
 
     Args:
@@ -156,8 +158,8 @@ def init_search(key: jax.Array, params: nnx.State, groups: Groups, rank: int) ->
 
 
 def merge_lora(
-    params: nnx.State, lora: Mapping[str, Mapping[str, jax.Array]], scale: float
-) -> nnx.State:
+    params: dict[str, Any], lora: Mapping[str, Mapping[str, jax.Array]], scale: float
+) -> dict[str, Any]:
     """Parameters with W + scale * a @ b in place of each W that `lora` has."""
 
     def merged(path, leaf):
@@ -176,7 +178,7 @@ def _linear(path: tuple[Any, ...]) -> str | None:
 
 
 def searched_apply(
-    graphdef: nnx.GraphDef, base: nnx.State, groups: Groups, *, lora_scale: float,
+    graphdef: nnx.GraphDef, base: dict[str, Any], groups: Groups, *, lora_scale: float,
     gate_scale: float, temperature: jax.Array | float,
 ) -> Callable[..., tuple[jax.Array, dict]]:  # fmt: skip
     """A DiT under search, as of `network.make_apply`.

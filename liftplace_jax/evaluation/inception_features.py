@@ -21,6 +21,7 @@ from liftplace_jax.evaluation.extractor import Extractor
 from liftplace_jax.evaluation.inception import DIMS, IMAGE_SIZE, Inception
 from liftplace_jax.evaluation.resize import resize_bilinear
 from liftplace_jax.host.buckets import as_path
+from liftplace_jax.nn import building
 
 # Protocol -> name of the distance, resizing, the pixel (0..255) that becomes 0, how many make 1.
 PROTOCOLS = {
@@ -66,7 +67,7 @@ def inception_extractor(name: str, path: str | os.PathLike | None) -> Extractor:
     )  # fmt: skip
 
 
-def load_inception(path: str | os.PathLike) -> tuple[nnx.GraphDef, nnx.State]:
+def load_inception(path: str | os.PathLike) -> tuple[nnx.GraphDef, building.Params]:
     """The FID Inception network with the weights of a file.
 
     Args:
@@ -83,8 +84,8 @@ def load_inception(path: str | os.PathLike) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_inception(path: str) -> tuple[nnx.GraphDef, nnx.State]:
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Inception(nnx.Rngs(0))))
+def _load_inception(path: str) -> tuple[nnx.GraphDef, building.Params]:
+    graphdef, abstract = building.split(nnx.eval_shape(lambda: Inception(nnx.Rngs(0))))
     tensors = weights.read_tensors(path)
     try:
         params = weights.from_torch(abstract, tensors, ignore=(r".*\.num_batches_tracked",))

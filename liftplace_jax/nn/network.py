@@ -28,12 +28,12 @@ class Network:
     Attributes:
       config: the model's config.
       graphdef: its NNX definition.
-      params: its parameters.
+      params: its parameters, plain nested dicts.
     """
 
     config: Any
     graphdef: nnx.GraphDef
-    params: nnx.State
+    params: building.Params
 
 
 def make_apply(graphdef: nnx.GraphDef) -> Callable[..., tuple[jax.Array, dict]]:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 import tqdm
+from flax import nnx
 
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
 from liftplace_jax.families.unet.channels import pruned_config
@@ -39,11 +40,16 @@ def run(options: Options) -> Result:
     rows = []
     for name, config, batch, times in tqdm.tqdm(cases, desc="steps", unit="case"):
         rows += _measure(name, config, batch, times)
+    rows += _measure_dispatch(options.repeats * 20)
     return {
         "title": "Training steps, student pruned by 90 %",
         "columns": ["case", "batch", "method", "step_ms", "over_output_kd"],
         "rows": rows,
-        "notes": ["over_output_kd: median step time / that of output_kd, minus 1."],
+        "notes": [
+            "over_output_kd: median step time / that of output_kd, minus 1.",
+            "dispatch: a step on digits' state that computes nothing, what Python costs alone; the "
+            "parameters as plain dicts, as here, and as `nnx.State`.",
+        ],
     }
 
 
@@ -75,3 +81,26 @@ def _measure(name: str, config: UNetConfig, batch: int, repeats: int) -> list[di
 def _call(step, states, method, teacher, images):
     states[method], metrics = step(states[method], teacher, images)
     jax.block_until_ready(metrics)
+
+
+def _measure_dispatch(repeats: int) -> list[dict[str, Any]]:
+    """What a call costs before devices have anything to do."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(2e-4))
+    graphdef, params = building.create(DIGITS, 0)
+    forms = {"dicts": params, "nnx.State": nnx.state(nnx.merge(graphdef, params))}
+    step = jax.jit(lambda s: (s._replace(step=s.step + 1), s.step), donate_argnums=0)
+    calls, states = {}, {}
+    for form, tree in forms.items():
+        states[form] = create_state({"student": tree}, optimizer)
+        calls[form] = functools.partial(_dispatch, step, states, form)
+    leaves = len(jax.tree.leaves(states["dicts"]))
+    return [
+        {"case": f"dispatch, {leaves} leaves", "batch": "", "method": form,
+         "step_ms": milliseconds(timing), "over_output_kd": "", "seconds": timing._asdict()}
+        for form, timing in time_side_by_side(calls, repeats).items()
+    ]  # fmt: skip
+
+
+def _dispatch(step, states, form):
+    states[form], number = step(states[form])
+    jax.block_until_ready(number)

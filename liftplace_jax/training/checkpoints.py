@@ -53,7 +53,10 @@ class Checkpoints:
         self._leftovers = self.unfinished
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         try:
-            self._manager = ocp.CheckpointManager(os.fspath(self._folder), options=options)
+            self._manager = ocp.CheckpointManager(
+                os.fspath(self._folder), options=options,
+                item_handlers=ocp.StandardCheckpointHandler(),  # or it cannot tell what is saved
+            )  # fmt: skip
         except (ValueError, TypeError, LookupError) as error:
             if is_of_bucket(error):
                 raise
@@ -137,8 +140,7 @@ class Checkpoints:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
         try:
-            saved = self._manager.restore(step, args=ocp.args.StandardRestore(target._asdict()))
-            restored = type(abstract)(**saved)
+            restored = type(abstract)(**self._read(step, target._asdict()))
             self._check_sums(step, restored)
         except jax.errors.JaxRuntimeError:
             raise  # another process is gone; the checkpoint may be good
@@ -156,6 +158,23 @@ class Checkpoints:
             ) from error
         return restored
 
+    def _read(self, step: int, target: dict[str, Any]) -> dict[str, Any]:
+        """The arrays of a step; older versions had each parameter in a dict {"value": array}."""
+        tree = self._manager.item_metadata(step)
+        saved = {_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+        def asked(path, leaf):
+            older = f"{_name(path)}.value" in saved
+            return {"value": leaf} if older else leaf
+
+        wrapped = jax.tree_util.tree_map_with_path(asked, target)
+        found = self._manager.restore(step, args=ocp.args.StandardRestore(wrapped))
+        places, treedef = jax.tree_util.tree_flatten(target)
+        leaves = jax.tree.leaves(found)
+        if len(leaves) != len(places):
+            raise ValueError(f"{len(leaves)} arrays, where the state has {len(places)}")
+        return jax.tree_util.tree_unflatten(treedef, leaves)
+
     def _check_sums(self, step: int, restored: Any) -> None:
         path = self._folder / str(step) / _METADATA
         if not path.exists():
@@ -169,6 +188,8 @@ class Checkpoints:
                     file=sys.stderr,
                 )
             return
+        # Older versions had each parameter in a dict {"value": array}.
+        wanted = {name.removesuffix(".value"): total for name, total in wanted.items()}
         found = _sums(restored)
         changed = [name for name in wanted if found.get(name) != wanted[name]]
         changed += sorted(found.keys() - wanted.keys())
@@ -185,7 +206,7 @@ def _sums(state: Any) -> dict[str, int]:
     """Sum of the bits of every array, of all processes: orbax' files have no checksum of values."""
     names, sums = [], []
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        names.append(jax.tree_util.keystr(path, simple=True, separator="."))
+        names.append(_name(path))
         parts = [jax.device_get(s.data) for s in leaf.addressable_shards if s.replica_id == 0]
         words = [part.reshape(-1).view(f"uint{8 * part.itemsize}") for part in parts]
         sums.append(sum(int(w.sum(dtype=np.uint64)) for w in words) % 2**32)
@@ -194,6 +215,10 @@ def _sums(state: Any) -> dict[str, int]:
         everywhere = multihost_utils.process_allgather(everywhere[0])
     totals = everywhere.sum(axis=0, dtype=np.uint64) % 2**32
     return dict(zip(names, totals.tolist(), strict=True))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _give_back_memory() -> None:

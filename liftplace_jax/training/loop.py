@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import sys
@@ -17,6 +18,7 @@ from liftplace_jax.host.progress import progress
 from liftplace_jax.training.checkpoints import Checkpoints
 from liftplace_jax.training.metrics_io import MetricsLog
 from liftplace_jax.training.state import TrainState
+from liftplace_jax.training.step import FINITE
 
 
 class Interrupted(Exception):
@@ -56,7 +58,7 @@ def train(
       log_every: steps between lines of metrics.
       checkpoint_every: steps between checkpoints; the last step is always saved.
       tensorboard: see `MetricsLog`.
-      on_log: (step, state) -> more metrics, called when metrics are written.
+      on_log: (step, state) -> more metrics, called at the steps whose metrics are written.
 
     Returns:
       The state after `total_steps`.
@@ -79,21 +81,21 @@ def train(
     try:
         with _Signals() as signals:
             # The order matters for exact resume: batch, step, check, log, save.
-            unchecked = None
+            last = _LastStep(log, bar)
             for step in range(first + 1, total_steps + 1):
-                state, metrics = step_fn(state, teacher_params, next(batches))
+                with last.said_first():
+                    batch = next(batches)
+                state, metrics = step_fn(state, teacher_params, batch)
                 bar.update()
                 # The step before: by now it is done, so looking at it does not stall devices.
-                if unchecked:
-                    _checked(*unchecked)
-                unchecked = step, metrics
+                last.settle()
+                last.hold(step, metrics)
                 if step % log_every == 0 or step in (1, total_steps):
-                    values = _checked(step, metrics)
-                    bar.set_postfix_str(f"loss {values['loss']:.4g}", refresh=False)
-                    log.write(step, values | dict(on_log(step, state) if on_log else {}))
+                    with last.said_first():
+                        last.more = dict(on_log(step, state) if on_log else {})
                 stop = agreed(signals.received)  # one that comes later waits for the next step
                 if step % checkpoint_every == 0 or step == total_steps or stop:
-                    _checked(step, metrics)
+                    last.settle()
                     log.flush()
                     checkpoints.save(step, state)
                 if stop:
@@ -119,8 +121,51 @@ def _say_where(title: str, first: int, unfinished: list[str]) -> None:
         print(line, file=sys.stderr)
 
 
+class _LastStep:
+    """The step that devices may still be at: it is looked at, and logged, when the next is sent.
+
+    Attributes:
+      more: metrics that the log gets beside those of the step; None: it is not logged.
+    """
+
+    def __init__(self, log: MetricsLog, bar: Any):
+        self._log, self._bar = log, bar
+        self._held: tuple[int, Mapping[str, jax.Array]] | None = None
+        self.more: dict[str, float] | None = None
+
+    def hold(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        self._held, self.more = (step, metrics), None
+
+    def settle(self) -> None:
+        """Waits for the step, if none has yet.
+
+        Raises:
+          NonFiniteLossError: a term is not finite.
+        """
+        if self._held is None:
+            return
+        (step, metrics), more = self._held, self.more
+        self._held = None
+        if more is None and jax.device_get(metrics[FINITE]):
+            return  # one flag is all that was fetched
+        values = _checked(step, metrics)
+        if more is not None:
+            self._bar.set_postfix_str(f"loss {values['loss']:.4g}", refresh=False)
+            self._log.write(step, values | more)
+
+    @contextlib.contextmanager
+    def said_first(self) -> Iterator[None]:
+        """If the block fails, what the step had to say is said before."""
+        try:
+            yield
+        except Exception:
+            self.settle()
+            raise
+
+
 def _checked(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    fetched = jax.device_get({name: x for name, x in metrics.items() if name != FINITE})
+    values = {name: float(value) for name, value in fetched.items()}
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         shown = ", ".join(f"{name}={values[name]}" for name in bad)

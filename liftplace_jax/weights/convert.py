@@ -173,8 +173,8 @@ def from_torch(
     """Published tensors as parameters.
 
     Args:
-      params: the parameters (arrays or `jax.ShapeDtypeStruct`), such as the `nnx.State` of
-        `nnx.split` or `nnx.eval_shape`. Only names, shapes and dtypes are read.
+      params: the parameters (arrays or `jax.ShapeDtypeStruct`), such as of
+        `building.create` or `building.abstract`. Only names, shapes and dtypes are read.
       tensors: arrays by published name, in PyTorch's layouts.
       ignore: regular expressions of published names that may be left over.
       put: (array, number of the leaf) -> what takes the leaf's place, such as the array on its
