@@ -17,8 +17,9 @@ import pytest
 import tiny_config
 from absl import flags
 
-from liftplace_jax import data, main, weights
+from liftplace_jax import data, weights
 from liftplace_jax.evaluation import load_reference, save_reference
+from liftplace_jax.experiment import stages
 from liftplace_jax.host import buckets, files
 from liftplace_jax.host import flags as host_flags
 from liftplace_jax.host.buckets import as_path
@@ -140,7 +141,7 @@ def test_what_another_host_writes_is_seen(folder):
 
 def test_a_bucket_that_is_not_there_is_named_and_not_made():
     with pytest.raises(OSError, match="(?s)gs://none/run/.lock cannot be .*a bucket n"):
-        main.run(tiny_config.get_config(), as_path("gs://none/run"), "teacher")
+        stages.run(tiny_config.get_config(), as_path("gs://none/run"), "teacher")
     with pytest.raises(ValueError, match="gs://none/w.npz: no such file"):
         weights.read_tensors("gs://none/w.npz")
     with pytest.raises(OSError, match="(?s)gs://none/x cannot be reached.*gcloud auth"):

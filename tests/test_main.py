@@ -19,6 +19,7 @@ from conftest import QUICK_XLA
 from safetensors.numpy import load_file, save_file
 
 from liftplace_jax import data, main, weights
+from liftplace_jax.experiment import stages
 from liftplace_jax.experiment.report import FILES
 from liftplace_jax.host.flags import EXIT_BAD_INPUT
 from liftplace_jax.host.locks import locked
@@ -93,7 +94,7 @@ def run(workdir, mode="all", **changes):
     """`main.run` in this process; changes are dotted fields of the tiny config."""
     config = tiny_config.get_config()
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    main.run(config, workdir, mode)
+    stages.run(config, workdir, mode)
 
 
 def files(folder):

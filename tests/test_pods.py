@@ -22,7 +22,8 @@ import pytest
 import tiny_config
 from conftest import QUICK_XLA
 
-from liftplace_jax import data, main, weights
+from liftplace_jax import data, weights
+from liftplace_jax.experiment import stages
 from liftplace_jax.host import files, processes, sharding
 from liftplace_jax.host.buckets import as_path, local_copy
 from liftplace_jax.host.flags import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_LOST
@@ -304,7 +305,7 @@ def test_other_files_on_a_full_disk_are_named_and_not_left_half_written(tmp_path
 def test_a_work_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="the work directory cannot be written.*file/run"):
-        main.run(tiny_config.get_config(), tmp_path / "file" / "run", "teacher")
+        stages.run(tiny_config.get_config(), tmp_path / "file" / "run", "teacher")
 
 
 def test_a_pod_is_refused_where_another_run_is_under_way(run, tmp_path):

@@ -1,11 +1,12 @@
 """Sort, gather and scatter of rows on CPUs, as machine code that XLA's threads call: no Python.
 
 XLA sorts on CPU with one comparator call after another. A radix sort of the errors' bits takes a
-tenth of the time (benchmarks/grouping.md), and it is stable by nature. Numba compiles it, once for
-a machine (some seconds; later starts read its cache), to functions of C's kind which XLA calls
-through its foreign function interface. They read the frame of the call as plain memory
-(xla/ffi/api/c_api.h, whose layout is stable), share rows with XLA's own threads, and never need
-the interpreter, so that a script may end, raise or reload while they run.
+small part of the time (benchmarks/grouping.md), and it is stable by nature. Numba compiles it, once
+for a machine (some seconds; later starts read its cache, which looks at this file's time alone: so
+all of it is here), to functions of C's kind which XLA calls through its foreign function interface.
+They read the frame of the call as plain memory (xla/ffi/api/c_api.h, whose layout is stable), share
+rows with XLA's own threads, and never need the interpreter, so that a script may end, raise or
+reload while they run.
 
 Only `permute.py` imports this module, when the first program for a CPU is lowered.
 """
