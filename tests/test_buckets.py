@@ -140,7 +140,7 @@ def test_what_another_host_writes_is_seen(folder):
 
 
 def test_a_bucket_that_is_not_there_is_named_and_not_made():
-    with pytest.raises(OSError, match="(?s)gs://none/run/.lock cannot be .*a bucket n"):
+    with pytest.raises(OSError, match="(?s)gs://none/run.* cannot be .*a bucket n"):
         stages.run(tiny_config.get_config(), as_path("gs://none/run"), "teacher")
     with pytest.raises(ValueError, match="gs://none/w.npz: no such file"):
         weights.read_tensors("gs://none/w.npz")
@@ -197,7 +197,7 @@ def test_a_checkpoint_that_cannot_be_reached_is_not_called_damaged(
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(checkpoints._manager, "restore", fail)
+    monkeypatch.setattr(checkpoints, "_read", fail)
     with pytest.raises(buckets.UnreachableError, match="cannot be read now: (.|\n)*tries again"):
         checkpoints.restore(state)
     monkeypatch.setattr(checkpoints._manager, "save", fail)

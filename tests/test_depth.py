@@ -458,7 +458,7 @@ def test_bad_fields_are_named_before_anything_is_written(tmp_path, changes, mess
 def test_the_fields_of_depth_are_refused_for_a_unet(tmp_path):
     config = tiny_config.get_config()
     config.compress.depth = 2
-    with pytest.raises(ValueError, match="config.compress has depth, which pruner 'channels' does not know"):
+    with pytest.raises(ValueError, match="config.compress.depth is no field of a config: pruner 'channels' does not know it"):
         open_experiment(config, tmp_path / "run")
 
 

@@ -162,7 +162,8 @@ for arguments in json.loads(sys.argv[1]):
     for name in evaluate.flags.FLAGS:
         evaluate.flags.FLAGS[name].unparse()
     host_flags.parse_flags(["evaluate", *arguments[1:]], evaluate)
-    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+    text, code = io.StringIO(), 0
+    with contextlib.redirect_stderr(text), contextlib.redirect_stdout(text):
         try:
             evaluate.main(["evaluate", arguments[0]])
         except SystemExit as stop:

@@ -467,12 +467,12 @@ def noising(images, levels, noise):
 def test_output_error_is_a_mean_over_elements_examples_and_levels(digits, batch_sharding):
     seen = []
 
-    def teacher(noisy, t, labels):
+    def teacher(noisy, t, batch):
         seen.append(np.asarray(t))
         return 2 * noisy
 
-    def student(noisy, t, labels):
-        return 2 * noisy + (t / 1000)[:, None, None, None] + labels[:, None, None, None]
+    def student(noisy, t, batch):
+        return 2 * noisy + ((t / 1000) + batch["label"])[:, None, None, None]
 
     run = functools.partial(output_error, teacher, student, noising, digits["test"], seed=0)
     result = run(batch_size=90)

@@ -148,6 +148,8 @@ class Context:
     def images(self) -> dict[str, data.Source]:
         """Images by use; prepared on first use."""
         sources = open_images(self.config, self.image_shape)
+        if not self.autoencoder:
+            self.model.conditioning.check_data(sources.values())
         fields, count = self.config.evaluation, len(sources["train"])
         extractor = self.judge.extractor
         if extractor and not fields.reference:
@@ -160,8 +162,6 @@ class Context:
                 "config.evaluation.reference to a reference file, or leave "
                 "config.evaluation.features out"
             )
-        if not self.autoencoder:
-            self.model.conditioning.check_data(sources.values())
         check_data(self.workdir, "images", sources, self.writes)
         return sources
 

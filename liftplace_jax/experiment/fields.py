@@ -17,22 +17,13 @@ from ml_collections import ConfigDict
 from liftplace_jax.experiment.configuration import default_config, under
 from liftplace_jax.families.registry import family_named
 from liftplace_jax.host.ranges import COUNT, SHARE, SIDE, Range, factor, positive, whole
+from liftplace_jax.training.optimizer import RANGES as RANGES_OF_OPTIMIZER
 
 SEED = whole(0)
 _THREADS = whole(1, 1024, why="threads of one machine")
 _TIMESTEPS = whole(1, 10**6, why="its tables are part of every program")
 _PARTS = whole(1, 1024, why="each part is a copy of the step in the program")
 
-OPTIMIZER = {
-    "learning_rate": positive(1.0, why="Adam moves every parameter by about as much"),
-    "b1": SHARE,
-    "b2": SHARE,
-    "eps": positive(1.0),
-    "weight_decay": factor(10.0),
-    "grad_clip": factor(optional=True),  # 0 or None: none
-    "warmup_steps": whole(0),
-    "final_scale": Range(float, 0.0, 1.0),
-}
 TRAINING = {
     "steps": COUNT,
     "batch_size": COUNT,
@@ -40,7 +31,7 @@ TRAINING = {
     "ema_decay": SHARE,
     "log_every": COUNT,
     "checkpoint_every": COUNT,
-} | {f"optimizer.{field}": limits for field, limits in OPTIMIZER.items()}
+} | {f"optimizer.{field}": limits for field, limits in RANGES_OF_OPTIMIZER.items()}
 EVALUATION = {
     "num_samples": whole(2),
     "batch_size": COUNT,

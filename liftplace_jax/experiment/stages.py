@@ -19,6 +19,7 @@ from liftplace_jax.experiment.training import distill, train_teacher
 from liftplace_jax.experiment.workdir import claim as claim_workdir
 from liftplace_jax.experiment.workdir import remove_leftovers
 from liftplace_jax.host import processes
+from liftplace_jax.host.buckets import reaching
 from liftplace_jax.host.locks import locked
 from liftplace_jax.nn.network import is_saved
 from liftplace_jax.training.profiling import keep_compiled
@@ -46,7 +47,8 @@ def open_experiment(config: ConfigDict, workdir: str | os.PathLike, *, claim: bo
         another config; nothing is written then.
     """
     context = make_context(config, workdir, writes=claim)
-    check_stages(context, trains=claim)
+    with reaching(context.workdir):
+        check_stages(context, trains=claim)
     if claim:
         claim_workdir(context.workdir, config)
     return context
@@ -66,7 +68,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str) -> None:
     check_fields(config)  # or compile_cache may not be there
     keep_compiled(config.compile_cache)
     context = make_context(config, workdir)
-    check_stages(context, trains=True)
+    with reaching(context.workdir):
+        check_stages(context, trains=True)
     with locked(context.workdir) as alone:
         claim_workdir(context.workdir, config)
         if alone and processes.is_first():

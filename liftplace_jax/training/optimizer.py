@@ -10,9 +10,20 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from liftplace_jax.experiment.fields import OPTIMIZER
+from liftplace_jax.host.ranges import SHARE, Range, factor, positive, whole
 from liftplace_jax.host.sharding import parameter_name
 
+RANGES = {
+    "learning_rate": positive(1.0, why="Adam moves every parameter by about as much"),
+    "b1": SHARE,
+    "b2": SHARE,
+    "eps": positive(1.0),
+    "weight_decay": factor(10.0),
+    "grad_clip": factor(optional=True),  # 0 or None: none
+    "warmup_steps": whole(0),
+    "final_scale": Range(float, 0.0, 1.0),
+}
+"""Of its numbers, config.teacher.optimizer and the like."""
 OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw}
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -61,7 +72,7 @@ def make_optimizer(
       ValueError: unknown name or schedule, a number out of its range, or weight decay with plain
         adam; names the field.
     """
-    for field, limits in OPTIMIZER.items():
+    for field, limits in RANGES.items():
         limits.check(f"optimizer.{field}", config[field])
     if config.name not in OPTIMIZERS:
         raise ValueError(f"optimizer.name must be one of {sorted(OPTIMIZERS)}: {config.name!r}")
