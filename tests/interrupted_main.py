@@ -15,6 +15,7 @@ import sys
 from orbax.checkpoint._src.path.atomicity import CommitFileTemporaryPath
 
 from liftplace_jax import evaluation, main
+from liftplace_jax.experiment import stages
 from liftplace_jax.training.metrics_io import MetricsLog
 
 
@@ -55,13 +56,13 @@ def send_signal_at(number, moment):
 
 def run_modes(modes):
     """Runs modes one after the other, as so many commands would."""
-    run = main.run
+    run = stages.run
 
     def each(config, workdir, mode):
         for mode in modes:
             run(config, workdir, mode)
 
-    main.run = each
+    stages.run = each
 
 
 if __name__ == "__main__":

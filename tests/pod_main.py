@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from liftplace_jax import main
+from liftplace_jax.experiment import stages
 from liftplace_jax.experiment.stages import open_experiment
 from liftplace_jax.experiment.training import run_training
 from liftplace_jax.host import files, processes, sharding
@@ -64,5 +65,5 @@ if __name__ == "__main__":
     if len(moment) > 1 and f"--process_id={moment[0]}" in sys.argv:
         interrupted_main.send_signal_at(signal.Signals[moment[1]], f"teacher {moment[2]}")
     if moment != ["networks"]:
-        main.run = run
+        stages.run = run
     main.entry_point()

@@ -455,7 +455,8 @@ def test_pictures_of_every_size_and_fewer_images_than_rows(tmp_path, size, chann
             colors = picture.to_rgba(np.unique(picture.get_array()))
             assert len(np.unique(colors, axis=0)) == count
     assert ("squared error (red)" in titles) == (channels == 3)
-    rows = [{"method": name, "folder": name} for name in ("teacher", "student")]
+    folders = {"teacher": "teacher", "student": "student/lift_place/seed0"}
+    rows = [{"method": name, "folder": folder} for name, folder in folders.items()]
     figure = samples_figure(experiment, rows)
     shown = np.asarray(figure.axes[0].images[0].get_array()).shape[0] // (size + 1)
     assert shown == (8 if size <= 32 else 4)

@@ -15,7 +15,8 @@ from flax import nnx
 from PIL import Image
 
 from liftplace_jax import weights
-from liftplace_jax.data import encoded, eval_batches, load_latents, load_source, train_batches
+from liftplace_jax.data import encoded as store
+from liftplace_jax.data import eval_batches, load_latents, load_source, train_batches
 from liftplace_jax.data.encoded import check_autoencoder, normal
 from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
 from liftplace_jax.encoders.autoencoder_folder import load_autoencoder
@@ -201,7 +202,7 @@ def test_resume_and_processes_see_the_same_numbers(source, processes, start, pre
 
 def test_what_is_cut_off_goes_on(encoded, data_dir, autoencoder, tmp_path, monkeypatch):
     config = latent_config(data_dir, autoencoder, tmp_path / "latents")
-    write, written = encoded.write_shard, []
+    write, written = store.write_shard, []
 
     def interrupted(shard, batches):
         if len(written) == 2:
@@ -212,14 +213,14 @@ def test_what_is_cut_off_goes_on(encoded, data_dir, autoencoder, tmp_path, monke
     def stop():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(encoded, "write_shard", interrupted)
+    monkeypatch.setattr(store, "write_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         encode(config)
     folder = tmp_path / "latents"
     assert len(shards(folder)) == 2 == len(list(folder.iterdir())) - 1
     with pytest.raises(ValueError, match="1 of 3 shards of 'train.*are missing.*go on with python"):
         load_latents(folder, TRAIN)
-    monkeypatch.setattr(encoded, "write_shard", write)
+    monkeypatch.setattr(store, "write_shard", write)
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.array_record")}
     assert encode(config).startswith("Done: ")
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -330,7 +331,7 @@ def first(folder):
 
 def flip_a_bit(folder):
     content = bytearray(first(folder).read_bytes())
-    record = encoded._open(first(folder)).read([3])[0]
+    record = store._open(first(folder)).read([3])[0]
     content[content.index(record) + 9] ^= 1
     first(folder).write_bytes(content)
 

@@ -70,6 +70,10 @@ class AutoencoderConfig(ModelConfig):
             )
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
         self.check_numbers()
+        if len(self.block_out_channels) > 16:
+            raise ValueError(
+                f"block_out_channels must be at most 16 levels, got {len(self.block_out_channels)}"
+            )
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise ValueError(
