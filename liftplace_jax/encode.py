@@ -50,9 +50,7 @@ def encode() -> str:
 
     check_fields(_CONFIG.value)
     mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
-    return encode_data(
-        _CONFIG.value, sharding.batch_sharding(mesh), batch_size=_BATCH_SIZE.value
-    )
+    return encode_data(_CONFIG.value, sharding.batch_sharding(mesh), batch_size=_BATCH_SIZE.value)
 
 
 def entry_point() -> None:

@@ -53,7 +53,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def bucket():
-    """"gs://bucket", empty at first; also for programs that tests start."""
+    """ "gs://bucket", empty at first; also for programs that tests start."""
     import bucket
 
     program = [sys.executable, bucket.__file__]

@@ -49,7 +49,15 @@ def train(experiment, workdir):
     student = {"inner": jax.random.normal(keys[0], (64, 16)) / 8,
                "outer": jax.random.normal(keys[1], (16, 64)) / 8}  # fmt: skip
     state = run_training(
-        experiment, fields, loss_fn, {"student": student}, None, 0, workdir / "teacher", "teacher", None
+        experiment,
+        fields,
+        loss_fn,
+        {"student": student},
+        None,
+        0,
+        workdir / "teacher",
+        "teacher",
+        None,
     )
     leaves = jax.tree_util.tree_flatten_with_path(sharding.gathered(state))[0]
     if processes.is_first():

@@ -51,9 +51,7 @@ class Step:
             config.distill.loss.variant = "dit"
         teacher, student = map(zeros, (model, small))
         process = GaussianDiffusion(beta_schedule("linear", 20), "epsilon", config.process.variance)
-        objective, params = student_objective(
-            config, process, "lift_place", 0, student, teacher
-        )
+        objective, params = student_objective(config, process, "lift_place", 0, student, teacher)
         mesh = sharding.make_mesh({"data": -1, "fsdp": fsdp})
         rules = RULES if fsdp > 1 else ()
         run = prepare(config.distill, objective, params, teacher.params, mesh, rules)
@@ -101,8 +99,7 @@ def test_devices_that_split_the_batch_add_gradients_and_scalars(step, family):
 
 @pytest.mark.parametrize("family, fsdp", [("unet", 4), ("dit", 8)])
 def test_split_parameters_are_gathered_and_their_gradients_scattered(step, family, fsdp):
-    """XLA writes a scattering sum as all-reduce and slice here, as reduce-scatter on accelerators.
-    """
+    """XLA writes a scattering sum as all-reduce and slice here, on accelerators as reduce-scatter."""
     found = step(family, fsdp)
     assert {s.kind for s in found.sent} <= {"all-reduce", "all-gather", "reduce-scatter"}
     split = [whole for whole, part in found.trained + found.teacher if whole != part]

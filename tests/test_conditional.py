@@ -120,9 +120,10 @@ def test_samples_of_given_classes_count_exactly_on_any_devices(sharded):
     @functools.cache
     def by_class():
         return lambda params, keys, labels=None: (
-            jnp.ones((len(keys), 1, 1, 1)) * (jnp.zeros(len(keys)) if labels is None else labels)[
-                :, None, None, None
-            ] / 10 + params
+            jnp.ones((len(keys), 1, 1, 1))
+            * (jnp.zeros(len(keys)) if labels is None else labels)[:, None, None, None]
+            / 10
+            + params
         )
 
     samples = evaluation.collect(

@@ -62,7 +62,7 @@ def test_models_and_processes_are_the_published_ones(name):
     assert config.teacher.ema_decay == config.distill.ema_decay == fields["ema_rate"]
     diffusion = facts["diffusion"]
     assert config.process.to_dict() == dict(
-        kind="gaussian",        schedule=diffusion["beta_schedule"], beta_start=diffusion["beta_start"],
+        kind="gaussian", schedule=diffusion["beta_schedule"], beta_start=diffusion["beta_start"],
         beta_end=diffusion["beta_end"], num_timesteps=diffusion["num_diffusion_timesteps"],
         prediction="epsilon", variance="fixed", timesteps="antithetic", reduction="sum",
     )  # fmt: skip
@@ -224,7 +224,9 @@ def test_runlocal_goes_from_teacher_to_report(name, finished):
     for picture in ("samples.png", "groups.png", "curves.png"):
         with Image.open(workdir / picture) as image:
             assert min(image.size) > 300
-    with np.load(workdir / "student" / "lift_place" / "seed0" / "samples.npz", allow_pickle=False) as samples:
+    with np.load(
+        workdir / "student" / "lift_place" / "seed0" / "samples.npz", allow_pickle=False
+    ) as samples:
         assert samples["images"].shape == (64, 16, 16, 3)
     terms = report["rows"][1]["final_loss_terms"]
     assert {"coarse", "fine", "weight", "feature_kd"} <= set(terms)

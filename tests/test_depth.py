@@ -269,7 +269,8 @@ def test_updates_are_of_the_blocks_linear_layers_and_start_at_zero(constructed, 
 def test_a_step_of_the_search_sees_the_drawn_blocks_alone(constructed, start, dtype, tolerance):
     graphdef, params = constructed
     searched = searched_apply(
-        building.abstract(CONFIG, jnp.dtype(dtype))[0], params, make_groups(1, 2, 4), lora_scale=2.0,
+        building.abstract(CONFIG, jnp.dtype(dtype))[0], params, make_groups(1, 2, 4),
+        lora_scale=2.0,
         gate_scale=1000.0, temperature=0.1,
     )  # fmt: skip
     x, t, cond = inputs()
@@ -458,7 +459,10 @@ def test_bad_fields_are_named_before_anything_is_written(tmp_path, changes, mess
 def test_the_fields_of_depth_are_refused_for_a_unet(tmp_path):
     config = tiny_config.get_config()
     config.compress.depth = 2
-    with pytest.raises(ValueError, match="config.compress.depth is no field of a config: pruner 'channels' does not know it"):
+    with pytest.raises(
+        ValueError,
+        match="config.compress.depth is no field of a config: pruner 'channels' does not know it",
+    ):
         open_experiment(config, tmp_path / "run")
 
 

@@ -331,7 +331,9 @@ def test_published_sizes_to_the_unit():
         if fact["paper_params"]:
             assert sizes.PAPER_DITS[name][0] == fact["paper_params"]
             assert f"{count_macs(config) / 1e9:.1f}G" == sizes.PAPER_DITS[name][1]
-    assert building.count_parameters(building.abstract(PUBLISHED_DITS["DiT-XL/2"])[1]) == 675_129_632
+    assert (
+        building.count_parameters(building.abstract(PUBLISHED_DITS["DiT-XL/2"])[1]) == 675_129_632
+    )
     # Peebles & Xie 2023, table 4: parameters in millions, and Gflops, which leave out the norms.
     table = {"S/2": (33, 6.06), "S/4": (33, 1.41), "S/8": (33, 0.36), "B/2": (130, 23.01),
              "B/4": (130, 5.56), "B/8": (131, 1.42), "L/2": (458, 80.71), "L/4": (458, 19.70),

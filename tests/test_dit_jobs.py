@@ -194,9 +194,13 @@ def test_runlocal_goes_from_teacher_to_report(name, finished):
     for picture in ("samples.png", "groups.png", "curves.png"):
         with Image.open(workdir / picture) as image:
             assert min(image.size) > 200
-    config = json.loads((workdir / "student" / "lift_place_feature_kd" / "seed0" / "config.json").read_text())
+    config = json.loads(
+        (workdir / "student" / "lift_place_feature_kd" / "seed0" / "config.json").read_text()
+    )
     assert config["depth"] == len(config["kept_layers"]) == 2
-    with np.load(workdir / "student" / "lift_place_feature_kd" / "seed0" / "samples.npz", allow_pickle=False) as samples:
+    with np.load(
+        workdir / "student" / "lift_place_feature_kd" / "seed0" / "samples.npz", allow_pickle=False
+    ) as samples:
         # Every digit, from the same noise in each row.
         assert samples["classes"].tolist() == list(range(10))
         assert samples["images_by_class"].shape == (40, 8, 8, 1)

@@ -103,7 +103,9 @@ def test_folders_of_one_and_of_many_students(tmp_path):
     # A single student of an earlier version lies one folder higher.
     (tmp_path / "one" / "student").mkdir()
     (tmp_path / "one" / "student" / "metrics.jsonl").touch()
-    assert open_experiment(tiny(), tmp_path / "one").runs == [Run("lift_place", 0, tmp_path / "one" / "student")]
+    assert open_experiment(tiny(), tmp_path / "one").runs == [
+        Run("lift_place", 0, tmp_path / "one" / "student")
+    ]
     many = open_experiment(tiny("method=all,seeds=0+3"), tmp_path / "many")
     assert [(run.method, run.seed) for run in many.runs] == [
         (method, seed) for method in BASIC_METHODS for seed in (0, 3)
@@ -165,13 +167,13 @@ def test_folders_of_one_and_of_many_students(tmp_path):
     ("evaluation.features", "inception9", "config.evaluation.features must be one of"),
     ("data.name", "folder", "config.data.path must be the folder of images of config.data.name="),
     ("data.path", "pictures", "config.data.path is for config.data.name=folder only.* 'digits'"),
-    ("evaluation.sampler", "euler", r"config.evaluation: unknown sampler 'euler'; known: \['ancestral'"),
+    ("evaluation.sampler", "euler", "config.evaluation: unknown sampler 'euler'; known: .*ancestral"),
     ("evaluation.sample_steps", 7, "config.evaluation: steps 7 must divide num_timesteps 20"),
     ("evaluation.sample_steps", 21, r"config.evaluation: steps must be in 1\.\.20"),
     ("evaluation.skip_type", "log", "config.evaluation: unknown skip_type 'log'"),
     ("evaluation.eta", -1.0, r"config.evaluation.eta must be a number in \[0, 10\], got -1.0"),
     ("evaluation.neighbours", 10_000, r"evaluation.neighbours must .* 1\.\.9999 .10,000 samples"),
-    ("evaluation.allow_few", False, "config.evaluation: num_samples 24 is fewer than the 64 features"),
+    ("evaluation.allow_few", False, "config.evaluation: num_samples 24 is fewer than the 64"),
     ("evaluation.neighbours", 24, "evaluation.neighbours 24 must be below .*num_samples 24"),
 ])  # fmt: skip
 def test_a_bad_field_is_named_before_anything_is_written(tmp_path, field, value, message):
@@ -308,9 +310,7 @@ def test_adapters_fit_the_widths_of_both_networks():
     config = tiny().model.to_dict()
     teacher_config = registry.config_from_dict(config | {"widths": None})
     student_config = dataclasses.replace(teacher_config, ch=4, widths=None)
-    student, teacher = (
-        Network(c, *building.abstract(c)) for c in (student_config, teacher_config)
-    )
+    student, teacher = (Network(c, *building.abstract(c)) for c in (student_config, teacher_config))
     adapters = make_adapters(student, teacher, {"mid.block_1": "up.0.block.1"}, 0)
     assert {name: value.shape for name, value in adapters.items()} == {"mid.block_1": (4, 8)}
     everything = make_adapters(student, teacher, None, 0)

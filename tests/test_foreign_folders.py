@@ -246,9 +246,9 @@ def test_many_fields_are_few_lines(copy):
     ("layers_per_block", 1e9, "layers_per_block 1000000000.0: must be a number above 0"),
     ("layers_per_block", 100, r"the config says 806 blocks, and there are \d+ tensors in all"),
     ("sample_size", 2**40, "image_size must be .* 1..16384, .*diffusers' sample_size"),
-    ("block_out_channels", [8, 8, 8, 10**9], "ch_mult.3. must be .* 1..1024, .*diffusers' block_out_channels"),
+    ("block_out_channels", [8, 8, 8, 10**9], "ch_mult.3. must be .* 1..1024, .*block_out_channels"),
     ("norm_num_groups", 10**12, "num_groups must be .* 1..65536, .*norm_num_groups"),
-    ("time_embedding_dim", {}, r"must be a whole number in 1..65536, got \{\} .*time_embedding_dim"),
+    ("time_embedding_dim", {}, r"must be .* 1..65536, got \{\} .*time_embedding_dim"),
     ("time_embedding_dim", 0, "must be a whole number in 1..65536, got 0 .*time_embedding_dim"),
     ("down_block_types", 7, "down_block_types"),
 ])  # fmt: skip
@@ -267,11 +267,11 @@ DIT = {
 @pytest.mark.parametrize("make, fields, message", [
     (dit_from_diffusers, DIT | {"num_layers": 10**9}, "depth must be .* 1..1000 .*num_layers"),
     (dit_from_diffusers, DIT | {"sample_size": 16_000}, "make 64,000,000 tokens .*sample_size"),
-    (dit_from_diffusers, DIT | {"num_attention_heads": 10**9}, "hidden_size must be a whole number in 1..65536, got 8"),
+    (dit_from_diffusers, DIT | {"num_attention_heads": 10**9}, "hidden_size must be .* 1..65536, got 8"),
     (DiTConfig, {"image_size": 8, "hidden_size": 16, "depth": 1, "num_heads": 1,
                  "mlp_ratio": float("inf")}, "mlp_ratio must be a number in .0, 1024., got inf"),
-    (UNetConfig, {"image_size": 32, "num_res_blocks": 10**9}, "num_res_blocks must be a whole number in 1..100"),
-    (AutoencoderConfig, {"layers_per_block": 10**9}, "layers_per_block must be a whole number in 1..100"),
+    (UNetConfig, {"image_size": 32, "num_res_blocks": 10**9}, "num_res_blocks must be .* 1..100"),
+    (AutoencoderConfig, {"layers_per_block": 10**9}, "layers_per_block must be .* 1..100"),
     (AutoencoderConfig, {"block_out_channels": 10**4 * (32,)}, "block_out_channels must be at mo"),
 ])  # fmt: skip
 def test_absurd_models_are_refused_at_once(make, fields, message):

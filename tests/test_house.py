@@ -94,15 +94,15 @@ def test_only_commands_stand_at_the_door():
             if path.suffix == ".py" or (path / "__init__.py").exists()}  # fmt: skip
     unknown = sorted(here - LEVEL.keys() - {"__init__"})
     assert not unknown, (
-        f"{unknown} have no place in the house: put a module into the room it belongs to (CONTRIBUTING.md "
-        "has the questions), or give a new room its level in LEVELS"
+        f"{unknown} have no place in the house: put a module into the room it belongs to "
+        "(CONTRIBUTING.md has the questions), or give a new room its level in LEVELS"
     )
 
 
 def test_arrows_point_down():
     for (room, other), what in room_arrows().items():
         assert LEVEL[other] <= LEVEL[room], (
-            f"{what}: {room} lies below {other}. Move what is needed down, or hand it in as an argument"
+            f"{what}: {room} lies below {other}. Move what is needed down, or hand it in"
         )
         assert room not in GROUND or other == "host", (
             f"{what}: {room} is mathematics and knows the host alone. Hand it in as an argument"
@@ -118,7 +118,11 @@ def test_no_circles():
         for name in module.imports(late=False):
             # A name of a package's door is that of the module behind it where there is one.
             target = name if name in names else name.rpartition(".")[0]
-            if target in names and target != module.name and not (module.name + ".").startswith(target + "."):
+            if (
+                target in names
+                and target != module.name
+                and not (module.name + ".").startswith(target + ".")
+            ):
                 arrows.add((module.name, target))
     circle = find_circle(arrows)
     assert circle is None, f"modules import each other in a circle: {' -> '.join(circle)}"
@@ -129,7 +133,8 @@ def test_a_family_is_named_in_its_folder_alone(family):
     own = Path("families") / family
     config = next(
         node.name for module in INSIDE if module.path == own / "config.py"
-        for node in module.tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
+        for node in module.tree.body
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
     )  # fmt: skip
     for module in INSIDE:
         if own in module.path.parents or module.path.as_posix() in NAMES_FAMILIES:
@@ -142,10 +147,14 @@ def test_a_family_is_named_in_its_folder_alone(family):
             "its `Family`, its config or a contract instead"
         )
         for name in module.imports():
-            assert not name.startswith(f"families.{family}"), f"{module.path} imports {name}: {advice}"
+            assert not name.startswith(f"families.{family}"), (
+                f"{module.path} imports {name}: {advice}"
+            )
         for node in ast.walk(module.tree):
             if isinstance(node, ast.Constant):
-                assert node.value != family, f"{module.path}:{node.lineno} says {family!r}: {advice}"
+                assert node.value != family, (
+                    f"{module.path}:{node.lineno} says {family!r}: {advice}"
+                )
             if isinstance(node, ast.Name):
                 assert node.id != config, f"{module.path}:{node.lineno} knows {config}: {advice}"
 

@@ -13,7 +13,6 @@ from flax import nnx
 from liftplace_jax import weights
 from liftplace_jax.evaluation import feature_extractor, resize_bilinear
 from liftplace_jax.evaluation.inception import Inception
-from liftplace_jax.evaluation.resize import resize_bilinear
 
 
 def generated(shapes):

@@ -42,7 +42,9 @@ def dry_run(script, *flags, **environment):
 
 def test_tpu_vm():
     vm = "gcloud compute tpus tpu-vm"
-    assert dry_run(*TPU, *PLACES, "--spot", "--env=A=1", "--", "--mode=distill") == f"""\
+    assert (
+        dry_run(*TPU, *PLACES, "--spot", "--env=A=1", "--", "--mode=distill")
+        == f"""\
 mkdir -p build
 git archive --format=tar.gz --prefix=liftplace/ --output=build/lift.tar.gz HEAD
 state=$({vm} describe lift --zone=us-west4-a --format='value(state)' 2> /dev/null || true)
@@ -60,12 +62,14 @@ if [ -f run.pid ] && kill -0 "$(cat run.pid)" 2> /dev/null; then echo "runs alre
 else nohup env A=1 .venv/bin/python -m liftplace_jax.main {CONFIG} --workdir=/mnt/celeba \
 --mode=distill >> run.log 2>&1 < /dev/null & echo $! > run.pid; fi'
 """
+    )
 
 
 def test_tpu_vm_as_a_queued_resource():
     queue, where = "gcloud compute tpus queued-resources", "--zone=us-west4-a --project=paper"
     out = dry_run(*TPU, *PLACES, "--queued", "--project=paper", "--ref=v1 a")
-    assert f"""\
+    assert (
+        f"""\
 git archive --format=tar.gz --prefix=liftplace/ --output=build/lift.tar.gz 'v1 a'
 state=$({queue} describe lift {where} --format='value(state.state)' 2> /dev/null || true)
 case $state in FAILED | SUSPENDED)
@@ -81,27 +85,35 @@ while state=$({queue} describe lift {where} --format='value(state.state)'); \
   sleep 60
 done
 gcloud compute tpus tpu-vm scp build/lift.tar.gz lift: {where} --worker=all
-""" in out
+"""
+        in out
+    )
 
 
 def test_xpk():
     out = dry_run(*XPK, *PLACES, "--zone=us-west4-a", "--num-slices=2", "--", "--mode=all")
-    assert out == f"""\
+    assert (
+        out
+        == f"""\
 xpk workload create --cluster=pods --zone=us-west4-a --workload=lift --tpu-type=v5litepod-16 \
 --num-slices=2 --base-docker-image=python:3.11 --max-restarts=50 \\
   --termination-grace-period-seconds=120 --restart-on-exit-codes=75 \
 --command='pip install --quiet '\\''.[tpu]'\\'' && \
 exec python -m liftplace_jax.main {CONFIG} --workdir=/mnt/celeba --mode=all'
 """
+    )
     # A file that only the image has is not looked for here.
     out = dry_run(*XPK, "--docker-image=gcr.io/p/i", "--config=inside.py", "--workdir=gs://b/runs")
-    assert out == """\
+    assert (
+        out
+        == """\
 xpk workload create --cluster=pods --workload=lift --tpu-type=v5litepod-16 --num-slices=1 \
 --docker-image=gcr.io/p/i --max-restarts=50 \\
   --termination-grace-period-seconds=120 --restart-on-exit-codes=75 \
 --command='exec python -m liftplace_jax.main \
 --config=inside.py --workdir=gs://b/runs'
 """
+    )
 
 
 def test_slurm_outside_and_inside_a_job():
@@ -117,13 +129,17 @@ case ${{code:-0}}:$again in 130:* | 75:1) scontrol requeue "$SLURM_JOB_ID" ;; es
 """
     last = ["--env=A=b", "--", "--mode=all"]
     assert dry_run(*flags, *last, SLURM_JOB_ID="7") == job
-    assert dry_run(*flags, *last) == f"""\
+    assert (
+        dry_run(*flags, *last)
+        == f"""\
 mkdir -p runs/logs
 sbatch --job-name=liftplace --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=8 \
 --time=24:00:00 --output=runs/logs/%x-%j.out \\
   launch/slurm.sbatch {CONFIG} --workdir=/nfs/celeba --cpus-per-task=8 --env=A=b -- --mode=all
 # In the job:
-""" + "".join(f"# {line}\n" for line in job.splitlines())
+"""
+        + "".join(f"# {line}\n" for line in job.splitlines())
+    )
 
 
 @pytest.mark.parametrize(

@@ -580,6 +580,7 @@ def test_forward_derivatives_are_the_gradients(group_size, variant, monkeypatch)
         lambda s: place_loss(s, teacher, group_size=group_size, **PUBLISHED[variant]).loss,
         lambda s: lift_loss(s, teacher, **PUBLISHED[variant]).loss,
     ):
+
         @jax.jit
         def derivatives(student, direction, loss=loss):
             def back(s):

@@ -248,6 +248,4 @@ def test_fitnet(golden):
     )  # fmt: skip
     place = place_loss(student, teacher, group_size=16, **PUBLISHED["pixel"]).loss
     np.testing.assert_allclose(place, meta["kd_values"]["LIFT_PLACE_p16_L1"], rtol=1e-5)
-    np.testing.assert_allclose(
-        place + 1e-6 * loss, call["LIFT_PLACE_fitnet"]["value"], rtol=1e-5
-    )
+    np.testing.assert_allclose(place + 1e-6 * loss, call["LIFT_PLACE_fitnet"]["value"], rtol=1e-5)

@@ -67,9 +67,7 @@ def start(data_dir, tmp_path_factory):
 def finished(start, tmp_path_factory):
     """The work directory of a job without interruption, one mode after the other."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    process = start(
-        INTERRUPTED, "none", " ".join(main.MODES[1:]), CONFIG, f"--workdir={workdir}"
-    )
+    process = start(INTERRUPTED, "none", " ".join(main.MODES[1:]), CONFIG, f"--workdir={workdir}")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert_table(out, f"Report: {workdir / 'report.md'}")
@@ -119,9 +117,7 @@ def test_a_job_killed_anywhere_ends_as_one_that_was_not(start, finished, tmp_pat
         return err
 
     err = interrupt("SIGTERM", "teacher metrics 2", main.EXIT_INTERRUPTED)
-    assert err.endswith(
-        "teacher: SIGTERM at step 2: saved. The same command goes on from there.\n"
-    )
+    assert err.endswith("teacher: SIGTERM at step 2: saved. The same command goes on from there.\n")
     assert (workdir / "teacher" / "checkpoints" / "2").is_dir()
     interrupt("SIGKILL", "teacher checkpoint 6", -signal.SIGKILL)
     # Training was at step 6; what was being written does not count.
@@ -235,7 +231,9 @@ def test_the_report_has_a_row_for_each_method_and_finite_numbers(finished):
     assert [line.split("|")[1].strip() for line in table] == ["teacher", "lift_place"]
     assert f"{student['frechet']:.1f}" in table[1] and f"{sizes[1]:,}" in table[1]
     assert "digit-feature Frechet distance, 24 samples" in text and "smoke run" in text
-    with np.load(finished / "student" / "lift_place" / "seed0" / "samples.npz", allow_pickle=False) as samples:
+    with np.load(
+        finished / "student" / "lift_place" / "seed0" / "samples.npz", allow_pickle=False
+    ) as samples:
         assert samples["images"].shape == (24, 8, 8, 1) and samples["images"].dtype == np.uint8
 
 
@@ -287,7 +285,9 @@ def test_features_learnable_weight_bfloat16_and_fsdp_in_one_job(finished, tmp_pa
         assert rows[0][name] == pytest.approx(exact[name], rel=0.05), name
     assert rows[0]["diffusion"] != exact["diffusion"]
     with ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.restore(workdir / "student" / "lift_place" / "seed0" / "checkpoints" / "2" / "default")
+        saved = checkpointer.restore(
+            workdir / "student" / "lift_place" / "seed0" / "checkpoints" / "2" / "default"
+        )
     assert set(saved["params"]) == {"student", "adapters", "weight_logit"}
     assert saved["params"]["weight_logit"] != np.float32(math.log(0.3 / 0.7))
     assert set(saved["params"]["adapters"]) == {"mid.block_1"}

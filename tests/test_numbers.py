@@ -91,11 +91,11 @@ def test_no_field_takes_what_is_no_number(name):
     assert len(fields) >= 70
     for field in fields:
         values = [*NO_NUMBERS, -2, *([1.5] if kind_of(config, field) is int else [])]
-        wanted = f"config.{field}" if not field.startswith("model.") else field[len("model."):]
+        wanted = f"config.{field}" if not field.startswith("model.") else field[len("model.") :]
         for value, said in refusals(config, field, values):
             assert said and said.startswith(wanted) and "\n" not in said, (field, value, said)
         if not field.startswith("model."):
-            (_, said), = refusals(config, field, [None])
+            ((_, said),) = refusals(config, field, [None])
             assert (said is None) == (field in OPTIONAL), (field, said)
     check(config)
 

@@ -270,7 +270,8 @@ def test_weight_decay_spares_the_position_embedding():
     blocks = {"0": {"kernel": jnp.ones(3)}, "pos_embed": jnp.ones(3)}
     params = {"student": {"pos_embed": jnp.ones(3), "blocks": blocks}}
     optimizer, _ = make_optimizer(
-        optimizer_config(name="adamw", weight_decay=0.5, learning_rate=0.1, grad_clip=0.0), 10,
+        optimizer_config(name="adamw", weight_decay=0.5, learning_rate=0.1, grad_clip=0.0),
+        10,
         frozen=("pos_embed",),
     )
     zeros = jax.tree.map(jnp.zeros_like, params)

@@ -418,7 +418,10 @@ def test_every_stage_runs_on_a_pod(run, bucket):
         assert (row["num_samples"], row["num_reference"]) == (100, 1437)
         assert row["frechet"] > 0
     assert report["rows"][1]["num_examples"] == 360
-    with local_copy(workdir / "student" / "lift_place" / "seed0" / "samples.npz") as path, np.load(path) as samples:
+    with (
+        local_copy(workdir / "student" / "lift_place" / "seed0" / "samples.npz") as path,
+        np.load(path) as samples,
+    ):
         assert samples["images"].shape == (64, 8, 8, 1)
     # One process gets the same numbers of the same model.
     found = workdir / "student" / "lift_place" / "seed0" / "evaluation.json"

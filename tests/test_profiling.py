@@ -63,9 +63,10 @@ def test_the_steps_asked_for_are_traced(parts, tmp_path, monkeypatch):
 
 def test_a_run_cut_off_keeps_its_trace_and_one_that_goes_on_traces_the_rest(parts, tmp_path):
     step, state, batch, _ = parts
-    with pytest.raises(KeyboardInterrupt), watched(
-        step, config(profile_steps="1:9"), tmp_path / "first"
-    ) as watched_step:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        watched(step, config(profile_steps="1:9"), tmp_path / "first") as watched_step,
+    ):
         current, _ = watched_step(state(), None, batch)
         raise KeyboardInterrupt
     assert len(traces(tmp_path / "first")) == 1

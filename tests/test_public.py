@@ -100,7 +100,10 @@ def test_work_directories_and_results_are_named_by_texts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = tiny_config.get_config()
     workdir.claim("run", config)
-    assert stages.open_experiment(config, "run").teacher_folder.resolve() == tmp_path / "run" / "teacher"
+    assert (
+        stages.open_experiment(config, "run").teacher_folder.resolve()
+        == tmp_path / "run" / "teacher"
+    )
     with pytest.raises(ValueError, match="run --mode=teacher first"):
         stages.run(config, "run", "compress")
     assert read_metrics("run/teacher") == []

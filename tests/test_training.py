@@ -177,9 +177,7 @@ def test_adam_clips_by_the_global_norm_and_adamw_decays():
 
     np.testing.assert_allclose(run(), by_hand(1.0, 0), rtol=1e-5)
     np.testing.assert_allclose(run(grad_clip=0.0), by_hand(None, 0), rtol=1e-5)
-    np.testing.assert_allclose(
-        run(name="adamw", weight_decay=0.2), by_hand(1.0, 0.2), rtol=1e-5
-    )
+    np.testing.assert_allclose(run(name="adamw", weight_decay=0.2), by_hand(1.0, 0.2), rtol=1e-5)
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -325,9 +323,7 @@ def test_every_method_returns_its_terms_and_trains(name, cheap_random):
     objective = small_objective(name, scale=0.5, feature_scale=0.25)
     params = trained(name)
     value_and_grad = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
-    (loss, metrics), (grads, teacher_grads) = value_and_grad(
-        params, TEACHER, {"image": IMAGES}, 3
-    )
+    (loss, metrics), (grads, teacher_grads) = value_and_grad(params, TEACHER, {"image": IMAGES}, 3)
     (student, s_features), (teacher, t_features), noise = outputs_at(3)
     expected = {"diffusion": output_kd_loss(student, noise)}
     total = expected["diffusion"]

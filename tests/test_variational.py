@@ -79,9 +79,7 @@ def test_posterior_and_mean_variance(losses):
 def test_bounds(losses):
     arrays, data, teacher, student = losses
     bound = functools.partial(BOUND, PROCESS)
-    np.testing.assert_allclose(
-        bound(teacher, *data), arrays["out/training_losses/vb"], rtol=1e-4
-    )
+    np.testing.assert_allclose(bound(teacher, *data), arrays["out/training_losses/vb"], rtol=1e-4)
     np.testing.assert_allclose(bound(student, *data), arrays["out/kd_rep/logit/vb"], rtol=1e-4)
     found = BOUND_KD(PROCESS, student, teacher, *data)
     np.testing.assert_allclose(found, arrays["out/kd_rep/logit/vb_kd"], rtol=1e-4)

@@ -78,9 +78,7 @@ class DepthPruner:
         except ValueError as error:
             raise ValueError(f"{error}; the choices are {sorted(LAYERS)}") from error
         if len(layers) != fields.depth:
-            raise ValueError(
-                f"layers names {len(layers)} blocks, compress.depth is {fields.depth}"
-            )
+            raise ValueError(f"layers names {len(layers)} blocks, compress.depth is {fields.depth}")
         return depths.pruned_depth_config(teacher, layers)
 
     def prune(self, fields: Any, teacher: TeacherNetwork, tools: Tools) -> Student:

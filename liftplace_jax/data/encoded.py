@@ -247,7 +247,8 @@ def check_autoencoder(path: str | os.PathLike, autoencoder: Mapping[str, Any]) -
     if lines:
         raise ValueError(
             f"{folder} was encoded by another autoencoder ({old['name']}) than "
-            f"config.latents.autoencoder ({autoencoder['name']}):\n  " + "\n  ".join(lines)
+            f"config.latents.autoencoder ({autoencoder['name']}):\n  "
+            + "\n  ".join(lines)
             + "\nSet it to that one, or encode the data anew into another config.latents.path."
         )
 

@@ -26,9 +26,7 @@ from liftplace_jax.diffusion.variational import (
     vb_loss,
 )
 
-PROCESSES: dict[str, type[Process]] = {
-    process.kind: process for process in (GaussianDiffusion,)
-}
+PROCESSES: dict[str, type[Process]] = {process.kind: process for process in (GaussianDiffusion,)}
 """config.process.kind -> the process."""
 
 

@@ -23,8 +23,8 @@ TIMESTEPS = ("antithetic", "uniform")
 class GaussianDiffusion:
     """q(x_t | x_0) = N(sqrt(a_t) x_0, (1 - a_t) I), a_t = prod_{s <= t} (1 - beta_s).
 
-    A `Process`. Hashable: a constant of jitted functions. Tables are float64, used as float32. Timesteps are
-    integers in 0..T-1; a traced one outside is not noticed.
+    A `Process`. Hashable: a constant of jitted functions. Tables are float64, used as float32.
+    Timesteps are integers in 0..T-1; a traced one outside is not noticed.
 
     Attributes:
       betas: T variances in (0, 1]; any sequence, kept as a tuple.

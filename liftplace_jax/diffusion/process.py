@@ -64,9 +64,7 @@ class Process(Protocol):
     ) -> jax.Array | None:
         """(B,) loss of the rest of `split`, from data or from a teacher; None: there is none."""
 
-    def sampler(
-        self, fields: Any, clip: float | None = None
-    ) -> Callable[..., jax.Array]:
+    def sampler(self, fields: Any, clip: float | None = None) -> Callable[..., jax.Array]:
         """(predict, x_T, noise=) -> samples, one compiled scan.
 
         `predict` is (x_t, t) -> prediction; `noise` a function from the number of a step to

@@ -37,9 +37,7 @@ def interpolate_log_variance(values: jax.Array, least: jax.Array, most: jax.Arra
     return share * most + (1 - share) * least
 
 
-def q_posterior(
-    process: GaussianDiffusion, x0: jax.Array, x_t: jax.Array, t: jax.Array
-) -> Normal:
+def q_posterior(process: GaussianDiffusion, x0: jax.Array, x_t: jax.Array, t: jax.Array) -> Normal:
     """q(x_{t-1} | x_t, x_0) (Ho et al. 2020, equation 6).
 
     Args:

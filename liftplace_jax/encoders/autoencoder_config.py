@@ -12,7 +12,6 @@ from liftplace_jax.nn.model_config import MOST_BLOCKS_OF_LEVEL, ModelConfig
 _WIDTH = whole(1, SIDE)
 
 
-
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig(ModelConfig):
     """Everything that defines an `Autoencoder`, and the scale of its latents; JSON friendly.

@@ -162,6 +162,4 @@ def inception_score(logits, *, split_size=5000):
         p = np.exp(part)
         divergence = np.sum(p * (part - np.log(p.mean(axis=0))), axis=1)
         scores.append(np.exp(divergence.mean()))
-    return {
-        "inception_score": float(np.mean(scores)), "inception_score_std": float(np.std(scores))
-    }
+    return {"inception_score": float(np.mean(scores)), "inception_score_std": float(np.std(scores))}

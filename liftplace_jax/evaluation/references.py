@@ -76,7 +76,8 @@ def load_reference(path: str | os.PathLike) -> Reference:
     """Reads a reference file: ours, pytorch-fid's or the ADM evaluator's.
 
     Raises:
-      ReferenceFileError: it is missing, damaged, holds objects (which would have to be unpickled), or
+      ReferenceFileError: it is missing, damaged, holds objects (which would have to be
+        unpickled), or
         lacks statistics that fit each other and can be those of any features.
     """
     path = as_path(path)

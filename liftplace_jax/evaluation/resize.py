@@ -47,8 +47,6 @@ def resize_bilinear(images: jax.Array, shape: tuple[int, int], style: str) -> ja
     if style not in STYLES:
         raise ValueError(f"style must be one of {STYLES}, got {style!r}")
     images = images.astype(jnp.float32)
-    rows, columns = (
-        _weights(n, m, style) for n, m in zip(images.shape[1:3], shape, strict=True)
-    )
+    rows, columns = (_weights(n, m, style) for n, m in zip(images.shape[1:3], shape, strict=True))
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     return product("ih,jw,bhwc->bijc", rows, columns, images)

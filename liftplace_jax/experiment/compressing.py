@@ -45,7 +45,8 @@ def compress(context: Context) -> None:
         student = _given_student(context)
     else:
         made = context.pruner.prune(
-            context.config.compress, load_teacher(context, context.config.teacher.dtype),
+            context.config.compress,
+            load_teacher(context, context.config.teacher.dtype),
             PruningTools(context),
         )
         if made.record is not None and processes.is_first():

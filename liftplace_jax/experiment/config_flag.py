@@ -165,7 +165,7 @@ class _TupleParser(flags.ArgumentParser):
         except (SyntaxError, ValueError) as error:
             if re.fullmatch(r"[\w./-]+", argument):
                 return (argument,)
-            raise ValueError("want a tuple, such as 0+1+2 or '(\"a\", \"b\")'") from error
+            raise ValueError('want a tuple, such as 0+1+2 or \'("a", "b")\'') from error
         return tuple(value) if isinstance(value, list | tuple) else (value,)
 
     def flag_type(self) -> str:

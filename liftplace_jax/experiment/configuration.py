@@ -89,8 +89,14 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     config.seeds = (0,)  # one student for each method and seed
 
     config.data = ConfigDict(
-        dict(name="digits", train_split="train", test_split="test", image_size=None, flip=False,
-             resize="bilinear")  # or "adm", as ImageNet is prepared by ADM and DiT
+        dict(
+            name="digits",
+            train_split="train",
+            test_split="test",
+            image_size=None,
+            flip=False,
+            resize="bilinear",
+        )  # or "adm", as ImageNet is prepared by ADM and DiT
     )
     config.data.data_dir = config_dict.placeholder(str)  # default: TFDS's own
     config.data.path = config_dict.placeholder(str)  # of the images, with data.name=folder
@@ -240,9 +246,11 @@ def _flag(default):
 
 def _read(text: str, default: Any) -> Any:
     if isinstance(default, bool):
-        return {"true": True, "1": True, "false": False, "0": False}[text.lower()] if (
-            text.lower() in ("true", "1", "false", "0")
-        ) else _flag(None)
+        return (
+            {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+            if (text.lower() in ("true", "1", "false", "0"))
+            else _flag(None)
+        )
     if isinstance(default, tuple):
         return tuple(_read(item, default[0]) for item in text.split("+"))
     return type(default)(text)

@@ -166,9 +166,7 @@ class Context:
         return sources
 
 
-def make_context(
-    config: ConfigDict, workdir: str | os.PathLike, writes: bool = True
-) -> Context:
+def make_context(config: ConfigDict, workdir: str | os.PathLike, writes: bool = True) -> Context:
     """Wires a config; reads no data, writes nothing.
 
     Args:

@@ -114,6 +114,4 @@ def _check_students(context: Context) -> None:
     fields, config = context.config.distill, predicted_student(context)
     if config and any(METHODS[run.method].feature for run in context.runs):
         student, teacher = (Network(c, *building.abstract(c)) for c in (config, context.model))
-        match_features(
-            student, teacher, read_layer_map(fields.layer_map), fields.feature.adapters
-        )
+        match_features(student, teacher, read_layer_map(fields.layer_map), fields.feature.adapters)

@@ -34,7 +34,9 @@ def family_config(
         fields = networks.published[network].described()
         # What is None, or follows from the others, is left to the network's own defaults.
         given = {k: v for k, v in fields.items() if v is not None and not isinstance(v, Mapping)}
-        config.model = ConfigDict({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        config.model = ConfigDict(
+            {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        )
     networks.preset(config)
     return config, args
 

@@ -233,8 +233,9 @@ def _protocol(context: Context, summary: list[dict[str, Any]]) -> list[str]:
 def _cells(summary: list[dict[str, Any]]) -> list[list[str]]:
     """The table, line by line, with its header; a measure that no row has is no column."""
     columns = {
-        "method": lambda row: row["method"]
-        + (f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else ""),
+        "method": lambda row: (
+            row["method"] + (f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else "")
+        ),
         "params": lambda row: f"{row['parameters']:,}",
         "MACs": lambda row: _si(row["macs"]),
         "compression": lambda row: f"{row['compression']:.1f}x",

@@ -33,7 +33,9 @@ STAGES: dict[str, Callable[[Context], None]] = {
 }
 
 
-def open_experiment(config: ConfigDict, workdir: str | os.PathLike, *, claim: bool = True) -> Context:
+def open_experiment(
+    config: ConfigDict, workdir: str | os.PathLike, *, claim: bool = True
+) -> Context:
     """A checked context: what can be known to fail fails here, before anything is computed.
 
     Args:

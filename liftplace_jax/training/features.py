@@ -76,7 +76,9 @@ def _feature_shapes(network: Network) -> dict[str, tuple[int, ...]]:
     config, apply = network.config, make_apply(network.graphdef)
     x = jax.ShapeDtypeStruct((1, *config.shape), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.int32)
-    cond = jax.eval_shape(jax.vmap(config.conditioning.draw), jax.random.split(jax.random.key(0), 1))
+    cond = jax.eval_shape(
+        jax.vmap(config.conditioning.draw), jax.random.split(jax.random.key(0), 1)
+    )
     shapes = jax.eval_shape(
         lambda params, x, t, cond: apply(params, x, t, True, None, cond)[1],
         network.params, x, t, cond,

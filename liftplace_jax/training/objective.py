@@ -246,4 +246,3 @@ def _lift_metrics(terms: LiftTerms) -> dict[str, jax.Array]:
         "slope_error": jnp.mean(jnp.abs(terms.slope - 1)),
         "intercept_error": jnp.mean(jnp.abs(terms.intercept)),
     }
-

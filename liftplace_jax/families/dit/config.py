@@ -165,9 +165,7 @@ class DiTConfig(DenoiserConfig):
         """See `DenoiserConfig.conditioning`."""
         return Classes(self.num_classes, self.null_label, self.class_dropout)
 
-    def build(
-        self, *, rngs: nnx.Rngs, dtype: Dtype, remat: str | None = None
-    ) -> nnx.Module:
+    def build(self, *, rngs: nnx.Rngs, dtype: Dtype, remat: str | None = None) -> nnx.Module:
         """See `ModelConfig.build`."""
         from liftplace_jax.families.dit.model import DiT  # late: it takes its config from here
 

@@ -45,7 +45,12 @@ DIT = Family(
     format=diffusers.FORMAT,
     published=PUBLISHED_DITS,
     default_model=dict(
-        image_size=8, patch_size=2, in_channels=1, hidden_size=64, depth=8, num_heads=4,
+        image_size=8,
+        patch_size=2,
+        in_channels=1,
+        hidden_size=64,
+        depth=8,
+        num_heads=4,
         num_classes=10,
     ),
     preset=preset,

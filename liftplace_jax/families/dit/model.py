@@ -40,9 +40,7 @@ class TimestepEmbedder(nnx.Module):
     def __init__(self, config: DiTConfig, *, rngs, dtype):
         linear = functools.partial(layers.linear, rngs=rngs, dtype=dtype)
         width = config.hidden_size
-        self.mlp = layers.Sequential(
-            [linear(FREQUENCIES, width), nnx.silu, linear(width, width)]
-        )
+        self.mlp = layers.Sequential([linear(FREQUENCIES, width), nnx.silu, linear(width, width)])
         self.shift, self.dtype = config.frequency_shift, dtype
 
     def __call__(self, t: jax.Array) -> jax.Array:

@@ -286,9 +286,7 @@ class UNetConfig(DenoiserConfig):
             changes = {"widths": None} | changes
         return dataclasses.replace(self, **changes)
 
-    def build(
-        self, *, rngs: nnx.Rngs, dtype: Dtype, remat: str | None = None
-    ) -> nnx.Module:
+    def build(self, *, rngs: nnx.Rngs, dtype: Dtype, remat: str | None = None) -> nnx.Module:
         """See `ModelConfig.build`."""
         from liftplace_jax.families.unet.model import UNet  # late: it takes its config from here
 

@@ -74,6 +74,8 @@ _NAMES = {
     "num_groups": "norm_num_groups", "num_res_blocks": "layers_per_block",
     "widths['temb.dense.0']": "time_embedding_dim",
 }  # fmt: skip
+
+
 def config_from_diffusers(fields: Mapping[str, Any]) -> UNetConfig:
     """Our config of a `UNet2DModel`'s; absent fields have diffusers' defaults.
 
