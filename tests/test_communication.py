@@ -99,7 +99,7 @@ def test_devices_that_split_the_batch_add_gradients_and_scalars(step, family):
 
 @pytest.mark.parametrize("family, fsdp", [("unet", 4), ("dit", 8)])
 def test_split_parameters_are_gathered_and_their_gradients_scattered(step, family, fsdp):
-    """XLA writes a scattering sum as all-reduce and slice here, on accelerators as reduce-scatter."""
+    """XLA writes a scattering sum as all-reduce and slice here, elsewhere as reduce-scatter."""
     found = step(family, fsdp)
     assert {s.kind for s in found.sent} <= {"all-reduce", "all-gather", "reduce-scatter"}
     split = [whole for whole, part in found.trained + found.teacher if whole != part]

@@ -167,7 +167,7 @@ def test_folders_of_one_and_of_many_students(tmp_path):
     ("evaluation.features", "inception9", "config.evaluation.features must be one of"),
     ("data.name", "folder", "config.data.path must be the folder of images of config.data.name="),
     ("data.path", "pictures", "config.data.path is for config.data.name=folder only.* 'digits'"),
-    ("evaluation.sampler", "euler", "config.evaluation: unknown sampler 'euler'; known: .*ancestral"),
+    ("evaluation.sampler", "euler", "config.evaluation: unknown sampler 'euler'; known: .*anc"),
     ("evaluation.sample_steps", 7, "config.evaluation: steps 7 must divide num_timesteps 20"),
     ("evaluation.sample_steps", 21, r"config.evaluation: steps must be in 1\.\.20"),
     ("evaluation.skip_type", "log", "config.evaluation: unknown skip_type 'log'"),

@@ -267,7 +267,7 @@ DIT = {
 @pytest.mark.parametrize("make, fields, message", [
     (dit_from_diffusers, DIT | {"num_layers": 10**9}, "depth must be .* 1..1000 .*num_layers"),
     (dit_from_diffusers, DIT | {"sample_size": 16_000}, "make 64,000,000 tokens .*sample_size"),
-    (dit_from_diffusers, DIT | {"num_attention_heads": 10**9}, "hidden_size must be .* 1..65536, got 8"),
+    (dit_from_diffusers, DIT | {"num_attention_heads": 10**9}, "hidden_size must be .* got 8"),
     (DiTConfig, {"image_size": 8, "hidden_size": 16, "depth": 1, "num_heads": 1,
                  "mlp_ratio": float("inf")}, "mlp_ratio must be a number in .0, 1024., got inf"),
     (UNetConfig, {"image_size": 32, "num_res_blocks": 10**9}, "num_res_blocks must be .* 1..100"),
