@@ -117,7 +117,7 @@ def undisturbed(run, tmp_path_factory):
 def preempted(run, tmp_path_factory):
     """A work directory of the same layout, cut off by a signal to process 1 at step 7."""
     workdir = tmp_path_factory.mktemp("preempted") / "run"
-    statuses, printed = run("1 SIGTERM metrics 7", workdir, 2, 4, fsdp(4))
+    statuses, printed = run("1 SIGTERM metrics 6", workdir, 2, 4, fsdp(4))
     assert statuses == [EXIT_INTERRUPTED, EXIT_INTERRUPTED], printed
     for text in printed:  # both know, at the step after
         assert "teacher: SIGTERM at step 8: saved. The same command goes on from there." in text
@@ -199,7 +199,7 @@ def test_a_pod_cut_off_again_and_again_ends_with_the_same_bits(
 
 def test_a_pod_whose_work_directory_is_in_a_bucket_is_cut_off(run, undisturbed, bucket):
     workdir = as_path(f"{bucket}/cut/run")
-    statuses, printed = run("1 SIGTERM metrics 7", workdir, 2, 4, fsdp(4))
+    statuses, printed = run("1 SIGTERM metrics 6", workdir, 2, 4, fsdp(4))
     assert statuses == [EXIT_INTERRUPTED, EXIT_INTERRUPTED], printed
     statuses, printed = run("0 SIGKILL checkpoint 15", workdir, 2, 4, fsdp(4))
     assert statuses[0] == -signal.SIGKILL and "goes on from step 8" in printed[0]
