@@ -149,13 +149,14 @@ def generate() -> str:
     from liftplace_jax.host.versions import versions
 
     workdir = as_path(_FLAGS.workdir)
+    extractor = evaluation.feature_extractor(_FLAGS.features, _FLAGS.weights)
+    check_count(_FLAGS.num_samples, extractor)
     context = open_experiment(read_config(workdir), workdir, claim=False)
     folders = model_folders(context)
     if _FLAGS.model is not None:
         if _FLAGS.model not in folders:
             raise ValueError(f"--model={_FLAGS.model}: {workdir} has {list(folders)}")
         folders = {_FLAGS.model: folders[_FLAGS.model]}
-    check_count(_FLAGS.num_samples, context.judge.extractor)
     out = as_path(_FLAGS.out) if _FLAGS.out else workdir / "evaluations"
     stems = {t: f"{t.replace(' ', '_')}-{_FLAGS.params}-{_FLAGS.num_samples}" for t in folders}
     wanted = json.loads(json.dumps(protocol(context, _FLAGS.params)))
