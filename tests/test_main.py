@@ -413,7 +413,7 @@ def other_images(folder):
 
 @pytest.mark.parametrize("damage, message", [
     (cut_weights, "teacher/model.safetensors: cannot be read as weights only"),
-    (other_config, r"teacher: \d+ tensors do not fit the model(?s:.*)conv_in.bias.*: has shape \(8,"),
+    (other_config, r"teacher: \d+ tensors do not fit the (?s:.*)conv_in.bias.*: has shape \(8,"),
     (other_images, r"teacher is not what config.model says(?s:.*)image_size: 16 -> 8"),
     (shutil.rmtree, "teacher: (no such file|unknown kind)"),
 ])  # fmt: skip
