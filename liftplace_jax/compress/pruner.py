@@ -33,7 +33,7 @@ class Student(NamedTuple):
     Attributes:
       config: its architecture.
       tensors: its weights, by published name, in PyTorch's layouts.
-      record: why it became this, as JSON types, for pruned/<pruner>.json; None: nothing to tell.
+      record: why it became this, as JSON types, for pruned/layers.json; None: nothing to tell.
     """
 
     config: Any

@@ -48,11 +48,16 @@ def open_experiment(
       ValueError: a field of the config is out of its range, or the work directory belongs to
         another config; nothing is written then.
     """
-    context = make_context(config, workdir, writes=claim)
-    with reaching(context.workdir):
-        check_stages(context, trains=claim)
+    context = _checked(config, workdir, trains=claim)
     if claim:
         claim_workdir(context.workdir, config)
+    return context
+
+
+def _checked(config: ConfigDict, workdir: str | os.PathLike, trains: bool) -> Context:
+    context = make_context(config, workdir, writes=trains)
+    with reaching(context.workdir):
+        check_stages(context, trains=trains)
     return context
 
 
@@ -69,9 +74,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str) -> None:
     """
     check_fields(config)  # or compile_cache may not be there
     keep_compiled(config.compile_cache)
-    context = make_context(config, workdir)
-    with reaching(context.workdir):
-        check_stages(context, trains=True)
+    context = _checked(config, workdir, trains=True)
     with locked(context.workdir) as alone:
         claim_workdir(context.workdir, config)
         if alone and processes.is_first():
