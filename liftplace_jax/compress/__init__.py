@@ -12,7 +12,7 @@ from liftplace_jax.compress.depth import (
 from liftplace_jax.compress.depth_pruner import DepthPruner
 from liftplace_jax.compress.gradients import taylor_gradients
 from liftplace_jax.compress.learned_depth import (
-    Groups,
+    BlockGroups,
     annealed,
     expected_gates,
     init_search,
@@ -25,7 +25,7 @@ from liftplace_jax.compress.pruner import Pruner, Search, Student, Tools
 
 __all__ = [
     "DepthPruner",
-    "Groups",
+    "BlockGroups",
     "LAYER_IMPORTANCES",
     "Pruner",
     "Search",

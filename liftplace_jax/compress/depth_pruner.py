@@ -99,7 +99,7 @@ class DepthPruner:
         return Student(config, tensors, {"layers": fields.layers, "kept": kept, **why})
 
 
-def _groups(fields: Any, depth: int) -> learned_depth.Groups:
+def _groups(fields: Any, depth: int) -> learned_depth.BlockGroups:
     keep, size = fields.learned.keep, fields.learned.group
     if keep is None and size is None:
         return learned_depth.smallest_groups(fields.depth, depth)

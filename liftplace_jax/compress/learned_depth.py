@@ -31,7 +31,7 @@ from liftplace_jax.compress.depth import check_depth
 _LINEAR = re.compile(r"(blocks\.\d+\..+)\.kernel")
 
 
-class Groups(NamedTuple):
+class BlockGroups(NamedTuple):
     """How the blocks are grouped.
 
     Attributes:
@@ -65,7 +65,7 @@ MOST_MASKS = 10_000
 """A draw is over all masks of a group."""
 
 
-def make_groups(keep: int, size: int, depth: int) -> Groups:
+def make_groups(keep: int, size: int, depth: int) -> BlockGroups:
     """The groups of a model of `depth` blocks.
 
     Raises:
@@ -81,10 +81,10 @@ def make_groups(keep: int, size: int, depth: int) -> Groups:
             f"learned: there are {math.comb(size, keep)} ways to keep {keep} of {size} blocks, too "
             f"many to learn (at most {MOST_MASKS}): choose smaller groups or another depth"
         )
-    return Groups(keep, size, depth)
+    return BlockGroups(keep, size, depth)
 
 
-def smallest_groups(kept: int, depth: int) -> Groups:
+def smallest_groups(kept: int, depth: int) -> BlockGroups:
     """The groups of fewest blocks that leave `kept` of `depth`: 1:2 for 14 of 28, 2:3 for 19.
 
     Raises:
@@ -99,7 +99,7 @@ def smallest_groups(kept: int, depth: int) -> Groups:
 
 
 def sample_gates(
-    key: jax.Array, logits: jax.Array, groups: Groups, temperature: jax.Array | float
+    key: jax.Array, logits: jax.Array, groups: BlockGroups, temperature: jax.Array | float
 ) -> jax.Array:
     """One draw of the blocks that stay.
 
@@ -118,13 +118,13 @@ def sample_gates(
     return expected_gates(hard + (soft - jax.lax.stop_gradient(soft)), groups)
 
 
-def expected_gates(probabilities: jax.Array, groups: Groups) -> jax.Array:
+def expected_gates(probabilities: jax.Array, groups: BlockGroups) -> jax.Array:
     """(depth,) probability that each block stays, from those of the masks, (G, C)."""
     gates = jnp.dot(probabilities, groups.masks, precision="highest").reshape(-1)
     return jnp.concatenate([gates, jnp.ones(groups.depth - gates.size)])
 
 
-def most_probable(gates: np.ndarray, groups: Groups) -> tuple[int, ...]:
+def most_probable(gates: np.ndarray, groups: BlockGroups) -> tuple[int, ...]:
     """Numbers of the blocks that stay under each group's most probable mask, ascending."""
     whole = groups.masks[np.argmax(gates, axis=-1)].reshape(-1)
     return (*np.flatnonzero(whole).tolist(), *range(whole.size, groups.depth))
@@ -132,7 +132,7 @@ def most_probable(gates: np.ndarray, groups: Groups) -> tuple[int, ...]:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def init_search(
-    key: jax.Array, params: dict[str, Any], groups: Groups, rank: int
+    key: jax.Array, params: dict[str, Any], groups: BlockGroups, rank: int
 ) -> dict[str, Any]:
     """The trained parameters at the start: all masks equally likely, and an update of zero.
 
@@ -178,7 +178,7 @@ def _linear(path: tuple[Any, ...]) -> str | None:
 
 
 def searched_apply(
-    graphdef: nnx.GraphDef, base: dict[str, Any], groups: Groups, *, lora_scale: float,
+    graphdef: nnx.GraphDef, base: dict[str, Any], groups: BlockGroups, *, lora_scale: float,
     gate_scale: float, temperature: jax.Array | float,
 ) -> Callable[..., tuple[jax.Array, dict]]:  # fmt: skip
     """A DiT under search, as of `network.make_apply`.

@@ -26,7 +26,7 @@ from liftplace_jax.training.objective import (
     BASIC_METHODS,
     FEATURE_SCHEDULES,
     METHODS,
-    REDUCTIONS,
+    SUM_OR_MEAN,
     WEIGHTS,
 )
 from liftplace_jax.training.optimizer import make_optimizer
@@ -92,9 +92,9 @@ def _check_choices(config):
     choices = {
         "transfer_guard": (None, *TRANSFER_GUARDS),
         "data.resize": RESIZES,
-        "process.reduction": REDUCTIONS,
-        "distill.feature.reduction": REDUCTIONS,
-        "distill.feature.layers": REDUCTIONS,
+        "process.reduction": SUM_OR_MEAN,
+        "distill.feature.reduction": SUM_OR_MEAN,
+        "distill.feature.layers": SUM_OR_MEAN,
         "distill.feature.schedule": FEATURE_SCHEDULES,
         "distill.loss.variant": PUBLISHED,
         "distill.weight.name": WEIGHTS,

@@ -28,7 +28,7 @@ from liftplace_jax.training.state import random_key
 from liftplace_jax.training.step import LossFn
 
 WEIGHTS = ("adaptive", "constant", "cosine", "linear", "learnable")
-REDUCTIONS = ("sum", "mean")
+SUM_OR_MEAN = ("sum", "mean")
 FEATURE_SCHEDULES = ("constant", "linear")
 
 
