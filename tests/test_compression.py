@@ -15,7 +15,9 @@ import pytest
 import tiny_config
 from conftest import GOLDEN
 from matplotlib.image import imread
+from ml_collections import ConfigDict
 
+from liftplace_jax.experiment.configuration import default_config
 from liftplace_jax.experiment.report import collect_rows, summarise
 from liftplace_jax.experiment.stages import open_experiment
 from liftplace_jax.families.registry import config_parameters, count_macs
@@ -24,7 +26,7 @@ from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.families.unet.published import PUBLISHED_UNETS
 from liftplace_jax.host.files import write_json
 from liftplace_jax.nn import building
-from liftplace_jax.suites import compression, measuring, sizes
+from liftplace_jax.suites import capacity_gap, compression, measuring, sizes
 from liftplace_jax.suites.options import Options
 from liftplace_jax.suites.peaks import PEAK_FLOPS, peak_fraction
 from liftplace_jax.suites.quality import quality_measure, read_quality
@@ -139,7 +141,7 @@ def experiment(tmp_path_factory):
 
 
 def test_quality_is_the_mean_over_seeds_with_its_spread(workdirs, experiment):
-    rows = read_quality(workdirs, experiment.model, "published")
+    rows = read_quality(workdirs, experiment.model, experiment.config.compress)
     assert quality_measure(rows) == "frechet"
     teacher, *students = rows
     assert (teacher["method"], teacher["frechet"], teacher["seeds"]) == ("teacher", 2.0, 1)
@@ -157,7 +159,7 @@ def test_without_frechet_quality_is_the_output_error(workdirs, experiment, tmp_p
     for row in report["rows"]:
         row["frechet"] = None
     write_json(folder / "report.json", report)
-    rows = read_quality([folder], experiment.model, "published")
+    rows = read_quality([folder], experiment.model, experiment.config.compress)
     assert quality_measure(rows) == "output_error"
     assert all("frechet" not in row for row in rows)
 
@@ -166,8 +168,9 @@ def test_unfit_work_directories_are_refused_by_name(workdirs, experiment, tmp_pa
     teacher = experiment.model
 
     def refused(*folders, match, normalisation="published", teacher=teacher):
+        fields = ConfigDict({**experiment.config.compress, "normalisation": normalisation})
         with pytest.raises(ValueError, match=match):
-            read_quality(folders, teacher, normalisation)
+            read_quality(folders, teacher, fields)
 
     other = UNetConfig.from_dict(teacher.to_dict() | {"dropout": 0.0})
     refused(workdirs[0], teacher=other, match="teacher of .*half is another.*dropout: 0.0 -> 0.1")
@@ -303,6 +306,16 @@ def test_refused_commands_are_one_line(flags, message, tmp_path):
     assert process.returncode == 2 and process.stderr.count("\n") == 1
     assert process.stderr.startswith("error: ") and message in process.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "suite, field", [(compression, "compress.ratio"), (capacity_gap, "model.ch")]
+)
+def test_a_suite_asks_for_the_fields_that_it_varies(suite, field, tmp_path):
+    options = Options(config=default_config("dit"), workdir=tmp_path / "runs")
+    with pytest.raises(ValueError, match=rf"varies config.{field}, .* a 'dit' has no such field"):
+        suite.run(options)
+    assert not options.workdir.exists()
 
 
 def test_peaks():

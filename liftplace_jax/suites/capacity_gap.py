@@ -42,7 +42,7 @@ def run(options: Options) -> Result:
     Raises:
       ValueError: a work directory of another config, or a config without Frechet distance.
     """
-    options.need_unet("capacity_gap")
+    options.need("capacity_gap", "model.ch", "compress.ratio")
     if not options.config.evaluation.features:
         raise ValueError("capacity_gap compares Frechet distances: set config.evaluation.features")
     if options.config.teacher.checkpoint:

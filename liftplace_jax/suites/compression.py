@@ -53,8 +53,7 @@ def run(options: Options) -> Result:
     Raises:
       ValueError: the config, or a work directory of --workdirs, cannot be used.
     """
-    options.need_unet("compression")
-    config = options.config.copy_and_resolve_references()
+    config = options.need("compression", "compress.ratio").copy_and_resolve_references()
     # Nothing is compared here.
     config.evaluation.update(features=None, weights=None, reference=None, curve_every=0)
     if options.batch_size:
@@ -65,7 +64,7 @@ def run(options: Options) -> Result:
         teacher = _teacher(context)
         quality = []
         if options.workdirs:
-            quality = read_quality(options.workdirs, teacher, config.compress.normalisation)
+            quality = read_quality(options.workdirs, teacher, config.compress)
         ratios = options.ratios or (QUICK_RATIOS if options.quick else RATIOS)
         # The smallest first: what it takes on the device is then seen before larger ones hide it.
         ratios = sorted({0.0, *ratios, *(row["ratio"] for row in quality)}, reverse=True)

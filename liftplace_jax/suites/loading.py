@@ -34,11 +34,12 @@ _GIGA = 1e9
 def run(options: Options) -> Result:
     """Loads DiT-XL/2 (quick: a small DiT) with random weights, and for comparison the mere file."""
     from liftplace_jax import weights
-    from liftplace_jax.families.dit.config import DiTConfig
+    from liftplace_jax.families.registry import config_from_dict
     from liftplace_jax.nn import building
 
     sizes = QUICK if options.quick else XL
-    config = DiTConfig(image_size=32, patch_size=2, in_channels=4, num_classes=1000, **sizes)
+    latents = dict(model="dit", image_size=32, patch_size=2, in_channels=4, num_classes=1000)
+    config = config_from_dict({**latents, **sizes}, partial=True)
     with tempfile.TemporaryDirectory() as folder:
         weights.save_model(folder, config.described(), building.create(config)[1])
         rows = [_measured(folder, case) for case in tqdm.tqdm(CASES, unit="case")]

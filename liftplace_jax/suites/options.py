@@ -43,10 +43,18 @@ class Options:
     batch_size: int | None = None
     workdirs: tuple[Path, ...] = ()
 
-    def need_unet(self, suite: str) -> None:
-        """Raises a ValueError unless the config's networks are U-Nets, which have channels."""
-        if self.config.model.model != "unet":
-            raise ValueError(
-                f"suite {suite} varies channels: config.model.model must be 'unet', not "
-                f"{self.config.model.model!r}"
-            )
+    def need(self, suite: str, *fields: str) -> ConfigDict:
+        """The config, which has the fields that a suite varies.
+
+        Raises:
+          ValueError: it has not; names the first.
+        """
+        assert self.config is not None, f"suite {suite} takes --config"
+        for field in fields:
+            room, name = field.rsplit(".", 1)
+            if name not in self.config[room]:
+                raise ValueError(
+                    f"suite {suite} varies config.{field}, and the config of a "
+                    f"{self.config.model.model!r} has no such field: give one that has"
+                )
+        return self.config

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from liftplace_jax.families.dit.published import PUBLISHED_DITS
 from liftplace_jax.families.registry import config_parameters, count_macs
-from liftplace_jax.families.unet.channels import pruned_config
-from liftplace_jax.families.unet.published import PUBLISHED_UNETS
+from liftplace_jax.nn.model_config import DenoiserConfig
+from liftplace_jax.suites.networks import pruned, published
 from liftplace_jax.suites.peaks import PEAK_FLOPS
 
 UTILISATION = 0.3
@@ -84,20 +83,21 @@ class Row(NamedTuple):
       per_device: examples that a device is given here.
     """
 
-    student: Any
-    teacher: Any
+    student: DenoiserConfig
+    teacher: DenoiserConfig
     batch: int
     steps: int
     per_device: int
 
 
 def _unet(data: str, ratio: float, batch: int, steps: int, per_device: int) -> Row:
-    teacher = PUBLISHED_UNETS[data]
-    return Row(pruned_config(teacher, ratio), teacher, batch, steps, per_device)
+    teacher = published("unet")[data]
+    return Row(pruned(teacher, ratio=ratio), teacher, batch, steps, per_device)
 
 
 def _dit(name: str) -> Row:
-    return Row(PUBLISHED_DITS[name], PUBLISHED_DITS["DiT-XL/2"], 256, 500_000, 16)
+    dits = published("dit")
+    return Row(dits[name], dits["DiT-XL/2"], 256, 500_000, 16)
 
 
 def paper_rows() -> dict[str, Row]:

@@ -7,21 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from liftplace_jax.experiment.report import summarise
-from liftplace_jax.families.unet.channels import NORMALISATIONS, pruned_config
-from liftplace_jax.families.unet.config import UNetConfig
+from liftplace_jax.families.registry import family_of
 from liftplace_jax.host.differences import differences
+from liftplace_jax.nn.model_config import DenoiserConfig
 
 Row = dict[str, Any]
 
 
-def read_quality(workdirs: Sequence[Path], teacher: UNetConfig, normalisation: str) -> list[Row]:
+def read_quality(
+    workdirs: Sequence[Path], teacher: DenoiserConfig, compress: ConfigDict
+) -> list[Row]:
     """Mean and spread over seeds of every method at every ratio, and of the teacher.
 
     Args:
       workdirs: work directories with a report.
       teacher: the teacher's architecture, which all of them must have.
-      normalisation: of the students, a name of NORMALISATIONS.
+      compress: of the students, config.compress; their ratio is the work directory's.
 
     Returns:
       Rows with "ratio", "method", "seeds" (how many), and for each of `report.MEASURES` that
@@ -32,6 +36,7 @@ def read_quality(workdirs: Sequence[Path], teacher: UNetConfig, normalisation: s
       ValueError: a work directory is not finished, or has other networks, another protocol of
         evaluation, or a student that another one has too; names it.
     """
+    pruner = family_of(teacher).pruner(compress.pruner)
     rows: dict[tuple, Row] = {}
     protocols: dict[str, Path] = {}
     for workdir in workdirs:
@@ -40,7 +45,7 @@ def read_quality(workdirs: Sequence[Path], teacher: UNetConfig, normalisation: s
         for row in report["rows"]:
             wanted = teacher
             if row["method"] != "teacher":
-                wanted = pruned_config(teacher, ratio, NORMALISATIONS[normalisation])
+                wanted = pruner.predict(ConfigDict({**compress, "ratio": ratio}), teacher)
             _check_model(workdir, row, wanted)
             _check_protocol(workdir, row, protocols)
             if row["method"] == "teacher":
@@ -91,7 +96,7 @@ def _read(workdir: Path, name: str) -> Any:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _check_model(workdir: Path, row: Row, wanted: UNetConfig) -> None:
+def _check_model(workdir: Path, row: Row, wanted: DenoiserConfig) -> None:
     found = _read(workdir, f"{row['folder']}/config.json")
     wanted_fields = json.loads(json.dumps(wanted.described()))
     lines = differences(wanted_fields, found)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from liftplace_jax.families.dit.published import PUBLISHED_DITS
 from liftplace_jax.families.registry import config_parameters, count_macs
-from liftplace_jax.families.unet.channels import pruned_config
-from liftplace_jax.families.unet.published import PUBLISHED_UNETS
+from liftplace_jax.suites.networks import pruned, published
 from liftplace_jax.suites.options import Options, Result
 
 RATIOS = (0.0, 0.3, 0.5, 0.7, 0.9)
@@ -27,8 +25,8 @@ PAPER_DITS = {
 
 def run(options: Options) -> Result:
     """Counts every model; quick: CIFAR-10's and two DiTs alone."""
-    names = ("cifar10",) if options.quick else tuple(PUBLISHED_UNETS)
-    dits = ("DiT-XL/2", "DiT-D14/2") if options.quick else tuple(PUBLISHED_DITS)
+    names = ("cifar10",) if options.quick else tuple(published("unet"))
+    dits = ("DiT-XL/2", "DiT-D14/2") if options.quick else tuple(published("dit"))
     return {
         "title": "Exact sizes of the published U-Nets and DiTs",
         "columns": ["data", "ratio", "parameters", "macs", "compression", "paper_parameters",
@@ -55,8 +53,8 @@ def run(options: Options) -> Result:
 
 
 def _row(name: str, ratio: float) -> dict[str, Any]:
-    teacher = PUBLISHED_UNETS[name]
-    config = pruned_config(teacher, ratio)
+    teacher = published("unet")[name]
+    config = pruned(teacher, ratio=ratio)
     parameters = config_parameters(config)
     printed = PAPER.get((name, ratio), (None, None))
     return {
@@ -67,10 +65,11 @@ def _row(name: str, ratio: float) -> dict[str, Any]:
 
 
 def _dit_row(name: str) -> dict[str, Any]:
-    config = PUBLISHED_DITS[name]
+    dits = published("dit")
+    config = dits[name]
     parameters = config_parameters(config)
     pruned = name.startswith("DiT-D") or name == "DiT-XL/2"
-    teacher = config_parameters(PUBLISHED_DITS["DiT-XL/2"])
+    teacher = config_parameters(dits["DiT-XL/2"])
     printed = PAPER_DITS.get(name, (None, None))
     return {
         "model": name, "depth": config.depth, "width": config.hidden_size,

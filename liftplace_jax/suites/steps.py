@@ -12,21 +12,17 @@ import tqdm
 from flax import nnx
 
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
-from liftplace_jax.families.unet.channels import pruned_config
-from liftplace_jax.families.unet.config import UNetConfig
-from liftplace_jax.families.unet.published import PUBLISHED_UNETS
 from liftplace_jax.nn import building
+from liftplace_jax.nn.model_config import DenoiserConfig
 from liftplace_jax.nn.network import make_apply
+from liftplace_jax.suites.networks import pruned, published, small
 from liftplace_jax.suites.options import Options, Result
 from liftplace_jax.suites.timing import milliseconds, time_side_by_side
 from liftplace_jax.training.objective import METHODS, make_objective
 from liftplace_jax.training.state import create_state
 from liftplace_jax.training.step import make_train_step
 
-DIGITS = UNetConfig(
-    image_size=8, in_channels=1, out_channels=1, ch=32, ch_mult=(1, 2), num_res_blocks=1,
-    attn_resolutions=(4,), num_groups=8,
-)  # fmt: skip
+DIGITS = small("unet")
 COMPARED = ("output_kd", "lift", "lift_place")
 
 
@@ -36,7 +32,7 @@ def run(options: Options) -> Result:
     large = 96 if jax.default_backend() != "cpu" else 2
     cases = [("digits 8x8", DIGITS, 64, options.repeats * 4)]
     if not options.quick:
-        cases.append(("CelebA 64x64", PUBLISHED_UNETS["celeba"], large, options.repeats))
+        cases.append(("CelebA 64x64", published("unet")["celeba"], large, options.repeats))
     rows = []
     for name, config, batch, times in tqdm.tqdm(cases, desc="steps", unit="case"):
         rows += _measure(name, config, batch, times)
@@ -53,10 +49,10 @@ def run(options: Options) -> Result:
     }
 
 
-def _measure(name: str, config: UNetConfig, batch: int, repeats: int) -> list[dict[str, Any]]:
+def _measure(name: str, config: DenoiserConfig, batch: int, repeats: int) -> list[dict[str, Any]]:
     process = GaussianDiffusion(beta_schedule("linear", 1000))
     teacher_def, teacher = building.create(config, 0)
-    student_def, student = building.create(pruned_config(config, 0.9), 1)
+    student_def, student = building.create(pruned(config, ratio=0.9), 1)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(2e-4))
     shape = (batch, config.image_size, config.image_size, config.in_channels)
     images = {"image": np.random.default_rng(0).normal(size=shape).astype(np.float32)}

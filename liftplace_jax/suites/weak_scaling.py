@@ -79,10 +79,10 @@ def prepare_step(devices: int, quick: bool) -> tuple[dict[str, Any], Callable[[]
 
     from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
     from liftplace_jax.experiment.configuration import default_config
-    from liftplace_jax.families.unet.channels import pruned_config
     from liftplace_jax.host import sharding
     from liftplace_jax.suites.communication import collectives, total_bytes
     from liftplace_jax.suites.measuring import random_network
+    from liftplace_jax.suites.networks import pruned
     from liftplace_jax.suites.steps import DIGITS
     from liftplace_jax.training.distillation import student_objective
     from liftplace_jax.training.prepare import prepare
@@ -90,7 +90,7 @@ def prepare_step(devices: int, quick: bool) -> tuple[dict[str, Any], Callable[[]
     config = default_config()
     batch = devices * EXAMPLES
     model = DIGITS.replace(ch=8, ch_mult=(1,), attn_resolutions=()) if quick else DIGITS
-    teacher, student = random_network(model), random_network(pruned_config(model, 0.5))
+    teacher, student = random_network(model), random_network(pruned(model, ratio=0.5))
     process = GaussianDiffusion(beta_schedule("linear", 1000))
     objective, params = student_objective(config, process, "lift_place", 0, student, teacher)
     mesh = sharding.make_mesh({"data": devices})
