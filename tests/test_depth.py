@@ -366,16 +366,26 @@ def experiment(folder, teacher, **changes):
 @pytest.mark.parametrize("layers, kept", [
     ("uniform", [1, 3]), ("0,3", [0, 3]), ("similarity", [0, 2]), ("loss", None),
 ])  # fmt: skip
-def test_students_of_the_stage(tmp_path, teacher, layers, kept):
-    made = experiment(tmp_path / "run", teacher, compress__layers=layers)
+def test_students_of_the_stage(tmp_path, teacher, layers, kept, monkeypatch):
+    found = []
+    for name, score in LAYER_IMPORTANCES.items():
+
+        def spied(*args, score=score):
+            found.append(jax.config.jax_default_matmul_precision)
+            return score(*args)
+
+        monkeypatch.setitem(LAYER_IMPORTANCES, name, spied)
+    made = experiment(tmp_path / "run", teacher, compress__layers=layers, teacher__precision="high")
     compress(made)
     record = json.loads((tmp_path / "run" / "pruned" / "layers.json").read_text())
     student, whole = load_network(tmp_path / "run" / "pruned"), load_network(teacher)
     assert list(student.config.kept_layers) == record["kept"]
     assert kept is None or record["kept"] == kept
-    assert ("scores" in record) == (layers in LAYER_IMPORTANCES)
+    assert ("scores" in record) == ("importances" in record) == (layers in LAYER_IMPORTANCES)
     if "scores" in record:
         assert record["kept"] == list(most_important(np.array(record["scores"]), 2))
+        assert record["importances"] == {"dtype": "float32", "precision": "high"}
+        assert set(found) == {"high"}
     theirs = to_torch(whole.params)
     for name, tensor in to_torch(student.params).items():
         if name.startswith("blocks."):

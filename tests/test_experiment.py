@@ -29,6 +29,7 @@ from liftplace_jax.experiment.report import describe, markdown, summarise
 from liftplace_jax.experiment.stages import open_experiment
 from liftplace_jax.families import registry
 from liftplace_jax.host.differences import differences
+from liftplace_jax.host.files import write_json
 from liftplace_jax.losses import PUBLISHED
 from liftplace_jax.nn import building
 from liftplace_jax.nn.network import Network
@@ -361,7 +362,11 @@ def test_the_table_has_a_line_for_each_method(tmp_path):
     values = [row["precision"] for row in rows() if row["method"] == "lift"]
     assert table[3][5] == f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}"
     assert "digit-feature Frechet distance, 24 samples against all of digits train" in text
-    assert "standard deviation over seeds" in text
+    assert "standard deviation over seeds" in text and "importances" not in text
+    record = {"importances": {"dtype": "bfloat16", "precision": "high"}}
+    write_json(experiment.pruned_folder / "layers.json", record)
+    text = markdown(experiment, describe(experiment, rows()))
+    assert "precision default; importances bfloat16, precision high (jax." in text
 
 
 def test_a_report_without_features_says_so(tmp_path):

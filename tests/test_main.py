@@ -19,11 +19,12 @@ from conftest import QUICK_XLA
 from safetensors.numpy import load_file, save_file
 
 from liftplace_jax import data, main, weights
-from liftplace_jax.experiment import stages
+from liftplace_jax.experiment import compressing, stages
 from liftplace_jax.experiment.report import FILES
 from liftplace_jax.host.flags import EXIT_BAD_INPUT
 from liftplace_jax.host.locks import locked
 from liftplace_jax.host.versions import line, processor
+from liftplace_jax.losses import output_kd_loss
 from liftplace_jax.training.metrics_io import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -294,8 +295,16 @@ def test_features_learnable_weight_bfloat16_and_fsdp_in_one_job(finished, tmp_pa
     assert all(leaf.dtype == np.float32 for leaf in trained)
 
 
-def test_taylor_pruning_uses_the_data(finished, tmp_path):
-    changes = dict(teacher__checkpoint=str(finished / "teacher"), compress__importance="taylor")
+def test_taylor_pruning_uses_the_data_in_the_teachers_precision(finished, tmp_path, monkeypatch):
+    found = []
+
+    def loss(*args):
+        found.append(jax.config.jax_default_matmul_precision)
+        return output_kd_loss(*args)
+
+    monkeypatch.setattr(compressing, "output_kd_loss", loss)
+    changes = dict(teacher__checkpoint=str(finished / "teacher"), compress__importance="taylor",
+                   teacher__precision="high")  # fmt: skip
     for mode in ("teacher", "compress"):
         run(tmp_path / "run", mode, **changes)
     ours, theirs = (
@@ -304,6 +313,9 @@ def test_taylor_pruning_uses_the_data(finished, tmp_path):
     )
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
     assert any((ours[name] != theirs[name]).any() for name in ours)
+    assert found and set(found) == {"high"}
+    said = json.loads((tmp_path / "run" / "pruned" / "layers.json").read_text())
+    assert said == {"importances": {"dtype": "float32", "precision": "high"}}
 
 
 # Bad input ------------------------------------------------------------------------------------

@@ -44,14 +44,16 @@ def compress(context: Context) -> None:
     if context.config.compress.checkpoint:
         student = _given_student(context)
     else:
-        made = context.pruner.prune(
-            context.config.compress,
-            load_teacher(context, context.config.teacher.dtype),
-            PruningTools(context),
-        )
-        if made.record is not None and processes.is_first():
-            write_json(folder / "layers.json", made.record)
-            if (folder / SEARCH).exists():
+        fields, tools = context.config.teacher, PruningTools(context)
+        # Of what is computed with the teacher; a search is a training, and has its own.
+        with jax.default_matmul_precision(fields.precision):
+            made = context.pruner.prune(
+                context.config.compress, load_teacher(context, fields.dtype), tools
+            )
+        record = {**(made.record or {}), **tools.said}
+        if record and processes.is_first():
+            write_json(folder / RECORD, record)
+            if (folder / SEARCH).exists() and made.record:
                 draw_search(folder / SEARCH, made.record["kept"])
         student = from_tensors(made.config, made.tensors, "the pruned teacher")
     save(folder, student.config, student.params)
@@ -93,15 +95,28 @@ def _given_student(context: Context) -> Network:
     return student
 
 
+RECORD = "layers.json"
+"""File, in pruned/, that says why the student became this: the pruner's words, and "importances",
+the numbers that they were computed in with the teacher."""
 SEARCH = "search"
 """Folder, in pruned/, of a training that decides what is pruned."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PruningTools:
-    """What pruners get of an experiment; see `compress.Tools`."""
+    """What pruners get of an experiment; see `compress.Tools`.
+
+    Attributes:
+      context: the experiment's.
+      said: for the record, what was computed with the teacher.
+    """
 
     context: Context
+    said: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def _say(self) -> None:
+        fields = self.context.config.teacher
+        self.said["importances"] = {"dtype": fields.dtype, "precision": fields.precision}
 
     @property
     def seed(self) -> int:
@@ -111,6 +126,7 @@ class PruningTools:
         return weights.to_torch(params)
 
     def noised(self, count: int, batch_size: int) -> Iterator[tuple[jax.Array, ...]]:
+        self._say()
         process, task = self.context.process, make_task(self.context.config, self.context.model)
 
         @jax.jit
@@ -127,6 +143,7 @@ class PruningTools:
 
     def gradients(self, teacher: Network, batch_size: int, threshold: float) -> Tensors:
         """On one batch, timestep after timestep."""
+        self._say()
         process, apply = self.context.process, make_apply(teacher.graphdef)
         with contextlib.closing(self._batches(batch_size, flip=False)) as batches:
             batch = next(batches)

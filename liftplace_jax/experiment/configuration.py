@@ -47,6 +47,7 @@ def training_config(**changes: Any) -> ConfigDict:
             ema_decay=0.9999,
             dtype="float32",  # of the computation: float32 or bfloat16
             # Of float32 products on TPUs and GPUs: one of `checks.PRECISIONS`; CPUs know but one.
+            # The teacher's dtype and precision are those of importances (compress) too.
             precision="default",
             log_every=50,
             checkpoint_every=500,

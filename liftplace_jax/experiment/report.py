@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from liftplace_jax.experiment.compressing import RECORD
 from liftplace_jax.experiment.conclusion import conclude, spread
 from liftplace_jax.experiment.context import Context
 from liftplace_jax.experiment.pictures import (
@@ -177,6 +178,14 @@ def _provenance(report: Report) -> list[str]:
     ]  # fmt: skip
 
 
+def _importances(context: Context) -> str:
+    """What importances were computed in, where the student was made by some."""
+    path = context.pruned_folder / RECORD
+    record = read_json(path, "Bring back a whole one") if path.exists() else {}
+    found = record.get("importances")
+    return f"; importances {found['dtype']}, precision {found['precision']}" if found else ""
+
+
 def _protocol(context: Context, summary: list[dict[str, Any]]) -> list[str]:
     """What the columns of the table are."""
     config, evaluation = context.config, context.config.evaluation
@@ -200,7 +209,7 @@ def _protocol(context: Context, summary: list[dict[str, Any]]) -> list[str]:
     lines.append(
         "Matrix products: evaluation float32, precision "
         f"{evaluation.precision}; training {config.distill.dtype}, precision "
-        f"{config.distill.precision} (jax.default_matmul_precision)."
+        f"{config.distill.precision}{_importances(context)} (jax.default_matmul_precision)."
     )
     if evaluation.clip:
         lines.append(
