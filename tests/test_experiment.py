@@ -15,6 +15,7 @@ import tiny_config
 from liftplace_jax import data, weights
 from liftplace_jax.evaluation.sampling import make_sampler
 from liftplace_jax.experiment import configuration, scoring
+from liftplace_jax.experiment.config_flag import load_config
 from liftplace_jax.experiment.configuration import parse_arg
 from liftplace_jax.experiment.context import Run
 from liftplace_jax.experiment.pictures import (
@@ -27,6 +28,7 @@ from liftplace_jax.experiment.pictures import (
 )
 from liftplace_jax.experiment.report import describe, markdown, summarise
 from liftplace_jax.experiment.stages import open_experiment
+from liftplace_jax.experiment.unused import unused_fields
 from liftplace_jax.families import registry
 from liftplace_jax.host.differences import differences
 from liftplace_jax.host.files import write_json
@@ -35,6 +37,8 @@ from liftplace_jax.nn import building
 from liftplace_jax.nn.network import Network
 from liftplace_jax.training.features import make_adapters
 from liftplace_jax.training.objective import BASIC_METHODS, METHODS
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def tiny(arg=None, **changes):
@@ -45,6 +49,46 @@ def tiny(arg=None, **changes):
 
 
 # Configuration --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method, changes, said", [
+    ("lift", {"distill.loss.group_size": 8}, "group_size=8 does nothing here: .* with PLACE"),
+    ("lift+lift_place", {"distill.loss.group_size": 8}, None),
+    ("lift_place", {"distill.loss.per": "sample"}, "loss.per=sample .* LIFT alone"),
+    ("output_kd", {"distill.weight.name": "cosine"}, "weight.name=cosine .* LIFT or PLACE"),
+    ("lift", {"distill.weight.value": 0.5}, "weight.value=0.5 .*name=constant and learnable"),
+    ("lift", {"distill.weight.name": "learnable", "distill.weight.value": 0.5}, None),
+    ("lift", {"distill.feature.mask_sigma": 3.0}, "mask_sigma=3.0 .* loss on features"),
+    ("feature_kd", {"distill.feature.mask_sigma": 3.0}, None),
+    ("no_kd", {"distill.scale": 0.5}, "distill.scale=0.5 .* loss on outputs"),
+    ("lift", {"evaluation.sampler": "ancestral", "evaluation.eta": 0.5}, "eta=0.5 .*sampler=ddim"),
+    ("lift", {"evaluation.eta": 0.5}, None),
+    ("lift", {"evaluation.guidance_channels": 1}, "guidance_channels=1 .* other than 1"),
+    ("lift", {"teacher.optimizer.schedule": "constant", "teacher.optimizer.final_scale": 0.1},
+     "teacher.optimizer.final_scale=0.1 .*schedule=cosine and linear"),
+])  # fmt: skip
+def test_a_field_that_was_set_and_does_nothing_is_said(method, changes, said):
+    config = tiny(f"method={method}")
+    assert not list(unused_fields(config)), "what nobody set"
+    config.update_from_flattened_dict(changes)
+    lines = list(unused_fields(config))
+    assert len(lines) == (said is not None)
+    assert all(re.match(rf"config\..*{said}", line) for line in lines)
+
+
+def test_what_does_nothing_is_said_before_the_first_step(tmp_path, capfd):
+    config = tiny(distill__loss__per="sample", sharding_rules=(("kernal", ("fsdp",)),))
+    open_experiment(config, tmp_path / "run")
+    said = capfd.readouterr().err
+    assert said.count("config.distill.loss.per=sample does nothing here") == 1
+    assert said.count("config.sharding_rules[0] ('kernal', ('fsdp',)) splits nothing") == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_published_configs_are_not_complained_about(path):
+    for method in (*METHODS, "all"):
+        assert not list(unused_fields(load_config(f"{path}:method={method}")))
 
 
 def test_arguments_take_the_types_of_their_defaults():

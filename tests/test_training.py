@@ -507,6 +507,29 @@ def test_sharding_rules_match_names_and_leave_what_does_not_divide():
     assert odd["kernel"].spec == PartitionSpec(None, None)
 
 
+@pytest.mark.parametrize("rules, said", [
+    ([("kernal", ("fsdp",))], "0] ('kernal', ('fsdp',)) splits nothing: it is found in no name"),
+    ([("kernel", ("fsdp",)), ("in.kernel", ("fsdp",))], "1] .* rules before it decide all"),
+    ([("kernel", ("data",))], "0] .* the mesh has one device along ['data']"),
+    ([("scale", ("fsdp",)), ("out.kernel", ("fsdp",))], "0] .* {'fsdp': 4}, divide no .* 1 arrays"),
+    ([("kernel", ("fsdp",)), ("scale", ())], None),
+    ([], None),
+])  # fmt: skip
+def test_sharding_rules_that_split_nothing_are_said(rules, said):
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 4}, jax.devices()[:4])
+    shapes = {"in": {"kernel": (8, 3)}, "out": {"kernel": (3, 8), "scale": (3,)}}
+    tree = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
+        shapes,
+        is_leaf=lambda s: isinstance(s, tuple),
+    )
+    lines = list(sharding.idle_rules(tree, rules, mesh))
+    assert len(lines) == (said is not None)
+    for line in lines:
+        pattern = re.escape(f"config.sharding_rules[{said}").replace(re.escape(".*"), ".*")
+        assert re.match(pattern, line), line
+
+
 # Checkpoints -----------------------------------------------------------------------------------
 
 

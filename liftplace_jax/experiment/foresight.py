@@ -13,11 +13,16 @@ from liftplace_jax.experiment.checks import check_batches, check_neighbours
 from liftplace_jax.experiment.compressing import predicted_student
 from liftplace_jax.experiment.configuration import under
 from liftplace_jax.experiment.context import Context
+from liftplace_jax.experiment.unused import unused_fields
+from liftplace_jax.host import processes, sharding
 from liftplace_jax.nn import building
+from liftplace_jax.nn.model_config import DenoiserConfig
 from liftplace_jax.nn.network import Network, is_finished
 from liftplace_jax.training.distillation import loss_options
 from liftplace_jax.training.features import match_features, read_layer_map
 from liftplace_jax.training.objective import METHODS, OUTPUT_LOSSES
+from liftplace_jax.training.optimizer import make_optimizer
+from liftplace_jax.training.state import create_state
 
 
 def check_stages(context: Context, trains: bool) -> None:
@@ -41,6 +46,8 @@ def check_stages(context: Context, trains: bool) -> None:
             with under("distill.loss."):
                 jax.eval_shape(loss, image, image)
     if trains:
+        for line in unused_fields(context.config):
+            processes.say_once(line)
         _check_students(context)
 
 
@@ -112,6 +119,20 @@ def _check_judging(context: Context) -> None:
 
 def _check_students(context: Context) -> None:
     fields, config = context.config.distill, predicted_student(context)
+    if context.config.sharding_rules:
+        _say_idle_rules(context, [c for c in (context.model, config) if c])
     if config and any(METHODS[run.method].feature for run in context.runs):
         student, teacher = (Network(c, *building.abstract(c)) for c in (config, context.model))
         match_features(student, teacher, read_layer_map(fields.layer_map), fields.feature.adapters)
+
+
+def _say_idle_rules(context: Context, configs: list[DenoiserConfig]) -> None:
+    """Says which sharding rules do nothing, of teacher and student while they are trained."""
+    fields = context.config.distill
+    optimizer, _ = make_optimizer(fields.optimizer, fields.steps, context.family.frozen)
+    make = functools.partial(create_state, optimizer=optimizer)
+    states = [jax.eval_shape(make, {"student": building.abstract(c)[1]}) for c in configs]
+    rules, mesh = context.config.sharding_rules, context.mesh
+    idle = [set(sharding.idle_rules(state, rules, mesh)) for state in states]
+    for line in sorted(set.intersection(*idle)):
+        processes.say_once(line)

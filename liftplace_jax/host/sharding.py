@@ -7,7 +7,7 @@ Parameters follow regular expressions on their names; what no rule matches is re
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -80,16 +80,44 @@ def tree_shardings(tree: Any, rules: Rules, mesh: Mesh, prefix: str = "") -> Any
 
     def place(path, leaf):
         name = prefix + parameter_name(path)
-        spec = [None] * len(leaf.shape)
-        for pattern, partition in rules:
-            if re.search(pattern, name):
-                for back, axis in enumerate(reversed(partition), start=1):
-                    if back <= len(spec) and axis and leaf.shape[-back] % mesh.shape[axis] == 0:
-                        spec[-back] = axis
-                break
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        found = (partition for pattern, partition in rules if re.search(pattern, name))
+        return NamedSharding(mesh, _spec(leaf.shape, next(found, ()), mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _spec(shape: tuple[int, ...], partition: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
+    spec: list[str | None] = [None] * len(shape)
+    for back, axis in enumerate(reversed(partition), start=1):
+        if back <= len(spec) and axis and shape[-back] % mesh.shape[axis] == 0:
+            spec[-back] = axis
+    return PartitionSpec(*spec)
+
+
+def idle_rules(tree: Any, rules: Rules, mesh: Mesh) -> Iterator[str]:
+    """Rules that split nothing of a tree although they should; a line for each.
+
+    Args:
+      tree, rules, mesh: as of `tree_shardings`.
+    """
+    leaves = [(parameter_name(path), x.shape) for path, x in jax.tree.leaves_with_path(tree)]
+    free = dict(leaves)  # what no rule has decided yet
+    for number, (pattern, partition) in enumerate(rules):
+        found = [name for name, _ in leaves if re.search(pattern, name)]
+        own = {name: free.pop(name) for name in found if name in free}
+        splits = [a for shape in own.values() for a in _spec(shape, partition, mesh) if a]
+        sizes = {axis: mesh.shape[axis] for axis in partition if axis}
+        if not found:
+            why = "it is found in no name"
+        elif not own:
+            why = "rules before it decide all that it is found in"
+        elif sizes and set(sizes.values()) == {1}:
+            why = f"the mesh has one device along {sorted(sizes)}"
+        elif sizes and not any(sizes[axis] > 1 for axis in splits):
+            why = f"the axes, {sizes}, divide no dimension of the {len(own)} arrays it is found in"
+        else:
+            continue
+        yield f"config.sharding_rules[{number}] {(pattern, tuple(partition))} splits nothing: {why}"
 
 
 def check_rules(rules: Any) -> None:
