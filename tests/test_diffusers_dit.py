@@ -13,9 +13,9 @@ from diffusers import DiTTransformer2DModel
 
 from liftplace_jax import weights
 from liftplace_jax.families.dit.config import DiTConfig
-from liftplace_jax.families.dit.model import position_embedding
 from liftplace_jax.families.loading import load_checkpoint, read_diffusers, write_diffusers
 from liftplace_jax.nn import building
+from liftplace_jax.nn.layers import position_embedding
 from liftplace_jax.nn.network import make_apply
 from liftplace_jax.weights.diffusers import DiffusersError
 

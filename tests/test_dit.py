@@ -17,14 +17,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from liftplace_jax import weights
 from liftplace_jax.families import registry
 from liftplace_jax.families.dit.config import DiTConfig, published_layer_map
-from liftplace_jax.families.dit.model import position_embedding
 from liftplace_jax.families.dit.published import PUBLISHED_DITS
 from liftplace_jax.families.loading import load_checkpoint
 from liftplace_jax.families.registry import config_parameters, count_macs
 from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.host.sharding import make_mesh
 from liftplace_jax.nn import building
-from liftplace_jax.nn.layers import REMAT_POLICIES, sinusoidal_embedding
+from liftplace_jax.nn.layers import REMAT_POLICIES, position_embedding, sinusoidal_embedding
 from liftplace_jax.suites import sizes
 
 NAMES = ("dit_d4", "dit_d2p4")

@@ -1,6 +1,6 @@
 """Depth pruning: which blocks of a stack stay, and the student made of them.
 
-Of a model's config it asks for `depth` and `kept_layers` alone.
+Of a model's config it asks for its stack alone: depth, kept_layers, STACK, always_kept, keep().
 """
 
 from __future__ import annotations
@@ -48,13 +48,20 @@ def uniform_layers(depth: int, teacher_depth: int) -> tuple[int, ...]:
     return tuple((i + 1) * teacher_depth // depth - 1 for i in range(depth))
 
 
-def most_important(scores: np.ndarray, depth: int) -> tuple[int, ...]:
+def most_important(scores: np.ndarray, depth: int, always: Sequence[int] = ()) -> tuple[int, ...]:
     """The `depth` blocks of highest score, in order; of equal ones the later stay.
+
+    Args:
+      scores: one for each block.
+      depth: how many stay.
+      always: numbers of blocks that stay whatever their score.
 
     Raises:
       ValueError: depth is not below the number of scores.
     """
     check_depth(depth, len(scores))
+    scores = np.array(scores, np.float64)
+    scores[list(always)] = np.inf
     order = np.argsort(scores, kind="stable")
     return tuple(int(layer) for layer in np.sort(order[len(scores) - depth :]))
 
@@ -75,7 +82,13 @@ def pruned_depth_config(config: Config, kept: Sequence[int]) -> Config:
             f"layers must be different block numbers in 0..{config.depth - 1} in ascending order, "
             f"got {list(kept)}"
         )
-    return config.replace(depth=len(kept), kept_layers=kept)
+    missing = sorted(set(config.always_kept) - set(kept))
+    if missing:
+        raise ValueError(
+            f"layers must keep block {missing[0]}, without which this network cannot be, got "
+            f"{list(kept)}"
+        )
+    return config.keep(kept)
 
 
 def prune_depth(
@@ -99,11 +112,11 @@ def prune_depth(
     new = {str(layer): number for number, layer in enumerate(student.kept_layers)}
     result = {}
     for name, tensor in tensors.items():
-        block = re.match(r"blocks\.(\d+)\.", name)
+        block = re.match(rf"{config.STACK}\.(\d+)\.", name)
         if not block:
             result[name] = tensor
         elif block[1] in new:
-            result[f"blocks.{new[block[1]]}.{name[block.end() :]}"] = tensor
+            result[f"{config.STACK}.{new[block[1]]}.{name[block.end() :]}"] = tensor
     return student, result
 
 
@@ -128,7 +141,7 @@ def drop_loss_change(
     """How much the diffusion loss grows when each block alone is skipped: (depth,) float32.
 
     Args:
-      model: a DiT.
+      model: a stack of blocks.
       x: (B, H, W, C) noised data.
       t: (B,) timesteps.
       cond: (B,) labels.
@@ -161,7 +174,7 @@ def layer_scores(
 
     Args:
       name: of LAYER_IMPORTANCES.
-      graphdef: of a DiT.
+      graphdef: of the model.
       params: its parameters.
       batches: at least one (x, t, cond, target), as of `drop_loss_change`, all of one shape.
 

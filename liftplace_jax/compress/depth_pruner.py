@@ -70,7 +70,7 @@ class DepthPruner:
             teacher, depths.uniform_layers(fields.depth, teacher.depth)
         )
         if fields.layers == "learned":
-            _groups(fields, teacher.depth)
+            _groups(fields, teacher)
         if fields.layers in LAYERS:
             return student.replace(kept_layers=None)
         try:
@@ -82,30 +82,32 @@ class DepthPruner:
         return depths.pruned_depth_config(teacher, layers)
 
     def prune(self, fields: Any, teacher: TeacherNetwork, tools: Tools) -> Student:
-        depth, why = teacher.config.depth, {}
+        config, why = teacher.config, {}
         if fields.layers == "uniform":
-            kept = depths.uniform_layers(fields.depth, depth)
+            kept = depths.uniform_layers(fields.depth, config.depth)
         elif fields.layers == "learned":
-            kept, why = _learned(fields, depth, tools)
+            kept, why = _learned(fields, config, tools)
         elif fields.layers in LAYERS:
             scores = depths.layer_scores(
                 fields.layers, teacher.graphdef, teacher.params,
                 tools.noised(fields.score_batches, fields.score_batch_size),
             )  # fmt: skip
-            kept, why = depths.most_important(scores, fields.depth), {"scores": scores.tolist()}
+            kept = depths.most_important(scores, fields.depth, config.always_kept)
+            why = {"scores": scores.tolist()}
         else:
             kept = depths.read_layers(fields.layers)
-        config, tensors = depths.prune_depth(teacher.config, tools.tensors(teacher.params), kept)
-        return Student(config, tensors, {"layers": fields.layers, "kept": kept, **why})
+        student, tensors = depths.prune_depth(config, tools.tensors(teacher.params), kept)
+        return Student(student, tensors, {"layers": fields.layers, "kept": kept, **why})
 
 
-def _groups(fields: Any, depth: int) -> learned_depth.BlockGroups:
+def _groups(fields: Any, teacher: Any) -> learned_depth.BlockGroups:
+    depth, always = teacher.depth, teacher.always_kept
     keep, size = fields.learned.keep, fields.learned.group
     if keep is None and size is None:
-        return learned_depth.smallest_groups(fields.depth, depth)
+        return learned_depth.smallest_groups(fields.depth, depth, always)
     if keep is None or size is None:
         raise ValueError(f"learned: set keep and group both or neither, got {keep} and {size}")
-    groups = learned_depth.make_groups(keep, size, depth)
+    groups = learned_depth.make_groups(keep, size, depth, always)
     if groups.kept != fields.depth:
         raise ValueError(
             f"learned: to keep {groups.keep} of {groups.size} leaves {groups.kept} of the "
@@ -114,9 +116,9 @@ def _groups(fields: Any, depth: int) -> learned_depth.BlockGroups:
     return groups
 
 
-def _learned(fields: Any, depth: int, tools: Tools) -> tuple[tuple[int, ...], Mapping[str, Any]]:
+def _learned(fields: Any, teacher: Any, tools: Tools) -> tuple[tuple[int, ...], Mapping[str, Any]]:
     """(blocks that stay, the learned distribution)."""
-    groups, learned = _groups(fields, depth), fields.learned
+    groups, learned = _groups(fields, teacher), fields.learned
 
     def temperature(step, steps):
         return learned_depth.annealed(
@@ -130,7 +132,7 @@ def _learned(fields: Any, depth: int, tools: Tools) -> tuple[tuple[int, ...], Ma
         )  # fmt: skip
 
     def metrics(params, step, steps):
-        masks = jax.nn.softmax(learned.gate_scale * params["gates"])
+        masks = jax.nn.softmax(groups.logits(params["gates"], learned.gate_scale))
         stay = learned_depth.expected_gates(masks, groups)
         found = {f"keep.{layer}": stay[layer] for layer in range(groups.depth)}
         return found | {"temperature": temperature(step, steps)}
@@ -140,7 +142,7 @@ def _learned(fields: Any, depth: int, tools: Tools) -> tuple[tuple[int, ...], Ma
 
     # The averaged gates decide, as published.
     gates = np.asarray(tools.search(Search(learned, init, apply, metrics))["gates"], np.float64)
-    probabilities = jax.nn.softmax(learned.gate_scale * gates)
+    probabilities = jax.nn.softmax(groups.logits(gates, learned.gate_scale))
     return learned_depth.most_probable(gates, groups), {
         "group": groups.size, "masks": groups.masks.astype(int).tolist(),
         "probabilities": np.asarray(probabilities).tolist(),

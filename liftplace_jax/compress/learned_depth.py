@@ -1,4 +1,4 @@
-"""Learned depth pruning of a DiT: which blocks of each group stay is trained, with the weights.
+"""Learned depth pruning: which blocks of each group stay is trained, with the weights.
 
 Source: Fang et al. 2025, "TinyFusion: Diffusion Transformers Learned Shallow"; settings of its
 prune_by_learning.py. The trained parameters are {"gates": (G, C), "lora": {...}}:
@@ -28,7 +28,8 @@ from flax import nnx
 
 from liftplace_jax.compress.depth import check_depth
 
-_LINEAR = re.compile(r"(blocks\.\d+\..+)\.kernel")
+_LINEAR = re.compile(r"(\w*blocks\.\d+\..+)\.kernel")
+_BARRED = -1e9
 
 
 class BlockGroups(NamedTuple):
@@ -38,11 +39,13 @@ class BlockGroups(NamedTuple):
       keep: N, blocks of a group that stay.
       size: M, blocks of a group.
       depth: of the model; blocks left over after the last whole group always stay.
+      always: numbers of more blocks that always stay.
     """
 
     keep: int
     size: int
     depth: int
+    always: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
@@ -60,13 +63,23 @@ class BlockGroups(NamedTuple):
         chosen = itertools.combinations(range(self.size), self.keep)
         return np.stack([np.isin(range(self.size), c) for c in chosen]).astype(np.float32)
 
+    def logits(self, gates: Any, scale: float) -> Any:
+        """(G, C) of the masks, from the trained gates; those without a block of `always` are out.
+
+        Args:
+          gates: (G, C), of JAX or NumPy.
+          scale: of the gates.
+        """
+        stays = np.isin(range(self.count * self.size), self.always).reshape(self.count, 1, -1)
+        return scale * gates + _BARRED * np.any(stays > self.masks, axis=-1)
+
 
 MOST_MASKS = 10_000
 """A draw is over all masks of a group."""
 
 
-def make_groups(keep: int, size: int, depth: int) -> BlockGroups:
-    """The groups of a model of `depth` blocks.
+def make_groups(keep: int, size: int, depth: int, always: tuple[int, ...] = ()) -> BlockGroups:
+    """The groups of a model of `depth` blocks; arguments as of `BlockGroups`.
 
     Raises:
       ValueError: not 1 <= keep < size <= depth, or a group has more than MOST_MASKS masks.
@@ -81,10 +94,10 @@ def make_groups(keep: int, size: int, depth: int) -> BlockGroups:
             f"learned: there are {math.comb(size, keep)} ways to keep {keep} of {size} blocks, too "
             f"many to learn (at most {MOST_MASKS}): choose smaller groups or another depth"
         )
-    return BlockGroups(keep, size, depth)
+    return BlockGroups(keep, size, depth, always)
 
 
-def smallest_groups(kept: int, depth: int) -> BlockGroups:
+def smallest_groups(kept: int, depth: int, always: tuple[int, ...] = ()) -> BlockGroups:
     """The groups of fewest blocks that leave `kept` of `depth`: 1:2 for 14 of 28, 2:3 for 19.
 
     Raises:
@@ -94,8 +107,8 @@ def smallest_groups(kept: int, depth: int) -> BlockGroups:
     for size in range(2, depth):
         keep, rest = divmod(kept - depth % size, depth // size)
         if not rest and 0 < keep < size:
-            return make_groups(keep, size, depth)
-    return make_groups(kept, depth, depth)
+            return make_groups(keep, size, depth, always)
+    return make_groups(kept, depth, depth, always)
 
 
 def sample_gates(
@@ -126,7 +139,7 @@ def expected_gates(probabilities: jax.Array, groups: BlockGroups) -> jax.Array:
 
 def most_probable(gates: np.ndarray, groups: BlockGroups) -> tuple[int, ...]:
     """Numbers of the blocks that stay under each group's most probable mask, ascending."""
-    whole = groups.masks[np.argmax(gates, axis=-1)].reshape(-1)
+    whole = groups.masks[np.argmax(groups.logits(gates, 1.0), axis=-1)].reshape(-1)
     return (*np.flatnonzero(whole).tolist(), *range(whole.size, groups.depth))
 
 
@@ -181,10 +194,10 @@ def searched_apply(
     graphdef: nnx.GraphDef, base: dict[str, Any], groups: BlockGroups, *, lora_scale: float,
     gate_scale: float, temperature: jax.Array | float,
 ) -> Callable[..., tuple[jax.Array, dict]]:  # fmt: skip
-    """A DiT under search, as of `network.make_apply`.
+    """A network under search, as of `network.make_apply`.
 
     Args:
-      graphdef: of the DiT.
+      graphdef: of the network, a stack of blocks with gates.
       base: its parameters, which get no gradient.
       groups: of its blocks.
       lora_scale: of the update (alpha / rank).
@@ -200,7 +213,7 @@ def searched_apply(
     def apply(params, x, t, return_features, dropout_key, cond=None):
         del return_features
         drop, draw = jax.random.split(dropout_key)
-        gates = sample_gates(draw, gate_scale * params["gates"], groups, temperature)
+        gates = sample_gates(draw, groups.logits(params["gates"], gate_scale), groups, temperature)
         model = nnx.merge(graphdef, merge_lora(base, params["lora"], lora_scale))
         return model(x, t, cond, train=True, rngs=drop, gates=gates), {}
 

@@ -34,7 +34,7 @@ PARTS = tuple(dict.fromkeys(format.part for format in FORMATS.values()))
 _KNOWN = " or ".join(f"a {name}" for name in FORMATS)
 
 
-OF_DIFFUSERS = frozenset(format.telltale for format in FORMATS.values())
+OF_DIFFUSERS = frozenset(form.telltale for form in FORMATS.values() if form.telltale)
 """Names by which weights of diffusers can be told from published ones."""
 
 

@@ -164,6 +164,28 @@ def sinusoidal_embedding(
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 
 
+def position_embedding(width: int, side: int, step: float = 1.0, xp: Any = np) -> Any:
+    """Sines and cosines of the columns, then of the rows of a square grid of tokens.
+
+    Source: "TinyFusion_EXP/models.py" get_2d_sincos_pos_embed.
+
+    Args:
+      width: of a token, a multiple of 4.
+      side: tokens along a side.
+      step: between neighbours.
+      xp: `numpy`, in float64 until the end; or `jax.numpy`, which a traced program makes itself,
+        where a large table would be a constant of it.
+
+    Returns:
+      (1, side * side, width) float32, rows first.
+    """
+    quarter = width // 4
+    angles = step * xp.arange(side)[:, None] * 10000.0 ** (-xp.arange(quarter) / quarter)
+    waves = xp.concatenate([xp.sin(angles), xp.cos(angles)], axis=1)  # (side, width / 2)
+    columns, rows = xp.tile(waves, (side, 1)), xp.repeat(waves, side, axis=0)
+    return xp.concatenate([columns, rows], axis=1).astype(np.float32)[None]
+
+
 REMAT_POLICIES = (
     "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable",
 )  # fmt: skip

@@ -136,6 +136,51 @@ class DenoiserConfig(ModelConfig):
         return None
 
 
+class StackConfig(DenoiserConfig):
+    """The config of a network that is a stack of blocks, of which some can be left out.
+
+    Attributes:
+      depth: number of blocks.
+      kept_layers: the teacher's blocks that a depth-pruned student began with, a record alone;
+        None: not pruned.
+      STACK: what the blocks' parameters and features are called, before their numbers.
+    """
+
+    depth: int
+    kept_layers: tuple[int, ...] | None
+    STACK: ClassVar[str] = "blocks"
+
+    @property
+    def num_blocks(self) -> int:
+        """See `ModelConfig.num_blocks`."""
+        return self.depth
+
+    @property
+    def always_kept(self) -> tuple[int, ...]:
+        """Numbers of blocks that no student can be without."""
+        return ()
+
+    def keep(self, layers: tuple[int, ...]) -> Self:
+        """The config of a student that keeps these blocks, ascending.
+
+        Raises:
+          ValueError: there can be none.
+        """
+        return self.replace(depth=len(layers), kept_layers=layers)
+
+    def check_kept(self) -> None:
+        """Raises a ValueError unless kept_layers are `depth` numbers in ascending order."""
+        kept = self.kept_layers
+        if kept is None:
+            return
+        if len(kept) != self.depth or list(kept) != sorted(set(kept)):
+            raise ValueError(
+                f"kept_layers must be depth {self.depth} different block numbers in order, "
+                f"not {list(kept)}"
+            )
+        object.__setattr__(self, "kept_layers", tuple(kept))
+
+
 MOST_BLOCKS, MOST_BLOCKS_OF_LEVEL = 1000, 100
 """Far above any network; a model of more would seem to hang while it is built."""
 MOST_PIXELS = 2**14

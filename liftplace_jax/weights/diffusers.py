@@ -26,7 +26,8 @@ class Format(NamedTuple):
     Attributes:
       classes: diffusers' names of them, "_class_name"; the first is the one that is written.
       part: name of the folder that holds the network in a pipeline's.
-      telltale: name of a tensor by which weights of diffusers can be told from published ones.
+      telltale: name of a tensor by which weights of diffusers can be told from published ones;
+        None: they are the published ones.
       config_from: fields of config.json -> our config.
       tensors_from: (that config, their tensors) -> (config, our tensors by published name); only
         the tensors may tell all of the config.
@@ -36,7 +37,7 @@ class Format(NamedTuple):
 
     classes: tuple[str, ...]
     part: str
-    telltale: str
+    telltale: str | None
     config_from: Callable[[Mapping[str, Any]], Any]
     tensors_from: Callable[[Any, Tensors], tuple[Any, dict[str, np.ndarray]]]
     config_to: Callable[[Any], dict[str, Any]]

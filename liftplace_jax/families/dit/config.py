@@ -14,7 +14,7 @@ from liftplace_jax.host.ranges import INT32, SHARE, SIDE, positive, whole
 from liftplace_jax.nn.model_config import (
     MOST_BLOCKS,
     MOST_PIXELS,
-    DenoiserConfig,
+    StackConfig,
 )
 
 _MOST_TOKENS = 2**16
@@ -31,7 +31,7 @@ _PUBLISHED_PAIRS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTConfig(DenoiserConfig):
+class DiTConfig(StackConfig):
     """Everything that defines a `DiT`; hashable and JSON friendly.
 
     Attributes:
@@ -113,27 +113,12 @@ class DiTConfig(DenoiserConfig):
             value = getattr(self, field)
             if value not in choices or type(value) is not type(choices[0]):
                 raise ValueError(f"{field} must be one of {list(choices)}, not {value!r}")
-        if self.kept_layers is not None:
-            self._check_kept_layers()
-
-    def _check_kept_layers(self):
-        kept = self.kept_layers
-        if self.embedders == "per_block":
+        if self.kept_layers is not None and self.embedders == "per_block":
             raise ValueError(
                 "a DiT with embedders='per_block' cannot lose blocks: its final layer depends on "
                 "block 0's embedder; prune a DiT with embedders='shared'"
             )
-        if len(kept) != self.depth or list(kept) != sorted(set(kept)):
-            raise ValueError(
-                f"kept_layers must be depth {self.depth} different block numbers in order, "
-                f"not {list(kept)}"
-            )
-        object.__setattr__(self, "kept_layers", tuple(kept))
-
-    @property
-    def num_blocks(self) -> int:
-        """See `ModelConfig.num_blocks`."""
-        return self.depth
+        self.check_kept()
 
     @property
     def out_channels(self) -> int:

@@ -16,9 +16,9 @@ import numpy as np
 
 from liftplace_jax import weights
 from liftplace_jax.families.dit.config import DiTConfig
-from liftplace_jax.families.dit.model import position_embedding
 from liftplace_jax.host.outside import cut, shown
 from liftplace_jax.nn import building
+from liftplace_jax.nn.layers import position_embedding
 from liftplace_jax.weights.diffusers import (
     MOST_PROBLEMS,
     DiffusersError,

@@ -173,7 +173,7 @@ class DiT(nnx.Module):
             self.y_embedder = LabelEmbedder(config, **make)
         # A parameter by name, as in the published files; the forward pass keeps it as it is.
         side = config.image_size // config.patch_size
-        self.pos_embed = nnx.Param(jnp.asarray(position_embedding(config.hidden_size, side)))
+        self.pos_embed = nnx.Param(jnp.asarray(layers.position_embedding(config.hidden_size, side)))
         self.blocks = nnx.List([DiTBlock(config, **make) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config, **make)
         self._reset_parameters(rngs.params())
@@ -275,22 +275,3 @@ class DiT(nnx.Module):
             raise ValueError(
                 f"gates must have shape ({config.depth},), one per block, not {gates.shape}"
             )
-
-
-def position_embedding(width: int, side: int) -> np.ndarray:
-    """Sines and cosines of the columns, then of the rows of a square grid of tokens.
-
-    Source: "TinyFusion_EXP/models.py" get_2d_sincos_pos_embed.
-
-    Args:
-      width: of a token, a multiple of 4.
-      side: tokens along a side.
-
-    Returns:
-      (1, side * side, width) float32, rows first.
-    """
-    quarter = width // 4
-    angles = np.arange(side)[:, None] * 10000.0 ** (-np.arange(quarter) / quarter)
-    waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (side, width / 2)
-    columns, rows = np.tile(waves, (side, 1)), np.repeat(waves, side, axis=0)
-    return np.concatenate([columns, rows], axis=1).astype(np.float32)[None]
