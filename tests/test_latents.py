@@ -15,8 +15,8 @@ from flax import nnx
 from PIL import Image
 
 from liftplace_jax import weights
+from liftplace_jax.data import Column, eval_batches, load_latents, load_source, train_batches
 from liftplace_jax.data import encoded as store
-from liftplace_jax.data import eval_batches, load_latents, load_source, train_batches
 from liftplace_jax.data.encoded import check_autoencoder, normal
 from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
 from liftplace_jax.encoders.autoencoder_folder import load_autoencoder
@@ -197,6 +197,82 @@ def test_resume_and_processes_see_the_same_numbers(source, processes, start, pre
             assert np.array_equal(batch[name], joined)
 
 
+# Columns ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_states(monkeypatch):
+    """Images of every split come with made-up text states; returns their values by split."""
+    states = {
+        split: np.random.default_rng(n).normal(size=(n, 5, 2)).astype(np.float16)
+        for split, n in SPLITS.items()
+    }
+    load = encoding.load_split
+
+    def load_split(config, split, channels):
+        return load(config, split, channels).with_column(
+            "text", Column.of(states[split], {"encoder": "tiny"})
+        )
+
+    monkeypatch.setattr(encoding, "load_split", load_split)
+    return states
+
+
+def test_shards_hold_the_columns_of_the_images(
+    with_states, data_dir, autoencoder, source, tmp_path
+):
+    config = latent_config(data_dir, autoencoder, tmp_path)
+    encode(config)
+    manifest = json.loads((tmp_path / "latents.json").read_text())
+    assert manifest["columns"] == {
+        "label": {"shape": [], "dtype": "int32"},
+        "text": {"shape": [5, 2], "dtype": "float16", "identity": {"encoder": "tiny"}},
+    }  # fmt: skip
+    found = load_latents(tmp_path, TRAIN)
+    assert {name: spec.shape for name, spec in found.columns.items()} == {
+        "label": (), "text": (5, 2),
+    }  # fmt: skip
+    indices = np.array([20, 3, 42])
+    batch, plain = found.get(indices), source.get(indices)
+    np.testing.assert_array_equal(batch.pop("text"), with_states[TRAIN][indices])
+    for name, values in plain.items():
+        np.testing.assert_array_equal(batch[name], values)
+    assert batch.keys() == plain.keys()
+    told = found.fingerprint()
+    assert told.pop("columns") == {"text": {"encoder": "tiny"}}
+    assert told == source.fingerprint()
+    assert encode(config).startswith("Done: ")  # nothing is made anew
+
+
+def test_other_columns_are_other_data(with_states, data_dir, autoencoder, encoded):
+    before = shards(encoded)
+    with pytest.raises(ValueError, match=r"other settings(.|\n)*columns\.text"):
+        encode(latent_config(data_dir, autoencoder, encoded))
+    assert shards(encoded) == before
+
+
+def test_both_splits_have_the_same_columns(with_states, data_dir, autoencoder, tmp_path):
+    with_states["test[:5%]"] = with_states["test[:5%]"][:, :4]
+    with pytest.raises(ValueError, match="has the columns .'label', 'text'.*must have the same"):
+        encode(latent_config(data_dir, autoencoder, tmp_path / "latents"))
+    assert not (tmp_path / "latents").exists()
+
+
+def test_a_folder_that_names_no_columns_has_labels(copy, encoded, source, data_dir, autoencoder):
+    """As versions wrote it that knew no columns."""
+    path = copy / "latents.json"
+    manifest = json.loads(path.read_text())
+    assert manifest.pop("columns") == {"label": {"shape": [], "dtype": "int32"}}
+    path.write_text(json.dumps(manifest))
+    old = load_latents(copy, TRAIN)
+    assert old.fingerprint() == source.fingerprint() and "columns" not in old.fingerprint()
+    for name, values in old.get(np.arange(43)).items():
+        np.testing.assert_array_equal(values, source.get(np.arange(43))[name])
+    first(copy).unlink()
+    assert encode(latent_config(data_dir, autoencoder, copy)).startswith("Done: ")
+    assert shards(copy) == shards(encoded)
+
+
 # Going on, and sharing ----------------------------------------------------------------------------
 
 
@@ -342,6 +418,10 @@ def flip_a_bit(folder):
         (lambda f: (f / "latents.json").unlink(), "no latents.json in .* encode the data first"),
         (lambda f: (f / "latents.json").write_text("{"), "latents.json is damaged: JSONDecodeErr"),
         (lambda f: edit(f, shape=None), "latents.json is damaged: TypeError"),
+        (lambda f: edit(f, columns={"a": {"shape": [], "dtype": "O"}}), "damaged: .*'a' is of obj"),
+        (lambda f: edit(f, columns={"mask": {"shape": [], "dtype": "int8"}}), "damaged: .*no colu"),
+        (lambda f: edit(f, columns=["label"]), "latents.json is damaged: AttributeError"),
+        (lambda f: edit(f, columns={}), "00000-of-00003.array_record is damaged"),
         (lambda f: edit(f, splits={TRAIN: -1}), "latents.json is damaged: .*out of their range"),
         (lambda f: edit(f, splits={"test": 1}), r"no latents of the split 'train.*only \['test'\]"),
         (lambda f: first(f).unlink(), "1 of 3 shards of .* first is train.*00000-of-00003"),

@@ -6,6 +6,7 @@ from liftplace_jax.conditioning.conditioning import (
     Conditioning,
     Shown,
     Unconditional,
+    check_sources,
 )
 
-__all__ = ["UNCONDITIONAL", "Classes", "Conditioning", "Shown", "Unconditional"]
+__all__ = ["UNCONDITIONAL", "Classes", "Conditioning", "Shown", "Unconditional", "check_sources"]

@@ -32,7 +32,8 @@ class Conditioning(Protocol):
     """What is known of a network's condition; hashable, a constant of jitted functions.
 
     Attributes:
-      columns: name -> shape and dtype, for one example, of what batches must carry for it.
+      columns: name -> shape and dtype, for one example, of what data must carry for it
+        (`check_sources`).
     """
 
     columns: Mapping[str, jax.ShapeDtypeStruct]
@@ -57,7 +58,9 @@ class Conditioning(Protocol):
         """What a report shows, at most `most`; None: nothing but samples as they come."""
 
     def check_data(self, sources: Iterable[Any]) -> None:
-        """Checks that data sets have the condition, and that it is checked as it is read.
+        """Checks that data sets, which have the columns, have the condition.
+
+        It also sees to it that the condition is checked as it is read.
 
         Raises:
           ValueError: one does not; names it.
@@ -109,3 +112,30 @@ class Unconditional:
 
 
 UNCONDITIONAL = Unconditional()
+
+
+def check_sources(conditioning: Conditioning, sources: Iterable[Any]) -> None:
+    """Checks that data sets carry what a network is told.
+
+    Args:
+      conditioning: the network's.
+      sources: each has a `name` and `columns` (see `data.Source`).
+
+    Raises:
+      ValueError: one lacks a column, or has another of that name; or `check_data` refuses it.
+    """
+    sources = list(sources)
+    for source in sources:
+        found = source.columns
+        for name, wanted in conditioning.columns.items():
+            if name not in found:
+                raise ValueError(
+                    f"{source.name} has no column {name!r}, which config.model is told; it has "
+                    f"{', '.join(found) or 'none'}"
+                )
+            if (found[name].shape, found[name].dtype) != (wanted.shape, wanted.dtype):
+                raise ValueError(
+                    f"{source.name} has a column {name!r} of {found[name].shape} "
+                    f"{found[name].dtype}, config.model is told {wanted.shape} {wanted.dtype}"
+                )
+    conditioning.check_data(sources)

@@ -1,10 +1,12 @@
 """Data sets by name, and batches whose order is a function of (seed, step) alone."""
 
+from liftplace_jax.data.columns import Column
 from liftplace_jax.data.encoded import LatentSource, check_autoencoder, load_latents
 from liftplace_jax.data.named import load_source
 from liftplace_jax.data.pipeline import Source, eval_batches, train_batches
 
 __all__ = [
+    "Column",
     "LatentSource",
     "Source",
     "check_autoencoder",

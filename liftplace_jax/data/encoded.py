@@ -1,12 +1,14 @@
 """Encoded data sets on disk: shards of moments, and the source that training reads them with.
 
     latents.json                            what was encoded, and by what
-    <split>-00003-of-00157.array_record     of each image its label and its latents' moments
+    <split>-00003-of-00157.array_record     of each image its columns and its latents' moments
 
 An example's moments are those of the image and of its mirror image, mean and log variance, in
 float16: the mean's rounding, 2e-4 RMS in units of a latent's standard deviation, is a fiftieth of
 the noise of the first timestep (0.01), and the variance's is below 1 %. ImageNet at 256 pixels
-takes 42 GB so, and twice as much in float32.
+takes 42 GB so, and twice as much in float32. Which columns there are, such as the label, and of
+what shape and dtype, is in latents.json; one that says nothing is of a version that wrote labels
+alone.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import jax
 import numpy as np
 
+from liftplace_jax.data.columns import LABEL, RESERVED, Columned
 from liftplace_jax.diffusion.scaling import to_latents
 from liftplace_jax.host.buckets import as_path, cached, fetched, is_in_bucket, listed
 from liftplace_jax.host.differences import differences
@@ -29,6 +33,8 @@ from liftplace_jax.host.files import replacing, write_json
 SHARD_SIZE = 8192
 """Examples in a shard: what is lost when encoding is cut off, 270 MB of latents of (32, 32, 4)."""
 DTYPE = "float16"
+Specs = Mapping[str, jax.ShapeDtypeStruct]
+LABEL_ALONE: Specs = {LABEL: jax.ShapeDtypeStruct((), np.int32)}
 _MANIFEST = "latents.json"
 _COMMAND = "python -m liftplace_jax.encode --config=..."
 
@@ -59,12 +65,53 @@ def list_shards(folder: Path, split: str, count: int, shard_size: int) -> list[S
     ]  # fmt: skip
 
 
-def record_dtype(shape: Iterable[int]) -> np.dtype:
-    """A record's layout for latents of a shape (h, w, C).
+def record_dtype(shape: Iterable[int], columns: Specs = LABEL_ALONE) -> np.dtype:
+    """A record's layout.
 
-    "moments" has the axes: as stored or mirrored; mean or log variance; h; w; C.
+    Args:
+      shape: (h, w, C) of the latents. "moments" has the axes: as stored or mirrored; mean or log
+        variance; h; w; C.
+      columns: name -> shape and dtype of one example's value; they come first, by name.
     """
-    return np.dtype([("label", "<i4"), ("moments", "<f2", (2, 2, *shape))])
+    fields = [
+        (name, np.dtype(spec.dtype).newbyteorder("<"), spec.shape)
+        for name, spec in sorted(columns.items())
+    ]
+    return np.dtype([*fields, ("moments", "<f2", (2, 2, *shape))])
+
+
+def described_columns(
+    columns: Specs, identities: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Columns as JSON types, as the manifest has them.
+
+    Args:
+      columns: of a source.
+      identities: its `column_identities`.
+
+    Raises:
+      ValueError: values that are no numbers, or that NumPy has not, cannot be stored; names it.
+    """
+    for name, spec in columns.items():
+        if np.dtype(spec.dtype).kind not in "biuf":
+            raise ValueError(f"column {name!r} is of {spec.dtype}, which shards cannot hold")
+    return {
+        name: {"shape": list(spec.shape), "dtype": np.dtype(spec.dtype).name}
+        | ({"identity": identities[name]} if name in (identities or {}) else {})
+        for name, spec in sorted(columns.items())
+    }
+
+
+def _read_columns(described: Mapping[str, Any]) -> tuple[Specs, dict[str, Any]]:
+    """The inverse of `described_columns`; what it gets is of a file."""
+    columns = {
+        name: jax.ShapeDtypeStruct(tuple(fields["shape"]), np.dtype(fields["dtype"]))
+        for name, fields in described.items()
+    }
+    identities = {name: f["identity"] for name, f in described.items() if "identity" in f}
+    if described_columns(columns, identities) != described or columns.keys() & set(RESERVED):
+        raise ValueError(f"no columns: {described}")
+    return columns, identities
 
 
 def write_shard(shard: Shard, batches: Iterable[np.ndarray]) -> None:
@@ -132,7 +179,8 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
         )
     try:
         manifest = dict(json.loads(path.read_text()))
-        record_dtype(manifest["shape"])
+        manifest.setdefault("columns", described_columns(LABEL_ALONE))
+        record_dtype(manifest["shape"], _read_columns(manifest["columns"])[0])
         counts = {"shard_size": manifest["shard_size"], **manifest["splits"]}
         numbers = [float(manifest["autoencoder"][f]) for f in ("shift_factor", "scaling_factor")]
         whole = manifest["dtype"] == DTYPE and all(c > 0 and c == int(c) for c in counts.values())
@@ -144,7 +192,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     return manifest
 
 
-class LatentSource:
+class LatentSource(Columned):
     """Random access to the latents of one split, with the interface of `Source`.
 
     Attributes:
@@ -153,6 +201,7 @@ class LatentSource:
       num_classes: number of classes, or None if there are no labels.
       classes: their names, if known; those of every split.
       check_labels: as of `Source`.
+      columns: what `get` gives beside the latents: what is stored, and what `with_column` added.
     """
 
     check_labels = False
@@ -166,9 +215,10 @@ class LatentSource:
         self._autoencoder = dict(manifest["autoencoder"])
         names = ("data", "autoencoder", "shape", "dtype")
         self._identity = {name: _identity(manifest).get(name) for name in names}
+        self._own_columns, self._own_identities = _read_columns(manifest["columns"])
         self._shards = shards
         self._shard_size = manifest["shard_size"]
-        self._dtype = record_dtype(self.image_shape)
+        self._dtype = record_dtype(self.image_shape, self._own_columns)
         self._readers = [_open(shard.path) for shard in shards]
 
     def __len__(self):
@@ -176,7 +226,8 @@ class LatentSource:
 
     def fingerprint(self):
         """What tells these latents from others, as JSON types: what latents.json says of them."""
-        return {"images": len(self)} | self._identity
+        columns = self.column_identities
+        return {"images": len(self)} | self._identity | ({"columns": columns} if columns else {})
 
     def get(self, indices, mirrored=None, draws=None):
         """Reads latents, scaled as a network sees them.
@@ -188,19 +239,15 @@ class LatentSource:
             that depend on the seed and the position alone. None: the means.
 
         Returns:
-          {"image": (B, h, w, C) float32, "label": (B,) int32}.
+          {"image": (B, h, w, C) float32}, and the columns, such as "label": (B,) int32.
 
         Raises:
           ValueError: a damaged shard; names it.
         """
         indices = np.asarray(indices)
         records = self._read(indices)
-        outside = (records["label"] < 0) | (records["label"] >= (self.num_classes or 0))
-        if self.check_labels and outside.any():
-            raise ValueError(
-                f"{self.name}, example {indices[outside][0]}: label {records['label'][outside][0]} "
-                f"is no class, there are {self.num_classes} from 0; this split may be unlabelled"
-            )
+        if self.check_labels:
+            self._check_labels(indices, records[LABEL])
         flips = np.zeros(len(indices), int) if mirrored is None else np.asarray(mirrored, int)
         moments = records["moments"][np.arange(len(indices)), flips].astype(np.float32)
         latents = moments[:, 0]
@@ -209,10 +256,20 @@ class LatentSource:
             noise = [normal(seed, int(position), self.image_shape) for position in positions]
             latents += np.exp(0.5 * moments[:, 1]) * np.stack(noise)
         shift, scale = (self._autoencoder[f] for f in ("shift_factor", "scaling_factor"))
-        return {
-            "image": to_latents(latents, np.float32(shift), np.float32(scale)),
-            "label": records["label"].astype(np.int32),
+        columns = {
+            name: np.ascontiguousarray(records[name], spec.dtype)
+            for name, spec in self._own_columns.items()
         }
+        image = to_latents(latents, np.float32(shift), np.float32(scale))
+        return {"image": image} | columns | self._read_given(indices)
+
+    def _check_labels(self, indices, labels):
+        outside = (labels < 0) | (labels >= (self.num_classes or 0))
+        if outside.any():
+            raise ValueError(
+                f"{self.name}, example {indices[outside][0]}: label {labels[outside][0]} is no "
+                f"class, there are {self.num_classes} from 0; this split may be unlabelled"
+            )
 
     def _read(self, indices):
         records = np.empty(len(indices), self._dtype)

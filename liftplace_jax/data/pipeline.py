@@ -14,12 +14,14 @@ import jax
 import numpy as np
 from PIL import Image
 
+from liftplace_jax.data.columns import LABEL, Columned
+
 MEMORY_MB = 256
 _EPOCHS = threading.Lock()
 RESIZES = {"bilinear": Image.Resampling.BILINEAR, "adm": Image.Resampling.BICUBIC}
 
 
-class Source:
+class Source(Columned):
     """Random access to the images of one split, decoded, cropped and resized.
 
     A small split is kept in memory, decoded, as it is read.
@@ -32,10 +34,12 @@ class Source:
       check_labels: whether a label that is no class is refused; set where labels are used.
       without_classes: why there are no classes, in words, if that is known.
       note: what was left out, guessed or converted, in words, if that is known.
+      columns: what `get` gives beside the images: "label", and what `with_column` added.
     """
 
     check_labels = False
     without_classes = note = ""
+    _own_columns = {LABEL: jax.ShapeDtypeStruct((), np.int32)}
 
     def __init__(
         self,
@@ -116,7 +120,9 @@ class Source:
 
     def fingerprint(self):
         """What tells the stored images from others, as JSON types; how many at the least."""
-        return {"images": len(self)} | (self._fingerprint() if self._fingerprint else {})
+        own = self._fingerprint() if self._fingerprint else {}
+        columns = self.column_identities
+        return {"images": len(self)} | own | ({"columns": columns} if columns else {})
 
     def get(self, indices, mirrored=None, draws=None):
         """Reads the examples at `indices`.
@@ -128,10 +134,12 @@ class Source:
             none (`LatentSource` has).
 
         Returns:
-          {"image": (B, H, W, C) uint8 in 0..255 or float in [-1, 1], "label": (B,) int32}.
+          {"image": (B, H, W, C) uint8 in 0..255 or float in [-1, 1], "label": (B,) int32}, and the
+          other columns.
 
         Raises:
-          ValueError: an image of another shape, type or with non-finite values.
+          ValueError: an image of another shape, type or with non-finite values; a column's values
+            are not what it says.
         """
         indices = np.asarray(indices)
         if self._images is None:
@@ -146,7 +154,7 @@ class Source:
             images, labels = self._images[indices], self._labels[indices]
         if mirrored is not None:
             images[mirrored] = images[mirrored, :, ::-1]
-        return {"image": images, "label": labels}
+        return {"image": images, LABEL: labels} | self._read_given(indices)
 
     def _read(self, index):
         record = self._records[index]
@@ -274,8 +282,8 @@ def train_batches(
 
     Returns:
       A generator of {"image": (local batch, H, W, C) float32 in [-1, 1] (or latents, drawn),
-      "label": (local batch,) int32}. Its `close()` stops the threads; an error in a thread is
-      raised by `next`.
+      "label": (local batch,) int32}, with the source's other columns. Its `close()` stops the
+      threads; an error in a thread is raised by `next`.
 
     Raises:
       ValueError: a batch size that the processes do not divide, a negative seed or step.
@@ -297,7 +305,7 @@ def train_batches(
             order, flips = _epoch(len(source), seed, int(epoch))
             indices[here], mirrored[here] = order[offsets[here]], flips[offsets[here]]
         batch = source.get(indices, mirrored if flip else None, (seed, positions))
-        return {"image": _scaled(batch["image"]), "label": batch["label"]}
+        return batch | {"image": _scaled(batch["image"])}
 
     return _prefetched(make, _count_from(start_step), prefetch)
 
@@ -317,8 +325,9 @@ def eval_batches(
 
     Returns:
       A generator of {"image": (local batch, H, W, C) float32 in [-1, 1] (or latents, the means),
-      "label": int32, "index": int32 position in the source, "mask": bool}. Padding repeats the
-      last example, mask False. Every process gets the same number of batches.
+      "label": int32, "index": int32 position in the source, "mask": bool}, with the source's other
+      columns. Padding repeats the last example, mask False. Every process gets the same number of
+      batches.
 
     Raises:
       ValueError: a batch size that the processes do not divide, a limit not in 1..len(source).
@@ -335,9 +344,8 @@ def eval_batches(
         mask = positions < count
         positions = np.minimum(positions, count - 1)
         batch = source.get(positions)
-        return {
+        return batch | {
             "image": _scaled(batch["image"]),
-            "label": batch["label"],
             "index": positions.astype(np.int32),
             "mask": mask,
         }

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from liftplace_jax import data
 from liftplace_jax.compress import Pruner
+from liftplace_jax.conditioning import check_sources
 from liftplace_jax.diffusion import Process, make_process
 from liftplace_jax.encoders.autoencoder_folder import AutoencoderNetwork, load_autoencoder
 from liftplace_jax.experiment.checks import check_config, check_neighbours
@@ -140,7 +141,7 @@ class Context:
         sources = open_latents(self.config, self.model)
         if self.judge.extractor and not self.config.evaluation.reference:
             _ = self.images  # found wanting now, not at the evaluation
-        self.model.conditioning.check_data(sources.values())
+        check_sources(self.model.conditioning, sources.values())
         check_data(self.workdir, "latents", sources, self.writes)
         return sources
 
@@ -149,7 +150,7 @@ class Context:
         """Images by use; prepared on first use."""
         sources = open_images(self.config, self.image_shape)
         if not self.autoencoder:
-            self.model.conditioning.check_data(sources.values())
+            check_sources(self.model.conditioning, sources.values())
         fields, count = self.config.evaluation, len(sources["train"])
         extractor = self.judge.extractor
         if extractor and not fields.reference:

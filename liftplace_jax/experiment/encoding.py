@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from liftplace_jax import data
+from liftplace_jax.conditioning import check_sources
 from liftplace_jax.data import encoded
 from liftplace_jax.data.encoded import Shard
 from liftplace_jax.encoders.autoencoder_folder import AutoencoderNetwork, load_autoencoder
@@ -112,14 +113,21 @@ def _open_images(config: ConfigDict, autoencoder: AutoencoderNetwork) -> dict[st
             f"{config.latents.autoencoder} makes latents of {autoencoder.config.latent_channels} "
             f"channels, config.model.in_channels is {config.model.in_channels}: change one of them"
         )
-    registry.config_from_dict(config.model.to_dict(), partial=True).conditioning.check_data(
-        sources.values()
-    )
+    model = registry.config_from_dict(config.model.to_dict(), partial=True)
+    check_sources(model.conditioning, sources.values())
+    first, *others = sources.values()
+    for other in others:
+        if (other.columns, other.column_identities) != (first.columns, first.column_identities):
+            raise ValueError(
+                f"{first.name} has the columns {list(first.columns)}, {other.name} has "
+                f"{list(other.columns)}, or of other shapes or origin: both splits must have the "
+                "same"
+            )
     return sources
 
 
 def _manifest(config, autoencoder, sources, shard_size) -> dict[str, Any]:
-    fields, size = config.data, config.model.image_size
+    fields, size, first = config.data, config.model.image_size, next(iter(sources.values()))
     return {
         "data": {
             "name": fields.name, "image_size": fields.image_size, "resize": fields.resize,
@@ -127,11 +135,12 @@ def _manifest(config, autoencoder, sources, shard_size) -> dict[str, Any]:
             "folder": fields.path and Path(fields.path).expanduser().resolve().name,
         },
         "splits": {split: len(source) for split, source in sources.items()},
-        "num_classes": next(iter(sources.values())).num_classes,
-        "classes": list(next(iter(sources.values())).classes),
+        "num_classes": first.num_classes,
+        "classes": list(first.classes),
         "autoencoder": autoencoder.identity,
         "shape": [size, size, autoencoder.config.latent_channels],
         "dtype": encoded.DTYPE,
+        "columns": encoded.described_columns(first.columns, first.column_identities),
         "shard_size": shard_size,
         "versions": versions(),
     }  # fmt: skip
@@ -197,8 +206,10 @@ def _records(moments, batch, source, shard) -> np.ndarray:
             f"data set {source.name}, example {shard.start + batch['index'][np.argmin(finite)]}: "
             f"its latents are not finite in {encoded.DTYPE}"
         )
-    records = np.empty(len(moments), encoded.record_dtype(moments.shape[3:]))
-    records["label"], records["moments"] = batch["label"][mask], moments
+    records = np.empty(len(moments), encoded.record_dtype(moments.shape[3:], source.columns))
+    records["moments"] = moments
+    for name in source.columns:
+        records[name] = batch[name][mask]
     return records
 
 
