@@ -66,6 +66,7 @@ setup(
             "torch==2.13.0",
             "torch-fidelity>=0.4,<0.5",
             "torchvision>=0.28,<0.29",  # the one for torch 2.13
+            "transformers>=5.0,<6",
         ],
         "torch": ["torch>=2.6"],
         "cpu": ["numba>=0.61"],

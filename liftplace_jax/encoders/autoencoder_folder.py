@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,15 +65,6 @@ class AutoencoderNetwork(Network):
             "name": self.name, "sha256": self.sha256,
             "scaling_factor": self.config.scaling_factor, "shift_factor": self.config.shift_factor,
         }  # fmt: skip
-
-    @functools.cached_property
-    def sha256(self) -> str:
-        """Digest of names, shapes and values of all weights, whatever file they come from."""
-        digest = hashlib.sha256()
-        for name, value in sorted(weights.to_torch(self.params).items()):
-            digest.update(f"{name} {value.shape}\n".encode())
-            digest.update(value.astype("<f4").tobytes())
-        return digest.hexdigest()
 
 
 def load_autoencoder(path: str | os.PathLike, entry: str | None = None) -> AutoencoderNetwork:

@@ -15,7 +15,7 @@ _xla = functools.partial(jax.nn.dot_product_attention, implementation="xla")
 _cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v, every head for itself.
 
     On CUDA cuDNN's kernel, which never writes the scores to memory, where `cudnn_takes` says so.
@@ -26,16 +26,19 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
       q: (B, T, N, H), queries: T tokens, N heads of width H.
       k: (B, S, N, H), keys.
       v: (B, S, N, H), values.
+      causal: whether a query sees the keys up to its own place alone.
 
     Returns:
       (B, T, N, H), of q's dtype.
     """
-    if not cudnn_takes(q, k, v):
-        return _xla(q, k, v)
-    return jax.lax.platform_dependent(q, k, v, cuda=_cudnn, default=_xla)
+    xla = functools.partial(_xla, is_causal=causal)
+    if not cudnn_takes(q, k, v, causal=causal):
+        return xla(q, k, v)
+    cudnn = functools.partial(_cudnn, is_causal=causal)
+    return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=xla)
 
 
-def cudnn_takes(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
+def cudnn_takes(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False) -> bool:
     """Whether cuDNN is here, on GPUs that its kernel runs on, and takes the arrays.
 
     These are of 16 bits, with heads of a width that is a multiple of 8 and at most 128: wider
@@ -47,7 +50,8 @@ def cudnn_takes(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
     if jax.default_backend() == "gpu" and not _since_ampere():
         return False
     try:
-        jax.eval_shape(_cudnn, q, k, v)  # traced even where the program is for CPUs
+        # Traced even where the program is for CPUs.
+        jax.eval_shape(functools.partial(_cudnn, is_causal=causal), q, k, v)
     except (RuntimeError, NotImplementedError):  # a JAX without CUDA, or an old cuDNN
         return False
     return True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,6 +36,15 @@ class Network:
     config: Any
     graphdef: nnx.GraphDef
     params: building.Params
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Digest of names, shapes and values of all weights, whatever file they come from."""
+        digest = hashlib.sha256()
+        for name, value in sorted(weights.to_torch(self.params).items()):
+            digest.update(f"{name} {value.shape}\n".encode())
+            digest.update(value.astype("<f4").tobytes())
+        return digest.hexdigest()
 
 
 def make_apply(graphdef: nnx.GraphDef) -> Callable[..., tuple[jax.Array, dict]]:

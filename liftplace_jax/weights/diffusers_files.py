@@ -16,7 +16,10 @@ from liftplace_jax.host.outside import cut, lies, read_json, shown
 from liftplace_jax.weights.diffusers import DiffusersError
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
-_VARIANT = re.compile(rf"{WEIGHTS_NAME}\.([^.]+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
+DIFFUSERS = {".safetensors": WEIGHTS_NAME, ".bin": WEIGHTS_NAME}
+"""How weights of diffusers are called, by suffix."""
+TRANSFORMERS = {".safetensors": "model", ".bin": "pytorch_model"}
+"""And those of transformers."""
 _SHARD = re.compile(r"[^/\\\0]{1,200}\.(?:safetensors|bin)")
 
 
@@ -78,12 +81,15 @@ def is_of_diffusers(folder: Path, fields: Mapping[str, Any]) -> bool:
     return False
 
 
-def read_weights(folder: str | os.PathLike, variant: str | None = None) -> dict[str, np.ndarray]:
+def read_weights(
+    folder: str | os.PathLike, variant: str | None = None, stems: Mapping[str, str] = DIFFUSERS
+) -> dict[str, np.ndarray]:
     """The tensors of a diffusers folder by name, from its one file or its shards.
 
     Args:
       folder: with diffusion_pytorch_model.safetensors or .bin, or an index.json of its shards.
       variant: of diffusion_pytorch_model.<variant>.safetensors, such as "fp16".
+      stems: what stands before a suffix, `DIFFUSERS` or `TRANSFORMERS`.
 
     Raises:
       weights.WeightFileError: a file is missing or damaged.
@@ -91,24 +97,30 @@ def read_weights(folder: str | os.PathLike, variant: str | None = None) -> dict[
     """
     folder = as_path(folder)
     middle = f".{variant}" if variant else ""
-    for suffix in (".safetensors", ".bin"):
-        path = folder / f"{WEIGHTS_NAME}{middle}{suffix}"
+    for suffix, stem in stems.items():
+        path = folder / f"{stem}{middle}{suffix}"
         if lies(path):
             return weights.read_tensors(path)
         # diffusers puts the variant here; others where it is in the name of one file.
-        for index in (f"{WEIGHTS_NAME}{suffix}.index{middle}.json", f"{path.name}.index.json"):
+        for index in (f"{stem}{suffix}.index{middle}.json", f"{path.name}.index.json"):
             if lies(folder / index):
                 return _read_shards(folder / index)
-    raise _no_weights(folder, variant)
+    raise _no_weights(folder, variant, stems)
 
 
-def _no_weights(folder: Path, variant: str | None) -> weights.WeightFileError:
-    names = [file.name for file in listed(folder) if file.name.startswith(WEIGHTS_NAME)]
-    variants = {match[1] for name in names if (match := _VARIANT.fullmatch(name))}
-    middle = f".{variant}" if variant else ""
-    message = (
-        f"{folder}: no {WEIGHTS_NAME}{middle}.safetensors or .bin there, nor an index.json of one"
+def _no_weights(
+    folder: Path, variant: str | None, stems: Mapping[str, str]
+) -> weights.WeightFileError:
+    names = [file.name for file in listed(folder) if file.name.startswith(tuple(stems.values()))]
+    pattern = re.compile(
+        rf"(?:{'|'.join(map(re.escape, stems.values()))})\.([^.]+?)(?:-\d+-of-\d+)?"
+        r"\.(?:safetensors|bin)"
     )
+    variants = {match[1] for name in names if (match := pattern.fullmatch(name))}
+    middle = f".{variant}" if variant else ""
+    stem, *others = dict.fromkeys(stems.values())
+    other = f"{others[0]}{middle}.bin" if others else ".bin"
+    message = f"{folder}: no {stem}{middle}.safetensors or {other} there, nor an index.json of one"
     if variants:
         return weights.EntryError(
             f"{message}, only the variants {sorted(variants)}: choose one as entry, or rename it"
