@@ -185,5 +185,5 @@ def test_the_folder_of_a_pipeline(tmp_path, known):
 
 def test_a_missing_library_says_what_to_install(tmp_path, known, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"pip install 'liftplace_jax\[text\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'liftplace_jax\[text\]'"):
         load_tokenizer(write_clip(tmp_path, known, {}))

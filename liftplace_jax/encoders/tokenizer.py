@@ -127,7 +127,7 @@ def load_tokenizer(
 
     Raises:
       ValueError: no such folder, a file is missing or damaged, or of another tokenizer; names it.
-      ImportError: the `tokenizers` library is missing.
+        Or the `tokenizers` library is missing; says what to install.
     """
     _library()  # missing, it is not the folder's fault
     place = _place(as_path(folder), entry)
@@ -156,7 +156,7 @@ def _library() -> Any:
     try:
         import tokenizers  # late: only texts need it
     except ImportError as error:
-        raise ImportError(
+        raise ValueError(
             "texts need the tokenizers library: pip install 'liftplace_jax[text]'"
         ) from error
     return tokenizers
