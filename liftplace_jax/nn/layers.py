@@ -17,9 +17,13 @@ _ZEROS = {
 }
 
 
-def linear(in_features: int, out_features: int, *, rngs: nnx.Rngs, dtype: Dtype) -> nnx.Linear:
+def linear(
+    in_features: int, out_features: int, *, rngs: nnx.Rngs, dtype: Dtype, use_bias: bool = True
+) -> nnx.Linear:
     """A dense layer, zero until `reset_parameters`; float32 parameters."""
-    return nnx.Linear(in_features, out_features, dtype=dtype, rngs=rngs, **_ZEROS)
+    return nnx.Linear(
+        in_features, out_features, use_bias=use_bias, dtype=dtype, rngs=rngs, **_ZEROS
+    )
 
 
 def conv(
