@@ -4,8 +4,12 @@
     python -m liftplace_jax.convert --model=ema.ckpt --config=configs/digits.py --to=published \\
         --out=teacher
 
+    python -m liftplace_jax.convert --model=runs/sd/student/lift_place/seed0 --to=diffusers \\
+        --pipeline=stable-diffusion-2-1-base --out=small-sd
+
 --to=published writes model.safetensors (names of the published checkpoints) and config.json;
---to=diffusers a folder for diffusers' `from_pretrained`.
+--to=diffusers a folder for diffusers' `from_pretrained`: of the network alone, or with --pipeline a
+whole pipeline, whose other parts are copied from that one.
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ _ENTRY = flags.DEFINE_string(
     "begin; in a folder: a folder in it or a variant (unet_ema, fp16)",
 )  # fmt: skip
 _TO = flags.DEFINE_enum("to", None, FORMATS, "what to write")
+_PIPELINE = flags.DEFINE_string(
+    "pipeline", None, "for --to=diffusers: a pipeline's folder, whose other parts are copied"
+)
 _OUT = flags.DEFINE_string("out", None, "a new folder")
 _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a refused input")
 
@@ -53,10 +60,13 @@ def convert() -> str:
     from liftplace_jax.experiment.fields import check_fields
     from liftplace_jax.families import registry
     from liftplace_jax.families.loading import load_checkpoint, write_diffusers
+    from liftplace_jax.families.pipelines import write_pipeline
     from liftplace_jax.host.buckets import as_path, on_this_machine
     from liftplace_jax.host.files import replacing_folder
     from liftplace_jax.nn import building
 
+    if _PIPELINE.value is not None and _TO.value != "diffusers":
+        raise ValueError(f"--pipeline is for --to=diffusers, not --to={_TO.value}")
     path, out = as_path(_MODEL.value), on_this_machine(_OUT.value, "--out")
     config = None
     if _CONFIG.value is not None:
@@ -67,14 +77,20 @@ def convert() -> str:
         network = load_checkpoint(path, config, _ENTRY.value)
     except weights.EntryError as error:
         raise ValueError(f"{error} (--entry)") from error
-    if _TO.value == "diffusers":
+    more = ""
+    if _PIPELINE.value is not None:
+        written = write_pipeline(out, network.config, network.params, _PIPELINE.value)
+        more = f"; {', '.join(written.parts)} of {_PIPELINE.value}"
+        if written.left_out:
+            more += f" but for what nothing reads there: {', '.join(written.left_out)}"
+    elif _TO.value == "diffusers":
         write_diffusers(out, network.config, network.params)
     else:
         with replacing_folder(out) as folder:
             fields = network.config.described()
             weights.save_model(folder, fields, network.params)
     count = building.count_parameters(network.params)
-    return f"{out}: {count:,} parameters of {path}, for {_TO.value}"
+    return f"{out}: {count:,} parameters of {path}, for {_TO.value}{more}"
 
 
 def entry_point() -> None:

@@ -144,8 +144,8 @@ def test_the_published_pipelines_layout_loads(copy):
     ({"window": 7}, "window 7: not a field known here"),
     ({"_class_name": "Transformer2DModel"},
      r"attention_bias False \(the default, as the field is absent\): must be True"),
-    ({"_class_name": "SD3Transformer2DModel"},
-     "_class_name 'SD3Transformer2DModel': no network known here, .* a DiTTransformer2DModel"),
+    ({"_class_name": "FluxTransformer2DModel"},
+     "_class_name 'FluxTransformer2DModel': no network known here, .* a DiTTransformer2DModel"),
 ])  # fmt: skip
 def test_fields_that_our_dit_cannot_be_are_listed(tmp_path, changes, message):
     fields = {"_class_name": "DiTTransformer2DModel"} | FIELDS | changes

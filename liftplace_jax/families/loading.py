@@ -122,6 +122,16 @@ def write_diffusers(folder: str | os.PathLike, config: Any, params: Any) -> None
       DiffusersError: diffusers has no such network; says why.
       FileExistsError: there is something in the folder.
     """
+    with replacing_folder(folder) as temporary:
+        write_network(temporary, config, params)
+
+
+def write_network(folder: Path, config: Any, params: Any) -> None:
+    """Writes the two files of a network of diffusers into a folder; see `write_diffusers`.
+
+    Raises:
+      DiffusersError: diffusers has no such network; nothing is written then.
+    """
     try:
         form = registry.family_of(config).format
     except ValueError as error:
@@ -130,10 +140,8 @@ def write_diffusers(folder: str | os.PathLike, config: Any, params: Any) -> None
         ) from error
     fields = form.config_to(config)
     tensors = form.tensors_to(config, weights.to_torch(params))
-    with replacing_folder(folder) as temporary:
-        path = temporary / f"{WEIGHTS_NAME}.safetensors"
-        weights.write_safetensors(path, tensors, {"format": "pt"})
-        write_json(temporary / "config.json", fields)
+    weights.write_safetensors(folder / f"{WEIGHTS_NAME}.safetensors", tensors, {"format": "pt"})
+    write_json(folder / "config.json", fields)
 
 
 def load_network(folder: str | os.PathLike, *args: Any, **options: Any) -> Network:

@@ -96,16 +96,35 @@ def read_weights(
       weights.EntryError: there are variants alone, or none of this name; names them.
     """
     folder = as_path(folder)
+    path = _find_weights(folder, variant, stems)
+    if path is None:
+        raise _no_weights(folder, variant, stems)
+    return _read_shards(path) if path.suffix == ".json" else weights.read_tensors(path)
+
+
+def weight_files(folder: str | os.PathLike, stems: Mapping[str, str] = DIFFUSERS) -> list[str]:
+    """Names of the files that `read_weights` reads, their index among them; none: it would refuse.
+
+    Raises:
+      weights.WeightFileError: an index is damaged.
+    """
+    path = _find_weights(as_path(folder), None, stems)
+    if path is None:
+        return []
+    return [path.name, *(_shards(path) if path.suffix == ".json" else ())]
+
+
+def _find_weights(folder: Path, variant: str | None, stems: Mapping[str, str]) -> Path | None:
+    """The file of all tensors, or the index of several."""
     middle = f".{variant}" if variant else ""
     for suffix, stem in stems.items():
         path = folder / f"{stem}{middle}{suffix}"
-        if lies(path):
-            return weights.read_tensors(path)
         # diffusers puts the variant here; others where it is in the name of one file.
-        for index in (f"{stem}{suffix}.index{middle}.json", f"{path.name}.index.json"):
-            if lies(folder / index):
-                return _read_shards(folder / index)
-    raise _no_weights(folder, variant, stems)
+        indices = (f"{stem}{suffix}.index{middle}.json", f"{path.name}.index.json")
+        for found in (path, *(folder / name for name in indices)):
+            if lies(found):
+                return found
+    return None
 
 
 def _no_weights(

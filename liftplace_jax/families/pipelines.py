@@ -1,0 +1,109 @@
+"""Pipelines of diffusers: a folder with a network of ours among the parts of another one."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from liftplace_jax.families import registry
+from liftplace_jax.families.loading import write_network
+from liftplace_jax.host.buckets import listed, on_this_machine
+from liftplace_jax.host.files import replacing_folder, write_json
+from liftplace_jax.host.outside import lies, read_json, shown
+from liftplace_jax.weights.diffusers import DiffusersError
+from liftplace_jax.weights.diffusers_files import DIFFUSERS, TRANSFORMERS, weight_files
+
+INDEX = "model_index.json"
+_WEIGHTS = (".safetensors", ".bin", ".msgpack", ".onnx", ".onnx_data", ".h5", ".ckpt", ".xml")
+
+
+class Written(NamedTuple):
+    """What `write_pipeline` did.
+
+    Attributes:
+      parts: names of the folders that were copied.
+      left_out: files of these that diffusers' `from_pretrained` would not read without a variant.
+    """
+
+    parts: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def write_pipeline(
+    out: str | os.PathLike, config: Any, params: Any, source: str | os.PathLike
+) -> Written:
+    """Writes a pipeline that diffusers' `from_pretrained` loads: another one, with our network.
+
+    Args:
+      out: a new or an empty folder; made whole or not at all.
+      config: the network's config.
+      params: its parameters.
+      source: folder of a pipeline of the network's kind, such as its teacher's; the parts that its
+        model_index.json names are copied, but for the network.
+
+    Raises:
+      DiffusersError: source is no such pipeline, a part is missing in it, or diffusers has no such
+        network; says why.
+      FileExistsError: there is something at `out`.
+    """
+    source = on_this_machine(source, "the pipeline whose parts are copied")
+    form = registry.family_of(config).format
+    parts = _read_index(source, form)
+    copied, left_out = [], []
+    with replacing_folder(out) as temporary:
+        for name in parts:
+            if name == form.part or not isinstance(parts[name], list) or None in parts[name]:
+                continue  # the network, a setting, or a part that this pipeline goes without
+            left_out += _copy_part(source / name, temporary / name)
+            copied.append(name)
+        (temporary / form.part).mkdir()
+        write_network(temporary / form.part, config, params)
+        write_json(temporary / INDEX, parts | {form.part: ["diffusers", form.classes[0]]})
+    return Written(tuple(copied), tuple(left_out))
+
+
+def _read_index(source: Path, form: Any) -> dict[str, Any]:
+    path = source / INDEX
+    if not lies(path):
+        raise DiffusersError(f"{source}: no {INDEX} there: it is no pipeline of diffusers")
+    parts = read_json(path)
+    given = parts.get(form.part)
+    named = given[1] if isinstance(given, list) and len(given) == 2 else given
+    if named not in form.classes:
+        raise DiffusersError(
+            f"{path}: {form.part} is {shown(named)}, must be {' or '.join(form.classes)}: choose "
+            "a pipeline of the network's kind"
+        )
+    odd = [name for name in parts if not re.fullmatch(r"\w+", name)]
+    if odd:
+        raise DiffusersError(f"{path}: {shown(odd)} are no names of parts")
+    missing = [
+        name for name, value in parts.items()
+        if isinstance(value, list) and None not in value and name != form.part
+        and not (source / name).is_dir()
+    ]  # fmt: skip
+    if missing:
+        raise DiffusersError(f"{source}: {INDEX} names {missing}, which are no folders there")
+    return parts
+
+
+def _copy_part(source: Path, target: Path) -> list[str]:
+    """Copies a folder without the weights that nobody reads; returns the names of those."""
+    read = next(
+        (found for stems in (DIFFUSERS, TRANSFORMERS) if (found := weight_files(source, stems))),
+        None,
+    )  # fmt: skip
+    left_out = []
+    target.mkdir()
+    for file in sorted(listed(source), key=lambda file: file.name):
+        is_weight = file.name.endswith(_WEIGHTS) or ".index." in file.name
+        if read is not None and is_weight and file.name not in read:
+            left_out.append(f"{source.name}/{file.name}")
+        elif file.is_dir():
+            shutil.copytree(file, target / file.name)
+        else:
+            shutil.copyfile(file, target / file.name)
+    return left_out
