@@ -189,7 +189,8 @@ def load_checkpoint(
     if config is None:
         raise ValueError(f"{path}: a file of weights does not say its model, so give its config")
     tensors = weights.read_tensors(path, entry)
-    if any(name.endswith(theirs) for theirs in OF_DIFFUSERS for name in tensors):
+    theirs = OF_DIFFUSERS if registry.family_of(config).format.telltale else ()
+    if any(name.endswith(tail) for tail in theirs for name in tensors):
         raise ValueError(f"{path} is the weights of diffusers alone: give its folder")
     seen = config.visible_in(tensors)  # a wrong depth is one line, not a hundred tensors
     wanted = [{name: getattr(config, name) for name in seen}]

@@ -9,10 +9,11 @@ from typing import Any
 from liftplace_jax.families.dit.family import DIT
 from liftplace_jax.families.family import Family
 from liftplace_jax.families.mmdit.family import MMDIT
+from liftplace_jax.families.sd_unet.family import SD_UNET
 from liftplace_jax.families.unet.family import UNET
 from liftplace_jax.nn.model_config import DenoiserConfig
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (UNET, DIT, MMDIT)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (UNET, DIT, SD_UNET, MMDIT)}
 
 
 def family_named(name: Any) -> Family:

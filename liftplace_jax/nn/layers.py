@@ -60,19 +60,21 @@ def conv(
     )
 
 
-def group_norm(features: int, groups: int, *, rngs: nnx.Rngs, dtype: Dtype) -> nnx.GroupNorm:
-    """Affine group normalisation, eps 1e-6; statistics and parameters in float32."""
+def group_norm(
+    features: int, groups: int, *, rngs: nnx.Rngs, dtype: Dtype, epsilon: float = 1e-6
+) -> nnx.GroupNorm:
+    """Affine group normalisation; statistics and parameters in float32."""
     return nnx.GroupNorm(
-        features, groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, rngs=rngs
+        features, groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs
     )
 
 
 def layer_norm(
-    features: int, *, rngs: nnx.Rngs, dtype: Dtype, epsilon: float = 1e-6
+    features: int, *, rngs: nnx.Rngs, dtype: Dtype, epsilon: float = 1e-6, affine: bool = False
 ) -> nnx.LayerNorm:
-    """Layer normalisation without parameters; statistics in float32."""
+    """Layer normalisation, with parameters if it is affine; statistics in float32."""
     return nnx.LayerNorm(
-        features, epsilon=epsilon, use_bias=False, use_scale=False, dtype=dtype,
+        features, epsilon=epsilon, use_bias=affine, use_scale=affine, dtype=dtype,
         use_fast_variance=False, rngs=rngs,
     )  # fmt: skip
 
@@ -100,8 +102,9 @@ def reset_parameters(model: nnx.Module, key: jax.Array) -> None:
     variables, bounds = [], []
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Conv | nnx.Linear):
-            variables += [module.kernel, module.bias]
-            bounds += 2 * [1 / math.sqrt(math.prod(module.kernel.shape[:-1]))]
+            found = [module.kernel, module.bias] if module.use_bias else [module.kernel]
+            variables += found
+            bounds += len(found) * [1 / math.sqrt(math.prod(module.kernel.shape[:-1]))]
     draw(key, variables, bounds)
 
 
