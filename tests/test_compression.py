@@ -66,6 +66,25 @@ def test_sizes_are_the_published_to_the_unit():
     assert sizes.PAPER == printed
 
 
+def test_sizes_of_stable_diffusion_are_the_published():
+    facts = json.loads((GOLDEN / "sd_facts.json").read_text())["models"]
+    names = {"SD-2.1-base (teacher)": "sd-2.1-base", "SD-1.4 (teacher)": "sd-1.4"}
+    for file in facts:
+        version, _, name = file.partition("/")
+        kind = "channels-" if name.startswith("C_") else ""
+        names.setdefault(file, f"bk-{version[:2]}-{kind}{name.partition('_')[2]}")
+    rows = {row["model"]: row for row in sizes.run(Options())["tables"]["sd_unet"]["rows"]}
+    printed = {}
+    for file, name in names.items():
+        if file == "v1/bk_extreme":  # the published file is that of tiny
+            continue
+        row, fact = rows[name], facts[file]
+        assert (row["parameters"], row["macs"]) == (fact["total_params"], fact["macs_thop_unet"])
+        if fact["paper_macs_params"]:
+            printed[name] = tuple(fact["paper_macs_params"][::-1])
+    assert len(rows) == 17 and sizes.PAPER_SD_UNETS == printed
+
+
 def test_published_architectures_are_those_of_the_golden_facts():
     facts = json.loads((GOLDEN / "ddpm_facts.json").read_text())["models"]
     assert PUBLISHED_UNETS.keys() == facts.keys()

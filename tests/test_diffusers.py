@@ -240,7 +240,7 @@ def test_every_field_that_cannot_be_is_listed():
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"_class_name": "UNet2DConditionModel"}, "_class_name 'UNet2DConditionModel'"),
+    ({"_class_name": "UNet3DConditionModel"}, "_class_name 'UNet3DConditionModel'"),
     ({"up_block_types": CIFAR10["down_block_types"]}, "up_block_types .*'AttnDownBlock2D'"),
     ({"up_block_types": ["AttnUpBlock2D", *3 * ["UpBlock2D"]]}, "attention where down_block_types"),
     ({"down_block_types": 3, "up_block_types": []}, r"down_block_types \[\]: must be one"),

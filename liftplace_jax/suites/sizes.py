@@ -21,14 +21,20 @@ PAPER_DITS = {
     "DiT-D7/2": ("173.1M", "29.7G"), "DiT-D4/2": ("101.4M", "17.0G"),
 }  # fmt: skip
 """Those of its latent-space table."""
+PAPER_SD_UNETS = {
+    "sd-2.1-base": ("865.9M", "339.2G"), "bk-v2-base": ("583.5M", "224.1G"),
+    "bk-v2-small": ("485.8M", "218.0G"), "bk-v2-tiny": ("326.8M", "205.3G"),
+}  # fmt: skip
+"""Those of its text-to-image table."""
 
 
 def run(options: Options) -> Result:
-    """Counts every model; quick: CIFAR-10's and two DiTs alone."""
+    """Counts every model; quick: CIFAR-10's, two DiTs and SD 2.1-base with one student alone."""
     names = ("cifar10",) if options.quick else tuple(published("unet"))
     dits = ("DiT-XL/2", "DiT-D14/2") if options.quick else tuple(published("dit"))
+    sd = ("sd-2.1-base", "bk-v2-base") if options.quick else tuple(published("sd_unet"))
     return {
-        "title": "Exact sizes of the published U-Nets and DiTs",
+        "title": "Exact sizes of the published U-Nets, DiTs and Stable Diffusion's U-Nets",
         "columns": ["data", "ratio", "parameters", "macs", "compression", "paper_parameters",
                     "paper_macs"],
         "formats": {"parameters": ",", "macs": ",", "compression": ".1f"},
@@ -39,12 +45,21 @@ def run(options: Options) -> Result:
                         "paper_parameters", "paper_macs"],
             "formats": {"parameters": ",", "macs": ",", "compression": ".1f"},
             "rows": [_dit_row(name) for name in dits],
+        }, "sd_unet": {
+            "title": "Of Stable Diffusion's U-Nets and BK-SDM's students",
+            "columns": ["model", "widths", "layers", "parameters", "macs", "compression",
+                        "paper_parameters", "paper_macs"],
+            "formats": {"parameters": ",", "macs": ",", "compression": ".1f"},
+            "rows": [_sd_row(name) for name in sd],
         }},
         "notes": [
             "ratio: share of channels removed by the published rule; 0 is the teacher. "
             "compression: the teacher's parameters / the model's.",
             "macs: of one forward pass on one image, counted as the published tables are, which "
             "differ: the U-Nets' without attention's products, the DiTs' with them.",
+            "Stable Diffusion: 4x64x64 latents (sd-2.1: 4x96x96), 77 tokens. bk: fewer blocks; "
+            "channels: all blocks, of fewer channels. compression: its teacher's parameters over "
+            "the model's. The published file of v1's extreme student is that of tiny.",
             "DiTs: 4x32x32 latents of 256x256 images, 1000 classes; parameters with the positions, "
             "which are not trained. compression: of a depth-pruned DiT-XL/2, over its parameters.",
             "The paper's 9.2M (CelebA, 0.7) and 138.8G (Bedroom, 0.3) are cut off, not rounded.",
@@ -76,4 +91,18 @@ def _dit_row(name: str) -> dict[str, Any]:
         "patch": config.patch_size, "parameters": parameters, "macs": count_macs(config),
         "compression": teacher / parameters if pruned else None,
         "paper_parameters": printed[0], "paper_macs": printed[1],
+    }  # fmt: skip
+
+
+def _sd_row(name: str) -> dict[str, Any]:
+    networks = published("sd_unet")
+    config, parameters = networks[name], config_parameters(networks[name])
+    teacher = "sd-1.4" if name.startswith("bk-v1") else "sd-2.1-base"
+    printed = PAPER_SD_UNETS.get(name, (None, None))
+    return {
+        "model": name, "widths": "+".join(map(str, config.widths)),
+        "layers": "+".join(map(str, config.layers)), "parameters": parameters,
+        "macs": count_macs(config), "compression": (
+            config_parameters(networks[teacher]) / parameters if name.startswith("bk-") else None
+        ), "paper_parameters": printed[0], "paper_macs": printed[1],
     }  # fmt: skip

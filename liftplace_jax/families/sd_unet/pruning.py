@@ -37,9 +37,7 @@ class BlockPruner:
 
     def prune(self, fields: Any, teacher: TeacherNetwork, tools: Tools) -> Student:
         kept = kept_layers(fields.student, teacher.config)
-        config, tensors, cuts = prune_blocks(
-            teacher.config, tools.tensors(teacher.params), kept
-        )
+        config, tensors, cuts = prune_blocks(teacher.config, tools.tensors(teacher.params), kept)
         return Student(
             config, tensors, {"student": fields.student, "kept": list(kept), "cut": cuts}
         )

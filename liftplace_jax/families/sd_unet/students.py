@@ -233,5 +233,3 @@ def prune_blocks(
                 cuts.append(f"{module}.{leaf}")
             result[f"{module}.{leaf}"] = value
     return student, result, cuts
-
-
