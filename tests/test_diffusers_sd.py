@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -84,21 +85,28 @@ def saved(tmp_path_factory):
 
 @functools.partial(jax.jit, static_argnums=0)
 def apply(graphdef, params, x, t, context):
-    return make_apply(graphdef)(params, x, t, False, None, context)[0]
+    """((gradients of half the sum of squares with respect to x and context), prediction)."""
+
+    def loss(x, context):
+        y = make_apply(graphdef)(params, x, t, False, None, context)[0]
+        return 0.5 * jnp.sum(y**2), y
+
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(x, context)
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_live_and_written_back(saved, name, tmp_path):
     network = load_checkpoint(saved(name).parent)
     x, t, context = inputs(network.config)
-    found = apply(network.graphdef, network.params, x, t, context)
-    with torch.no_grad():
-        expected = peer(name)(
-            torch.from_numpy(np.moveaxis(x, -1, 1).copy()), torch.from_numpy(t),
-            torch.from_numpy(context),
-        ).sample  # fmt: skip
+    gradients, found = apply(network.graphdef, network.params, x, t, context)
+    theirs = [torch.from_numpy(a.copy()).requires_grad_() for a in (np.moveaxis(x, -1, 1), context)]
+    expected = peer(name)(theirs[0], torch.from_numpy(t), theirs[1]).sample
     assert expected.std() > 0.05
-    np.testing.assert_allclose(found, nhwc(expected.numpy()), atol=2e-5)
+    np.testing.assert_allclose(found, nhwc(expected.detach().numpy()), atol=2e-5)
+    expected.square().sum().mul(0.5).backward()
+    wanted = nhwc(theirs[0].grad.numpy()), theirs[1].grad.numpy()
+    for gradient, value in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(gradient, value, rtol=0, atol=1e-4 * np.abs(value).max())
 
     write_diffusers(tmp_path / "out", network.config, network.params)
     back = UNet2DConditionModel.from_pretrained(tmp_path / "out")
@@ -173,6 +181,9 @@ def test_a_file_alone_is_read_with_its_config(saved):
     path = saved("v1") / f"{WEIGHTS}.safetensors"
     config = config_from_diffusers(PEERS["v1"])
     assert load_checkpoint(path, config).config == config
+    # What no weight tells is as the config says.
+    larger = config.replace(image_size=16, upcast_attention=True)
+    assert load_checkpoint(saved("v1"), larger).config == larger
     with pytest.raises(ValueError, match=r"safetensors is not what .*\n  layers: .*\n  mid_block"):
         load_checkpoint(path, config.replace(layers=(1, 2), mid_block=False))
 

@@ -12,6 +12,7 @@ from conftest import GOLDEN, nhwc
 from ml_collections import ConfigDict
 
 from liftplace_jax import weights
+from liftplace_jax.experiment.presets import family_config, runlocal
 from liftplace_jax.families import registry
 from liftplace_jax.families.sd_unet.config import SDUNetConfig, published_layer_map
 from liftplace_jax.families.sd_unet.diffusers import config_from_diffusers
@@ -268,6 +269,24 @@ def test_students_that_a_small_teacher_has_not():
         predict("base", TINY)
     with pytest.raises(ValueError, match="a student of 2 levels has more than its teacher of 1"):
         TINY.layer_map(predict("tiny", TINY))
+
+
+@pytest.mark.parametrize("network, student", [
+    ("sd-2.1-base", "base"), ("sd-1.4", "small"), ("sd-2.1", "tiny"), ("sd-1.5", "extreme"),
+])  # fmt: skip
+def test_published_experiments_and_their_miniatures(network, student):
+    config, _ = family_config(None, "sd", "sd_unet", network, student=student)
+    assert registry.config_from_dict(config.model.to_dict(), partial=True) == (
+        PUBLISHED_SD_UNETS[network]
+    )
+    assert (config.process.schedule, config.process.beta_start) == ("scaled_linear", 0.00085)
+    assert config.distill.optimizer.weight_decay == 1e-2 and config.distill.loss.variant == "sd"
+    small = runlocal(config)
+    teacher = registry.config_from_dict(small.model.to_dict(), partial=True)
+    blocks = [block.name for block in teacher.blocks()]
+    assert blocks == [block.name for block in PUBLISHED_SD_UNETS[network].blocks()]
+    made = BlockPruner().predict(small.compress, teacher)
+    assert made.layers == tuple(1 for _ in made.widths) and registry.config_parameters(made) < 6e5
 
 
 # The config and the network -----------------------------------------------------------------------

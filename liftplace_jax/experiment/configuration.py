@@ -113,9 +113,9 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
 
     config.teacher = training_config()
     # Instead of training one: a folder of ours (model.safetensors and config.json) or of diffusers'
-    # UNet2DModel or DiTTransformer2DModel, or a file of published weights (.safetensors, .pt, .pth,
-    # .ckpt, .bin, .npz). Whichever it is, it must be what config.model says; only what is no
-    # property of weights (dropout, class_dropout) is always config.model's.
+    # UNet2DModel, DiTTransformer2DModel or UNet2DConditionModel, or a file of published weights
+    # (.safetensors, .pt, .pth, .ckpt, .bin, .npz). Whichever it is, it must be what config.model
+    # says; only what is no property of weights (dropout, class_dropout) is always config.model's.
     config.teacher.checkpoint = config_dict.placeholder(str)
     # Where in a file of several state dicts: a key ("ema") or the number of an item ("-1").
     config.teacher.entry = config_dict.placeholder(str)
@@ -133,7 +133,8 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     )
     config.distill.feature.mask_sigma = config_dict.placeholder(float)
     # {student feature: teacher feature}, as JSON for the command line's sake. Default: all, by
-    # name; of DiTs the published map for their depths, whichever blocks the student kept.
+    # name; of DiTs the published map for their depths, whichever blocks the student kept, and of
+    # Stable Diffusion's U-Nets the outputs of blocks of equal resolution.
     config.distill.layer_map = config_dict.placeholder(str)
     config.distill.loss = ConfigDict(
         dict(variant="pixel", norm=None, eps=None, terms="both", per="channel", group_size=16,

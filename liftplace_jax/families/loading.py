@@ -160,8 +160,9 @@ def load_checkpoint(
 
     Args:
       path: a folder of ours (model.safetensors and config.json); a folder of diffusers'
-        `UNet2DModel` or `DiTTransformer2DModel`, or of a pipeline with one; or a file of
-        published weights, as of `weights.read_tensors`. Of this machine or a bucket.
+        `UNet2DModel`, `DiTTransformer2DModel` or `UNet2DConditionModel`, or of a pipeline with
+        one; or a file of published weights, as of `weights.read_tensors`. Of this machine or a
+        bucket.
       config: what the model must be. A folder's own config must agree with it, but for what is no
         property of weights, such as dropout: that of `config` counts. Needed for a file, which
         does not say what it is; without it a folder's own config counts.

@@ -205,9 +205,10 @@ class SDUNetConfig(DenoiserConfig):
         return SDUNet(self, rngs=rngs, dtype=dtype, remat=remat)
 
     def architecture(self) -> list[dict[str, Any]]:
-        """See `ModelConfig.architecture`: the levels, then all but the record upcast_attention."""
+        """See `ModelConfig.architecture`: the levels, then all but the record upcast_attention, and
+        image_size, which no weight and no layer depends on."""
         fields = self.to_dict()
-        del fields["upcast_attention"]
+        del fields["upcast_attention"], fields["image_size"]
         return [{name: fields.pop(name) for name in ("widths", "layers", "mid_block")}, fields]
 
     def visible_in(self, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
