@@ -276,8 +276,9 @@ def test_students_that_a_small_teacher_has_not():
 ])  # fmt: skip
 def test_published_experiments_and_their_miniatures(network, student):
     config, _ = family_config(None, "sd", "sd_unet", network, student=student)
-    assert registry.config_from_dict(config.model.to_dict(), partial=True) == (
-        PUBLISHED_SD_UNETS[network]
+    assert (
+        registry.config_from_dict(config.model.to_dict(), partial=True)
+        == (PUBLISHED_SD_UNETS[network])
     )
     assert (config.process.schedule, config.process.beta_start) == ("scaled_linear", 0.00085)
     assert config.distill.optimizer.weight_decay == 1e-2 and config.distill.loss.variant == "sd"
