@@ -145,12 +145,15 @@ def _sources(
 
 def _check_inputs(student: SDUNetConfig, teacher: SDUNetConfig, kept: Sequence[str]) -> None:
     for block, layer, source, number in _sources(student, teacher, kept):
+        if (block.width, block.heads) != (source.width, source.heads):  # the middle's alone
+            raise ValueError(
+                f"student: {source.name} has {source.width} channels and {source.heads} heads, the "
+                f"last level that stays {block.width} and {block.heads}: leave {source.name} out"
+            )
         (into, skip), (needs, takes) = block.inputs[layer], source.inputs[number]
         name = f"{source.name}.{number}"
         lost = block.name == "up_blocks.0" and not layer and into < needs
-        if (skip, block.width, block.heads) != (takes, source.width, source.heads) or (
-            into != needs and not lost
-        ):
+        if skip != takes or (into != needs and not lost):
             raise ValueError(
                 f"student: {name} of the teacher takes {needs} channels of the layer before it and "
                 f"{takes} of a skip, in the student it would get {into} and {skip}: keep another "
