@@ -121,11 +121,14 @@ def test_a_job_killed_anywhere_ends_as_one_that_was_not(start, finished, tmp_pat
     assert err.endswith("teacher: SIGTERM at step 2: saved. The same command goes on from there.\n")
     assert (workdir / "teacher" / "checkpoints" / "2").is_dir()
     interrupt("SIGKILL", "teacher checkpoint 6", -signal.SIGKILL)
-    # Training was at step 6; what was being written does not count.
-    assert [row["step"] for row in read_metrics(workdir / "teacher")] == [1, 2, 3, 4, 5, 6]
+    # Training was past step 6, which was being written; that does not count.
+    assert [row["step"] for row in read_metrics(workdir / "teacher")] == [1, 2, 3, 4, 5, 6, 7]
     assert not (workdir / "teacher" / "checkpoints" / "6").exists()
     assert not (workdir / "teacher" / "model.safetensors").exists()
-    interrupt("SIGKILL", "seed0 metrics 5", -signal.SIGKILL)
+    err = interrupt("SIGKILL", "seed0 writing 3", -signal.SIGKILL)
+    assert "teacher: goes on from step 3; the checkpoint of step 6 was not finished" in err
+    err = interrupt("SIGKILL", "seed0 metrics 5", -signal.SIGKILL)
+    assert "seed 0: goes on from the start; the checkpoint of step 3 was not finished" in err
     assert not (workdir / "student" / "lift_place" / "seed0" / "model.safetensors").exists()
     interrupt("SIGKILL", "scored 3", -signal.SIGKILL)
     assert (workdir / "teacher" / "evaluation.json").exists()

@@ -56,7 +56,8 @@ def train(
       title: of the progress line.
       shardings: of the state, for restoring.
       log_every: steps between lines of metrics.
-      checkpoint_every: steps between checkpoints; the last step is always saved.
+      checkpoint_every: steps between checkpoints, which are written in the background; the last
+        step is always saved, and however the loop ends, it waits for what is being written.
       tensorboard: see `MetricsLog`.
       on_log: (step, state) -> more metrics, called at the steps whose metrics are written.
 
@@ -66,6 +67,8 @@ def train(
     Raises:
       Interrupted: a signal came; the state is saved.
       NonFiniteLossError: a term is not finite; the last checkpoint is from before that.
+      OSError: a checkpoint cannot be written; one that was written in the background says so when
+        the next is due, or at the end.
     """
     checkpoints = Checkpoints(folder / "checkpoints")
     first = checkpoints.latest_step() or 0
@@ -79,7 +82,7 @@ def train(
     agreed = Agreement()  # several processes save the same step, whoever got the signal
     bar = progress(title, total_steps, first)
     try:
-        with _Signals() as signals:
+        with _Signals() as signals, checkpoints:
             # The order matters for exact resume: batch, step, check, log, save.
             last = _LastStep(log, bar)
             for step in range(first + 1, total_steps + 1):
@@ -94,10 +97,11 @@ def train(
                     with last.said_first():
                         last.more = dict(on_log(step, state) if on_log else {})
                 stop = agreed(signals.received)  # one that comes later waits for the next step
-                if step % checkpoint_every == 0 or step == total_steps or stop:
+                at_end = stop or step == total_steps
+                if at_end or step % checkpoint_every == 0:
                     last.settle()
                     log.flush()
-                    checkpoints.save(step, state)
+                    checkpoints.save(step, state, background=not at_end)
                 if stop:
                     raise Interrupted(f"{title}: {signal.Signals(stop).name} at step {step}")
             agreed(signals.received)
@@ -107,7 +111,6 @@ def train(
         bar.close()
         log.close()
         batches.close()
-        checkpoints.close()
     return state
 
 
