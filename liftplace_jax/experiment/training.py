@@ -57,8 +57,9 @@ def train_teacher(context: Context) -> None:
 
 
 def load_teacher(
-    context: Context, dtype: str = "float32", remat: str | None = None, placed: bool = False
-) -> Network:
+    context: Context, dtype: str = "float32", remat: str | None = None, placed: bool = False,
+    is_frozen: bool = False,
+) -> Network:  # fmt: skip
     """The finished teacher.
 
     Args:
@@ -67,13 +68,14 @@ def load_teacher(
       remat: as of `building.create`.
       placed: whether its parameters are where training has them, read straight to there;
         otherwise they are on the default device.
+      is_frozen: as of `network.from_tensors`.
 
     Raises:
       ValueError: there is none yet.
     """
     return load_network(
         context.teacher_folder, dtype, "run --mode=teacher first", remat=remat,
-        shardings=shardings(context) if placed else None,
+        shardings=shardings(context) if placed else None, is_frozen=is_frozen,
     )  # fmt: skip
 
 
@@ -86,7 +88,7 @@ def distill(context: Context) -> None:
 
 def _distill_one(context: Context, run: Run) -> None:
     fields = context.config.distill
-    teacher = load_teacher(context, fields.dtype, placed=True)
+    teacher = load_teacher(context, fields.dtype, placed=True, is_frozen=True)
     start = load_network(
         context.pruned_folder, fields.dtype, "run --mode=compress first", remat=fields.remat,
         shardings=shardings(context, "params.student."),

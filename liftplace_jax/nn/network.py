@@ -17,7 +17,8 @@ from flax import nnx
 from liftplace_jax import weights
 from liftplace_jax.host import processes, sharding
 from liftplace_jax.host.buckets import as_path
-from liftplace_jax.nn import building
+from liftplace_jax.nn import building, frozen
+from liftplace_jax.nn.model_config import DenoiserConfig
 
 Shardings = Callable[[Any], Any]
 PARAMS = {"ema": "model.safetensors", "raw": "raw.safetensors"}
@@ -61,6 +62,31 @@ def make_apply(graphdef: nnx.GraphDef) -> Callable[..., tuple[jax.Array, dict]]:
     return apply
 
 
+def example_inputs(config: DenoiserConfig) -> tuple[Any, Any, Any]:
+    """Shapes and dtypes of a denoising network's (x, t, cond), for one sample."""
+    x = jax.ShapeDtypeStruct((1, *config.shape), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.int32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    return x, t, jax.eval_shape(jax.vmap(config.conditioning.draw), keys)
+
+
+def kept_params(config: DenoiserConfig, dtype: str) -> building.Params:
+    """Parameters of a frozen denoising network, as of `frozen.kept`, when it computes in dtype."""
+    if dtype == "float32":
+        return building.abstract(config)[1]
+    return jax.tree.map(lambda leaf: leaf, _kept_params(config, dtype))  # the caller's own
+
+
+@functools.lru_cache(maxsize=32)
+def _kept_params(config, dtype):
+    graphdef, params = building.abstract(config, jnp.dtype(dtype))
+
+    def program(params, x, t, cond):
+        return make_apply(graphdef)(params, x, t, True, None, cond)
+
+    return frozen.kept(program, params, *example_inputs(config))
+
+
 def is_saved(folder: str | os.PathLike) -> bool:
     """Whether a finished model lies in a folder (config.json is written last)."""
     folder = as_path(folder)
@@ -75,7 +101,7 @@ def is_finished(folder: str | os.PathLike) -> bool:
 def read_network(
     folder: str | os.PathLike, config_of: Callable[[Mapping[str, Any]], Any],
     dtype: str = "float32", hint: str = "check the path", params: str = "ema",
-    remat: str | None = None, shardings: Shardings | None = None,
+    remat: str | None = None, shardings: Shardings | None = None, is_frozen: bool = False,
 ) -> Network:  # fmt: skip
     """A model from its folder.
 
@@ -87,6 +113,7 @@ def read_network(
       params: "ema", the averaged ones, or "raw", those that training ended with.
       remat: as of `building.create`.
       shardings: as of `from_tensors`: this process then never holds more than a few arrays.
+      is_frozen: as of `from_tensors`.
 
     Raises:
       ValueError: nothing there, or files that do not fit; names the path.
@@ -106,12 +133,12 @@ def read_network(
             config = config_of(fields)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from error
-        return from_tensors(config, tensors, folder, dtype, remat, shardings)
+        return from_tensors(config, tensors, folder, dtype, remat, shardings, is_frozen)
 
 
 def from_tensors(
     config: Any, tensors: Mapping[str, np.ndarray], origin: Any = "tensors", dtype: str = "float32",
-    remat: str | None = None, shardings: Shardings | None = None,
+    remat: str | None = None, shardings: Shardings | None = None, is_frozen: bool = False,
 ) -> Network:  # fmt: skip
     """A model of a config from arrays by published name, in PyTorch's layouts.
 
@@ -122,6 +149,8 @@ def from_tensors(
       dtype: of the computation.
       remat: as of `building.create`.
       shardings: abstract parameters -> their shardings; None: the default device.
+      is_frozen: a denoising network that is not trained: its parameters are as of `kept_params`,
+        for the same numbers in less memory. Otherwise they are float32.
 
     Raises:
       ValueError: tensors do not fit; names the origin and every misfit.
@@ -131,6 +160,8 @@ def from_tensors(
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
     graphdef, abstract = building.abstract(config, jnp.dtype(dtype), remat)
+    if is_frozen:
+        abstract = kept_params(config, dtype)
     places = shardings and jax.tree.leaves(shardings(abstract))
 
     def put(value, number):

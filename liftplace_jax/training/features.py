@@ -6,10 +6,9 @@ import json
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 
 from liftplace_jax.losses import init_adapters
-from liftplace_jax.nn.network import Network, make_apply
+from liftplace_jax.nn.network import Network, example_inputs, make_apply
 
 
 def read_layer_map(text: str | None) -> dict[str, str] | None:
@@ -74,14 +73,9 @@ def match_features(
 
 def _feature_shapes(network: Network) -> dict[str, tuple[int, ...]]:
     config, apply = network.config, make_apply(network.graphdef)
-    x = jax.ShapeDtypeStruct((1, *config.shape), jnp.float32)
-    t = jax.ShapeDtypeStruct((1,), jnp.int32)
-    cond = jax.eval_shape(
-        jax.vmap(config.conditioning.draw), jax.random.split(jax.random.key(0), 1)
-    )
     shapes = jax.eval_shape(
         lambda params, x, t, cond: apply(params, x, t, True, None, cond)[1],
-        network.params, x, t, cond,
+        network.params, *example_inputs(config),
     )  # fmt: skip
     return {name: feature.shape for name, feature in shapes.items()}
 

@@ -243,7 +243,7 @@ class DiT(nnx.Module):
     def embed(self, x: jax.Array) -> jax.Array:
         """Images or latents (B, H, W, in_channels) as the (B, T, D) tokens that block 0 sees."""
         tokens = self.x_embedder(x.astype(self.dtype))
-        return tokens + jax.lax.stop_gradient(self.pos_embed[...]).astype(self.dtype)
+        return tokens + jax.lax.stop_gradient(self.pos_embed[...].astype(self.dtype))
 
     def _unpatchify(self, patches: jax.Array) -> jax.Array:
         config, size = self.config, self.config.patch_size
