@@ -106,8 +106,10 @@ def test_live_outputs_and_gradients(peer, network):
         assert wanted.std() > 0.1
         np.testing.assert_allclose(value, wanted, atol=1e-5 * np.abs(wanted).max())
 
+    decoder = network.decoder()
+
     def loss(latents):
-        return (network.decode(network.params, latents) ** 2).sum()
+        return (decoder.decode(decoder.params, latents) ** 2).sum()
 
     # `decode` takes latents as a network sees them.
     scaled = to_latents(LATENTS, TINY["shift_factor"], TINY["scaling_factor"])
@@ -132,6 +134,30 @@ def test_bfloat16_on_many_devices(network):
         for value, wanted in zip(found, expected, strict=True):
             assert value.dtype == jnp.float32 and len(value.sharding.device_set) == 8
             np.testing.assert_allclose(value, wanted, atol=tolerance * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("dtype, size", [("float32", 4), ("bfloat16", 2)])
+def test_decoders_have_a_dtype_of_their_own_and_only_what_decodes(network, dtype, size):
+    decoder = network.decoder(dtype)
+    needed = {k: v for k, v in network.params.items() if k in ("decoder", "post_quant_conv")}
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder.params))
+    assert held == size * building.count_parameters(needed)
+    assert 3 * building.count_parameters(needed) < 2 * building.count_parameters(network.params)
+    scaled = to_latents(LATENTS, TINY["shift_factor"], TINY["scaling_factor"])
+    found = jax.jit(decoder.decode)(decoder.params, scaled)
+    graphdef = building.abstract(network.config, jnp.dtype(dtype))[0]
+
+    @jax.jit
+    def casting(params, latents):
+        z = from_latents(latents, TINY["shift_factor"], TINY["scaling_factor"])
+        return nnx.merge(graphdef, params).decode(z)
+
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, casting(network.params, scaled))
+    whole = network.decoder()
+    wanted = jax.jit(whole.decode)(whole.params, scaled)
+    close = 0 if dtype == "float32" else 5e-2 * np.abs(wanted).max()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=close)
 
 
 @pytest.mark.parametrize("fields, count", [(SD, 83_653_863), (SD3, 83_819_683)])

@@ -34,7 +34,7 @@ from liftplace_jax.host.differences import differences
 from liftplace_jax.host.files import write_json
 from liftplace_jax.losses import PUBLISHED
 from liftplace_jax.nn import building
-from liftplace_jax.nn.network import Network
+from liftplace_jax.nn.network import Network, make_apply
 from liftplace_jax.training.features import make_adapters
 from liftplace_jax.training.objective import BASIC_METHODS, METHODS
 
@@ -175,6 +175,9 @@ def test_folders_of_one_and_of_many_students(tmp_path):
     ("teacher.dtype", "float16", "config.teacher.dtype must be one of"),
     ("distill.precision", "float32", "config.distill.precision must be one of"),
     ("evaluation.precision", "bfloat16", "config.evaluation.precision must be one of"),
+    ("evaluation.dtype", "float16", "config.evaluation.dtype must be one of"),
+    ("latents.decode_dtype", "half", "config.latents.decode_dtype must be one of"),
+    ("latents.decode_dtype", "bfloat16", "without config.latents.autoencoder nothing is decoded"),
     ("distill.ema_decay", 1.0, r"config.distill.ema_decay must be a number in \[0, 1\), got 1.0"),
     ("teacher.optimizer.name", "sgd", "config.teacher.optimizer.name must be one of"),
     ("distill.optimizer.warmup_steps", 99, r"distill.optimizer.warmup_steps must be in 0\.\.8"),
@@ -328,7 +331,7 @@ def test_networks_are_judged_in_the_precision_of_the_config(tmp_path, precision)
     t = jax.ShapeDtypeStruct((2,), np.int32)
     for traced in (
         jax.jit(judge.sampler(network)).trace(params, keys),
-        judge.predictor(graphdef).trace(params, x, t, None),
+        judge.predictor(experiment.model).trace(params, x, t, None),
     ):
         lines = traced.lower(lowering_platforms=("tpu",)).as_text().splitlines()
         products = [line for line in lines if "dot_general" in line]
@@ -341,14 +344,43 @@ def test_networks_are_judged_in_the_precision_of_the_config(tmp_path, precision)
     assert scoring.protocol(experiment)["precision"] == precision
 
 
+def test_networks_are_judged_in_the_dtype_of_the_config(tmp_path):
+    keys = jax.random.split(jax.random.key(0), 4)
+    samples, predictions = {}, {}
+    trained = None
+    for dtype in ("float32", "bfloat16"):
+        experiment = open_experiment(
+            tiny(evaluation__dtype=dtype, evaluation__sample_steps=5), tmp_path / dtype
+        )
+        judge, model = experiment.judge, experiment.model
+        trained = trained or building.create(model, 3, jnp.bfloat16)  # whatever it was trained in
+        network = Network(model, *trained)
+        params = judge.placed_params(network)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {dtype}
+        samples[dtype] = jax.jit(judge.sampler(network))(params, keys)
+        x, t = jax.random.normal(keys[0], (4, *model.shape)), jnp.arange(4)
+        predictions[dtype] = judge.predictor(model)(judge.placed(network), x, t, None)
+        assert samples[dtype].dtype == predictions[dtype].dtype == jnp.float32
+        assert scoring.protocol(experiment)["dtype"] == dtype
+        if dtype == "float32":  # the network as it is, to the bit
+            apply = make_apply(building.abstract(model)[0])
+            sample = make_sampler(experiment.config.evaluation, experiment.process, model, apply)
+            np.testing.assert_array_equal(jax.jit(sample)(trained[1], keys), samples[dtype])
+    for found in (samples, predictions):
+        error = np.abs(found["bfloat16"] - found["float32"]).max()
+        assert 0 < error < 5e-2 * np.abs(found["float32"]).max()
+
+
 def test_configs_of_before_precision_get_its_defaults():
     old = configuration.to_json(tiny())
+    del old["evaluation"]["dtype"], old["latents"]["decode_dtype"]
     for room in ("teacher", "distill", "evaluation"):
         del old[room]["precision"]
     found = configuration.completed(old)
     assert found == configuration.to_json(tiny())
     assert found["teacher"]["precision"] == found["distill"]["precision"] == "default"
     assert found["evaluation"]["precision"] == "highest"
+    assert found["evaluation"]["dtype"] == found["latents"]["decode_dtype"] == "float32"
 
 
 def test_adapters_fit_the_widths_of_both_networks():

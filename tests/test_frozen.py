@@ -1,4 +1,4 @@
-"""Frozen networks: kept in the dtype that they compute in, with the numbers of casting each step."""
+"""Frozen networks: in the dtype that they compute in, with the numbers of a cast at each step."""
 
 import jax
 import jax.numpy as jnp

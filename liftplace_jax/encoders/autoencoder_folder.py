@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from liftplace_jax import weights
@@ -16,7 +17,7 @@ from liftplace_jax.diffusion.scaling import from_latents
 from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
 from liftplace_jax.host.buckets import as_path
 from liftplace_jax.host.outside import cut, shown
-from liftplace_jax.nn import building
+from liftplace_jax.nn import building, frozen
 from liftplace_jax.nn.network import Network, from_tensors, read_network
 from liftplace_jax.weights.diffusers import MOST_PROBLEMS, DiffusersError, current_name
 from liftplace_jax.weights.diffusers_files import choose_folder, is_of_diffusers, read_weights
@@ -40,6 +41,22 @@ _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecode
 _IGNORED = ("force_upcast",)  # about float16
 
 
+_DECODING = ("decoder", "post_quant_conv")
+
+
+class Decoder(NamedTuple):
+    """The half of an autoencoder that makes images.
+
+    Attributes:
+      decode: (params, (B, h, w, C) latents as a network sees them) -> (B, H, W, C) images, not
+        clipped; a pure function.
+      params: the parameters, as of `frozen.kept`.
+    """
+
+    decode: Callable[[Any, jax.Array], jax.Array]
+    params: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class AutoencoderNetwork(Network):
     """An autoencoder with its arrays.
@@ -47,16 +64,29 @@ class AutoencoderNetwork(Network):
     Attributes:
       config: an `AutoencoderConfig`.
       graphdef: the NNX definition.
-      params: the parameters.
+      params: the parameters, in memory: devices get what they use.
       name: of the folder it comes from.
     """
 
     name: str
 
-    def decode(self, params: Any, latents: jax.Array) -> jax.Array:
-        """(B, h, w, C) latents as a network sees them -> (B, H, W, C) images, not clipped."""
-        z = from_latents(latents, self.config.shift_factor, self.config.scaling_factor)
-        return nnx.merge(self.graphdef, params).decode(z)
+    def decoder(self, dtype: str = "float32") -> Decoder:
+        """What decodes latents.
+
+        Args:
+          dtype: of the computation.
+        """
+        config = self.config
+        graphdef, whole = building.abstract(config, jnp.dtype(dtype))
+        params = {name: part for name, part in self.params.items() if name in _DECODING}
+
+        def decode(params, latents):
+            z = from_latents(latents, config.shift_factor, config.scaling_factor)
+            # The encoder is there in name only: its parameters stay where they are.
+            return nnx.merge(graphdef, whole | params).decode(z)
+
+        latents = jax.ShapeDtypeStruct((1, 2, 2, config.latent_channels), jnp.float32)
+        return Decoder(decode, frozen.cast(params, frozen.kept(decode, params, latents)))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -91,9 +121,8 @@ def load_autoencoder(path: str | os.PathLike, entry: str | None = None) -> Autoe
         if not _is_ours(fields):
             raise ValueError(f"{path} holds a {fields.get('model')!r}, not an autoencoder")
         network = read_network(place, _own_config)
-    return AutoencoderNetwork(
-        network.config, network.graphdef, network.params, folder.resolve().name
-    )
+    params = jax.device_get(network.params)
+    return AutoencoderNetwork(network.config, network.graphdef, params, folder.resolve().name)
 
 
 def _is_autoencoder(fields: Mapping[str, Any]) -> bool:

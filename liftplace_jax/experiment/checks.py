@@ -66,6 +66,7 @@ def check_config(config: ConfigDict) -> None:
             "config.latents.autoencoder and config.latents.path belong together: set both (latent "
             "diffusion) or neither (images)"
         )
+    _check_decoding(config.latents)
     if config.data.path and config.data.name != "folder":
         raise ValueError(
             f"config.data.path is for config.data.name=folder only, which is {config.data.name!r}"
@@ -74,6 +75,14 @@ def check_config(config: ConfigDict) -> None:
     if crop and not (len(crop) == 4 and crop[0] < crop[2] and crop[1] < crop[3]):
         raise ValueError(
             f"config.data.crop must be (left, upper, right, lower) in pixels, got {crop}"
+        )
+
+
+def _check_decoding(fields):
+    if fields.decode_dtype != "float32" and not fields.autoencoder:
+        raise ValueError(
+            f"config.latents.decode_dtype {fields.decode_dtype}: without "
+            "config.latents.autoencoder nothing is decoded"
         )
 
 
@@ -100,7 +109,9 @@ def _check_choices(config):
         "distill.weight.name": WEIGHTS,
         "distill.weight.direction": DIRECTIONS,
         "evaluation.features": (None, *evaluation.FEATURES),
+        "evaluation.dtype": DTYPES,
         "evaluation.precision": PRECISIONS,
+        "latents.decode_dtype": DTYPES,
     }  # fmt: skip
     found = dict(leaves(config))
     for field, names in choices.items():

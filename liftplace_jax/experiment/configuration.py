@@ -150,9 +150,10 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     config.evaluation = ConfigDict(
         dict(features="digits", num_samples=1024, batch_size=256, sampler="ddim", sample_steps=50,
              skip_type="uniform", eta=0.0, seed=12345, neighbours=5, clip=None, curve_every=0,
-             curve_samples=256, guidance=1.0, allow_few=False, precision="highest")
+             curve_samples=256, guidance=1.0, allow_few=False, dtype="float32",
+             precision="highest")
     )  # fmt: skip
-    # precision: as config.teacher.precision, of all networks where they are judged.
+    # dtype, precision: as those of config.teacher, of all networks where they are judged.
     # allow_few: fewer samples than features have dimensions, whose Frechet distance compares with
     # nothing; the report says so.
     # Channels that classifier-free guidance acts on; default: all of the mean. DiT published 3.
@@ -169,6 +170,7 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     config.latents = ConfigDict()
     config.latents.autoencoder = config_dict.placeholder(str)
     config.latents.path = config_dict.placeholder(str)
+    config.latents.decode_dtype = "float32"  # of the computation, where samples are decoded
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))
     # (regular expression, partition) pairs; default: replicated. ((r"kernel", ("fsdp",)),) splits
     # all kernels by their last dimension. Tables that are looked up (of labels) are best whole.

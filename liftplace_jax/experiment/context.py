@@ -24,7 +24,11 @@ from liftplace_jax import data
 from liftplace_jax.compress import Pruner
 from liftplace_jax.conditioning import check_sources
 from liftplace_jax.diffusion import Process, make_process
-from liftplace_jax.encoders.autoencoder_folder import AutoencoderNetwork, load_autoencoder
+from liftplace_jax.encoders.autoencoder_folder import (
+    AutoencoderNetwork,
+    Decoder,
+    load_autoencoder,
+)
 from liftplace_jax.experiment.checks import check_config, check_neighbours
 from liftplace_jax.experiment.configuration import under
 from liftplace_jax.experiment.judging import Judge
@@ -114,6 +118,11 @@ class Context:
         data.check_autoencoder(fields.path, autoencoder.identity)
         return autoencoder
 
+    @functools.cached_property
+    def decoder(self) -> Decoder | None:
+        """Of latents, as the config says; None without an autoencoder."""
+        return self.autoencoder and self.autoencoder.decoder(self.config.latents.decode_dtype)
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the images: of the network's input, or of what it is decoded to."""
@@ -126,7 +135,7 @@ class Context:
     def judge(self) -> Judge:
         """What samples are drawn, and compared, by."""
         return Judge(
-            self.config.evaluation, self.process, self.autoencoder, self.batch_sharding,
+            self.config.evaluation, self.process, self.decoder, self.batch_sharding,
             lambda: self.images["train"],
         )  # fmt: skip
 

@@ -113,8 +113,8 @@ def _check_judging(context: Context) -> None:
         latents = jax.eval_shape(sampler, None, keys)
     if fields.reference and judge.real.features is not None:
         check_neighbours(context.config, len(judge.real.features))
-    if context.autoencoder:
-        jax.eval_shape(context.autoencoder.decode, context.autoencoder.params, latents)
+    if context.decoder:
+        jax.eval_shape(context.decoder.decode, context.decoder.params, latents)
 
 
 def _check_students(context: Context) -> None:

@@ -8,35 +8,36 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import nnx
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from liftplace_jax import data, evaluation
 from liftplace_jax.diffusion import Process
-from liftplace_jax.encoders.autoencoder_folder import AutoencoderNetwork
+from liftplace_jax.encoders.autoencoder_folder import Decoder
 from liftplace_jax.evaluation.samples import replicated
 from liftplace_jax.evaluation.sampling import Sampler, make_sampler
 from liftplace_jax.host import sharding
 from liftplace_jax.host.progress import progress
+from liftplace_jax.nn import building, frozen
 from liftplace_jax.nn.model_config import DenoiserConfig
-from liftplace_jax.nn.network import Network, make_apply
+from liftplace_jax.nn.network import Network, kept_params, make_apply
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Judge:
-    """See the module's text.
+    """See the module's text. Networks compute in fields.dtype here, however they were trained.
 
     Attributes:
       fields: config.evaluation.
       process: the diffusion process.
-      autoencoder: that decodes samples; None: they are images.
+      decoder: of samples; None: they are images.
       batch_sharding: of batches.
       train_images: opens the training images.
     """
 
     fields: ConfigDict
     process: Process
-    autoencoder: AutoencoderNetwork | None
+    decoder: Decoder | None
     batch_sharding: jax.sharding.NamedSharding
     train_images: Callable[[], data.Source]
 
@@ -62,41 +63,54 @@ class Judge:
             )  # fmt: skip
 
     def sampler(self, network: Network, clip: float | None = None) -> Sampler:
-        """The config's sampler of a network; see `make_sampler`, and `params`."""
-        return self._sampler(network.config, network.graphdef, clip)
+        """The config's sampler of a network; see `make_sampler`, and `placed_params`."""
+        return self._sampler(network.config, clip)
 
     @functools.cached_property
     def _sampler(self) -> Callable[..., Sampler]:
         # One function, and so one compiled program, for all students of an architecture.
         @functools.cache
-        def made(model: DenoiserConfig, graphdef: nnx.GraphDef, clip: float | None) -> Sampler:
+        def made(model: DenoiserConfig, clip: float | None) -> Sampler:
             return make_sampler(
-                self.fields, self.process, model, make_apply(graphdef), clip,
-                self.autoencoder and self.autoencoder.decode,
+                self.fields, self.process, model, self._apply(model), clip,
+                self.decoder and self.decoder.decode,
             )  # fmt: skip
 
         return made
 
-    def params(self, params: Any) -> Any:
-        """What `sampler` takes as parameters: the network's, and the decoder's if there is one."""
-        return (params, self.autoencoder.params) if self.autoencoder else params
+    def _apply(self, model: DenoiserConfig) -> Callable[..., Any]:
+        return make_apply(building.abstract(model, jnp.dtype(self.fields.dtype))[0])
 
-    def placed(self, params: Any) -> Any:
-        """Parameters on every device, sent once and not at every batch."""
+    def kept(self, model: DenoiserConfig, params: Any) -> Any:
+        """A network's parameters in the dtype that they are computed in."""
+        return frozen.cast(params, kept_params(model, self.fields.dtype))
+
+    def placed(self, network: Network) -> Any:
+        """A network's parameters on every device, sent once and not at every batch."""
+        return self._everywhere(self.kept(network.config, network.params))
+
+    def placed_params(self, network: Network) -> Any:
+        """What `sampler` takes as parameters, `placed`."""
+        return self._with_decoder(self.placed(network))
+
+    def _everywhere(self, params: Any) -> Any:
         whole = replicated(self.batch_sharding)
         return sharding.place(params, jax.tree.map(lambda _: whole, params))
 
-    def placed_params(self, network: Network) -> Any:
-        """What `sampler` takes, of a network, `placed`."""
-        return self.placed(self.params(network.params))
+    @functools.cached_property
+    def _decoder_params(self) -> Any:
+        return self._everywhere(self.decoder.params)
+
+    def _with_decoder(self, params: Any) -> Any:
+        return (params, self._decoder_params) if self.decoder else params
 
     @functools.cached_property
-    def predictor(self) -> Callable[[nnx.GraphDef], Callable[..., jax.Array]]:
-        """graphdef -> jitted (params, x_t, t, condition) -> prediction, without the rest of it."""
+    def predictor(self) -> Callable[[DenoiserConfig], Callable[..., jax.Array]]:
+        """config -> jitted (params, x_t, t, condition) -> prediction, without the rest of it."""
 
         @functools.cache
-        def made(graphdef):
-            apply = make_apply(graphdef)
+        def made(model):
+            apply = self._apply(model)
 
             @jax.default_matmul_precision(self.fields.precision)
             def prediction(params, x, t, condition):
@@ -112,11 +126,12 @@ class Judge:
         real = evaluation.moments_of(self.real)
         distance = jax.jit(evaluation.frechet_distance_in_graph)
         # Whole on each device: split parameters would send the samples around instead.
-        whole = jax.jit(lambda tree: tree, out_shardings=replicated(self.batch_sharding))
+        kept = functools.partial(self.kept, network.config)
+        whole = jax.jit(kept, out_shardings=replicated(self.batch_sharding))
 
         def distance_of(params) -> float:
             samples = evaluation.collect(
-                sample, whole(self.params(params)), fields.curve_samples,
+                sample, self._with_decoder(whole(params)), fields.curve_samples,
                 batch_size=fields.batch_size, extractor=self.extractor, seed=fields.seed,
                 sharding=self.batch_sharding,
             )  # fmt: skip

@@ -142,7 +142,7 @@ def groups_figure(context: Context) -> plt.Figure:
     noise = jax.random.normal(jax.random.key(context.config.evaluation.seed), images.shape)
     x_t = context.process.add_noise(jnp.asarray(images), t, noise)
     outputs = [
-        context.judge.predictor(n.graphdef)(n.params, x_t, t, context.model.conditioning.of(batch))
+        context.judge.predictor(n.config)(n.params, x_t, t, context.model.conditioning.of(batch))
         for n in (teacher, student)
     ]
     error = jnp.square(outputs[0] - outputs[1])

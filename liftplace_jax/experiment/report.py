@@ -207,7 +207,7 @@ def _protocol(context: Context, summary: list[dict[str, Any]]) -> list[str]:
             "nothing, so there is no Frechet distance, precision or recall."
         )
     lines.append(
-        "Matrix products: evaluation float32, precision "
+        f"Matrix products: evaluation {evaluation.dtype}{_decoding(context)}, precision "
         f"{evaluation.precision}; training {config.distill.dtype}, precision "
         f"{config.distill.precision}{_importances(context)} (jax.default_matmul_precision)."
     )
@@ -276,6 +276,11 @@ def _aligned(cells: list[list[str]]) -> list[str]:
     return [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
     ]
+
+
+def _decoding(context: Context) -> str:
+    fields = context.config.latents
+    return f", decoding {fields.decode_dtype}" if fields.autoencoder else ""
 
 
 def _guidance(evaluation: Any) -> str:

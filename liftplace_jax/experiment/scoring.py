@@ -108,7 +108,7 @@ def model_folders(context: Context) -> dict[str, Path]:
 def protocol(context: Context, params: str = "ema") -> dict[str, Any]:
     """All that numbers of samples depend on, beside the model."""
     fields = context.config.evaluation
-    found = fields.to_dict() | {"params": params, "dtype": "float32"}
+    found = fields.to_dict() | {"params": params}
     found["weights"] = fields.weights and Path(fields.weights).name
     found["reference"] = f"{context.config.data.name} {context.config.data.train_split}"
     if isinstance(context.judge.real, evaluation.Reference):
@@ -116,6 +116,7 @@ def protocol(context: Context, params: str = "ema") -> dict[str, Any]:
         found["reference"] = dict(context.judge.real.info) | file
     if context.autoencoder:
         found["autoencoder"] = context.autoencoder.identity
+        found["decode_dtype"] = context.config.latents.decode_dtype
     if context.judge.extractor:
         found["extractor"] = dict(context.judge.extractor.info)
     return found
@@ -211,10 +212,10 @@ def _output_error(context: Context, teacher: Network, student: Network) -> dict[
         return process.add_noise(images, t, noise), t
 
     def predictor(network):
-        params = judge.placed(network.params)
+        params = judge.placed(network)
 
         def predict(x, t, batch):
-            return judge.predictor(network.graphdef)(params, x, t, conditioning.of(batch))
+            return judge.predictor(network.config)(params, x, t, conditioning.of(batch))
 
         return predict
 

@@ -36,6 +36,11 @@ def kept(program: Callable[..., Any], params: Any, *inputs: Any) -> Any:
     ])  # fmt: skip
 
 
+def cast(params: Any, kept: Any) -> Any:
+    """Parameters as `kept` says; what is of its dtype stays the same array."""
+    return jax.tree.map(lambda x, k: x if x.dtype == k.dtype else x.astype(k.dtype), params, kept)
+
+
 def _dtypes(jaxpr: Jaxpr) -> list[set[np.dtype]]:
     """The dtypes in which each argument is used; none for one that is not."""
     found = {var: set() for var in jaxpr.invars}
