@@ -160,6 +160,45 @@ def test_decoders_have_a_dtype_of_their_own_and_only_what_decodes(network, dtype
     np.testing.assert_allclose(found, wanted, rtol=0, atol=close)
 
 
+@pytest.mark.parametrize("shape, tile, dtype", [
+    ((2, 13, 9), 12, "float32"), ((1, 6, 21), 15, "bfloat16"),
+])  # fmt: skip
+def test_tiles_are_as_the_whole_image(network, shape, tile, dtype):
+    """Sizes that no tile divides, and ones that are narrower than a tile."""
+    latents = np.random.default_rng(1).normal(size=(*shape, 4)).astype(np.float32)
+    latents[:, : shape[1] // 2] *= 4  # tiles must not go by their own statistics
+    whole, tiled = network.decoder(dtype), network.decoder(dtype, tile)
+    wanted = np.asarray(jax.jit(whole.decode)(whole.params, latents))
+    found = np.asarray(jax.jit(tiled.decode)(tiled.params, latents))
+    assert found.shape == (shape[0], 2 * shape[1], 2 * shape[2], 1)
+    close = {"float32": 1e-5, "bfloat16": 2e-2}[dtype] * np.ptp(wanted)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=close)
+
+
+def test_tiles_take_less_memory_and_images_within_one_are_as_ever(network):
+    whole, tiled = network.decoder(), network.decoder(tile=32)
+    large = jax.ShapeDtypeStruct((1, 128, 128, 4), np.float32)
+    held = [
+        jax.jit(decoder.decode).lower(decoder.params, large).compile().memory_analysis()
+        for decoder in (whole, tiled)
+    ]
+    assert held[1].temp_size_in_bytes * 3 < held[0].temp_size_in_bytes
+    small = np.random.default_rng(1).normal(size=(2, 16, 11, 4)).astype(np.float32)
+    np.testing.assert_array_equal(
+        *(jax.jit(decoder.decode)(decoder.params, small) for decoder in (whole, tiled))
+    )
+
+
+def test_tiles_of_batches_that_are_split_over_devices(network):
+    decoder = network.decoder(tile=8)
+    wanted = jax.jit(decoder.decode)(decoder.params, LATENTS.repeat(2, axis=1))
+    mesh = sharding.make_mesh({"data": -1})
+    latents = jax.device_put(LATENTS.repeat(2, axis=1), sharding.batch_sharding(mesh))
+    found = jax.jit(decoder.decode)(decoder.params, latents)
+    assert not found.sharding.is_fully_replicated
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("fields, count", [(SD, 83_653_863), (SD3, 83_819_683)])
 def test_published_configs(fields, count):
     config = config_from_diffusers(fields)

@@ -157,7 +157,8 @@ def finished(tmp_path_factory):
             ["main", *latent, "--workdir=imagenet256_dit", "--config.evaluation.features=digits",
              "--config.evaluation.num_samples=80", "--config.evaluation.curve_every=30",
              "--config.distill.remat=nothing_saveable", "--config.distill.dtype=bfloat16",
-             "--config.evaluation.dtype=bfloat16", "--config.latents.decode_dtype=bfloat16"],
+             "--config.evaluation.dtype=bfloat16", "--config.latents.decode_dtype=bfloat16",
+             "--config.latents.tile=4"],
         ],
     }  # fmt: skip
     load_source("digits", "train", data_dir=str(home / "data"))  # not by two at once
@@ -216,9 +217,9 @@ def test_latents_are_trained_on_and_decoded_in_graph(finished):
     assert [m["step"] for m in metrics if "frechet_float32" in m] == [30]
     evaluated = json.loads((home / "imagenet256_dit" / "teacher" / "evaluation.json").read_text())
     protocol = evaluated["protocol"]
-    assert protocol["dtype"] == protocol["decode_dtype"] == "bfloat16"
+    assert protocol["dtype"] == protocol["decode_dtype"] == "bfloat16" and protocol["tile"] == 4
     report = (home / "imagenet256_dit" / "report.md").read_text()
-    assert "evaluation bfloat16, decoding bfloat16, precision highest" in report
+    assert "evaluation bfloat16, decoding bfloat16 in tiles of 4, precision" in report
     with np.load(home / "imagenet256_dit" / "teacher" / "samples.npz") as samples:
         assert samples["images"].shape == (64, 8, 8, 1)
 

@@ -177,6 +177,7 @@ def test_folders_of_one_and_of_many_students(tmp_path):
     ("evaluation.precision", "bfloat16", "config.evaluation.precision must be one of"),
     ("evaluation.dtype", "float16", "config.evaluation.dtype must be one of"),
     ("latents.decode_dtype", "half", "config.latents.decode_dtype must be one of"),
+    ("latents.tile", 64, "config.latents.tile 64: without config.latents.autoencoder"),
     ("latents.decode_dtype", "bfloat16", "without config.latents.autoencoder nothing is decoded"),
     ("distill.ema_decay", 1.0, r"config.distill.ema_decay must be a number in \[0, 1\), got 1.0"),
     ("teacher.optimizer.name", "sgd", "config.teacher.optimizer.name must be one of"),
@@ -373,7 +374,7 @@ def test_networks_are_judged_in_the_dtype_of_the_config(tmp_path):
 
 def test_configs_of_before_precision_get_its_defaults():
     old = configuration.to_json(tiny())
-    del old["evaluation"]["dtype"], old["latents"]["decode_dtype"]
+    del old["evaluation"]["dtype"], old["latents"]["decode_dtype"], old["latents"]["tile"]
     for room in ("teacher", "distill", "evaluation"):
         del old[room]["precision"]
     found = configuration.completed(old)

@@ -4,7 +4,7 @@ Same function and same names as diffusers' `AutoencoderKL` ("models/autoencoders
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,16 @@ from flax import nnx
 from flax.typing import Dtype
 
 from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
+from liftplace_jax.encoders.tiling import by_queries, doubled_in_tiles
 from liftplace_jax.nn import layers
 from liftplace_jax.nn.attention import attention
 
 _LEAST_LOGVAR, _MOST_LOGVAR = -30.0, 20.0
+_UPSAMPLER = ".upsamplers."
+
+
+def _call(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    return layer(x)
 
 
 class ResnetBlock(nnx.Module):
@@ -32,10 +38,10 @@ class ResnetBlock(nnx.Module):
         if self.shortcut:
             self.conv_shortcut = conv(in_width, out_width, 1)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        h = self.conv1(nnx.swish(self.norm1(x)))
-        h = self.conv2(nnx.swish(self.norm2(h)))
-        return (self.conv_shortcut(x) if self.shortcut else x) + h
+    def __call__(self, x: jax.Array, conv=_call, norm=_call) -> jax.Array:
+        h = conv(self.conv1, nnx.swish(norm(self.norm1, x)))
+        h = conv(self.conv2, nnx.swish(norm(self.norm2, h)))
+        return (conv(self.conv_shortcut, x) if self.shortcut else x) + h
 
 
 class Attention(nnx.Module):
@@ -47,9 +53,9 @@ class Attention(nnx.Module):
         self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
         self.to_out = nnx.List([linear()])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, attend=attention) -> jax.Array:
         h = self.group_norm(x).reshape(x.shape[0], -1, 1, x.shape[-1])
-        h = attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        h = attend(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out[0](h).reshape(x.shape)
 
 
@@ -62,10 +68,39 @@ class Chain(nnx.Module):
             setattr(self, name, module)
 
     def __call__(self, h: jax.Array) -> jax.Array:
-        for name in self.order:
-            if ".upsamplers." in name:
+        return self._run(self.order, h)
+
+    def _run(
+        self, names: Iterable[str], h: jax.Array, conv=_call, norm=_call, attend=attention
+    ) -> jax.Array:
+        """Some modules, with another way to call convolutions, normalisations and attention."""
+        for name in names:
+            module = layers.find(self, name)
+            if _UPSAMPLER in name:
                 h = h.repeat(2, axis=1).repeat(2, axis=2)
-            h = layers.find(self, name)(nnx.swish(h) if name == "conv_out" else h)
+            if isinstance(module, ResnetBlock):
+                h = module(h, conv, norm)
+            elif isinstance(module, Attention):
+                h = module(h, attend)
+            elif isinstance(module, nnx.GroupNorm):
+                h = norm(module, h)
+            else:
+                h = conv(module, nnx.swish(h) if name == "conv_out" else h)
+        return h
+
+    def in_tiles(self, h: jax.Array, tile: int) -> jax.Array:
+        """The decoder; levels of more than `tile` pixels along a side run in tiles."""
+        levels: list[list[str]] = [[]]
+        for name in self.order:
+            if _UPSAMPLER in name:
+                levels.append([])
+            levels[-1].append(name)
+        if max(h.shape[1:3]) * 2 ** (len(levels) - 1) <= tile:
+            return self(h)
+        h = self._run(levels[0], h, attend=by_queries)
+        for names in levels[1:]:
+            run = functools.partial(self._run, names)
+            h = run(h) if 2 * max(h.shape[1:3]) <= tile else doubled_in_tiles(run, h, tile)
         return h
 
 
@@ -146,11 +181,14 @@ class Autoencoder(nnx.Module):
         mean, logvar = jnp.split(h, 2, axis=-1)
         return mean, jnp.clip(logvar, _LEAST_LOGVAR, _MOST_LOGVAR)
 
-    def decode(self, z: jax.Array) -> jax.Array:
+    def decode(self, z: jax.Array, tile: int = 0) -> jax.Array:
         """Images of latents.
 
         Args:
           z: (B, h, w, latent_channels), not scaled.
+          tile: pixels; levels of more along a side are computed in tiles of about this side.
+            Results differ by rounding alone, up to so many pixels they are the same; see `tiling`.
+            0: none.
 
         Returns:
           (B, H, W, out_channels) float32, about in [-1, 1] but not clipped.
@@ -164,4 +202,5 @@ class Autoencoder(nnx.Module):
             )
         h = z.astype(self.dtype)
         h = self.post_quant_conv(h) if self.config.use_post_quant_conv else h
-        return self.decoder(h).astype(jnp.float32)
+        h = self.decoder.in_tiles(h, tile) if tile else self.decoder(h)
+        return h.astype(jnp.float32)

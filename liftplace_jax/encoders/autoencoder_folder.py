@@ -70,11 +70,12 @@ class AutoencoderNetwork(Network):
 
     name: str
 
-    def decoder(self, dtype: str = "float32") -> Decoder:
+    def decoder(self, dtype: str = "float32", tile: int = 0) -> Decoder:
         """What decodes latents.
 
         Args:
           dtype: of the computation.
+          tile: as of `Autoencoder.decode`.
         """
         config = self.config
         graphdef, whole = building.abstract(config, jnp.dtype(dtype))
@@ -83,7 +84,7 @@ class AutoencoderNetwork(Network):
         def decode(params, latents):
             z = from_latents(latents, config.shift_factor, config.scaling_factor)
             # The encoder is there in name only: its parameters stay where they are.
-            return nnx.merge(graphdef, whole | params).decode(z)
+            return nnx.merge(graphdef, whole | params).decode(z, tile)
 
         latents = jax.ShapeDtypeStruct((1, 2, 2, config.latent_channels), jnp.float32)
         return Decoder(decode, frozen.cast(params, frozen.kept(decode, params, latents)))

@@ -79,11 +79,12 @@ def check_config(config: ConfigDict) -> None:
 
 
 def _check_decoding(fields):
-    if fields.decode_dtype != "float32" and not fields.autoencoder:
-        raise ValueError(
-            f"config.latents.decode_dtype {fields.decode_dtype}: without "
-            "config.latents.autoencoder nothing is decoded"
-        )
+    for field, default in (("decode_dtype", "float32"), ("tile", 0)):
+        if fields[field] != default and not fields.autoencoder:
+            raise ValueError(
+                f"config.latents.{field} {fields[field]}: without config.latents.autoencoder "
+                "nothing is decoded"
+            )
 
 
 def _check_compress(config):

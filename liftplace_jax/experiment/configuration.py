@@ -171,6 +171,9 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     config.latents.autoencoder = config_dict.placeholder(str)
     config.latents.path = config_dict.placeholder(str)
     config.latents.decode_dtype = "float32"  # of the computation, where samples are decoded
+    # Pixels along a side of the tiles in which larger images are decoded, for less memory in more
+    # time; 0: none.
+    config.latents.tile = 0
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))
     # (regular expression, partition) pairs; default: replicated. ((r"kernel", ("fsdp",)),) splits
     # all kernels by their last dimension. Tables that are looked up (of labels) are best whole.

@@ -121,7 +121,8 @@ class Context:
     @functools.cached_property
     def decoder(self) -> Decoder | None:
         """Of latents, as the config says; None without an autoencoder."""
-        return self.autoencoder and self.autoencoder.decoder(self.config.latents.decode_dtype)
+        fields = self.config.latents
+        return self.autoencoder and self.autoencoder.decoder(fields.decode_dtype, fields.tile)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

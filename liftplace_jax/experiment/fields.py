@@ -50,6 +50,7 @@ RANGES: dict[str, Range] = {
     "seeds": whole(0, many=True),
     "data.image_size": whole(1, SIDE, optional=True),
     "data.crop": whole(0, SIDE, many=True, optional=True),
+    "latents.tile": whole(0, SIDE),
     "process.num_timesteps": _TIMESTEPS,
     "process.beta_start": positive(1.0),
     "process.beta_end": positive(1.0),

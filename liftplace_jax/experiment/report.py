@@ -280,7 +280,9 @@ def _aligned(cells: list[list[str]]) -> list[str]:
 
 def _decoding(context: Context) -> str:
     fields = context.config.latents
-    return f", decoding {fields.decode_dtype}" if fields.autoencoder else ""
+    if not fields.autoencoder:
+        return ""
+    return f", decoding {fields.decode_dtype}" + (f" in tiles of {fields.tile}" * bool(fields.tile))
 
 
 def _guidance(evaluation: Any) -> str:

@@ -116,7 +116,7 @@ def protocol(context: Context, params: str = "ema") -> dict[str, Any]:
         found["reference"] = dict(context.judge.real.info) | file
     if context.autoencoder:
         found["autoencoder"] = context.autoencoder.identity
-        found["decode_dtype"] = context.config.latents.decode_dtype
+        found |= {name: context.config.latents[name] for name in ("decode_dtype", "tile")}
     if context.judge.extractor:
         found["extractor"] = dict(context.judge.extractor.info)
     return found
