@@ -293,6 +293,33 @@ def test_accumulation_equals_the_whole_batch():
         step(vector_state(optimizer), None, vector_batch(0))
 
 
+def test_parts_are_a_loop_on_accelerators_and_copies_on_cpus(monkeypatch):
+    def loss_fn(params, teacher_params, batch, step):
+        kernel = params["student"]["w"].reshape(1, 1, 1, -1)
+        images = jax.lax.conv(batch["image"] + jnp.cos(step), kernel, (1, 1), "SAME")
+        loss = jnp.mean(jnp.square(images) + jnp.tanh(images))
+        return loss, {"number": step, "minus": -jnp.abs(loss)}
+
+    batch = {"image": np.random.default_rng(0).normal(size=(8, 1, 4, 3)).astype(np.float32)}
+
+    def stepped():
+        step = make_train_step(loss_fn, SGD, ema_decay=0.9, accumulation=4)
+        state = vector_state(SGD)
+        for _ in range(3):
+            state, metrics = step(state, None, batch)
+        return step, (state, metrics)
+
+    step, copies = stepped()
+    traced = step.trace(vector_state(SGD), None, batch)
+    for platform, loops in {"cpu": 0, "tpu": 1, "cuda": 1}.items():
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("stablehlo.while") == loops
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
+    step, looped = stepped()
+    assert "stablehlo.while" in step.trace(vector_state(SGD), None, batch).lower().as_text()
+    close(looped, copies, 1e-6)
+
+
 def test_each_part_has_its_own_randomness():
     def loss_fn(params, teacher_params, batch, step):
         return jnp.sum(params["student"]["w"] ** 2), {"index": step, "index2": step**2}

@@ -38,7 +38,9 @@ def make_train_step(
         is what its randomness is folded from.
       optimizer: optax transformation.
       ema_decay: in [0, 1); warmed up as min(decay, (1 + n) / (10 + n)) after n updates.
-      accumulation: over how many parts of the batch gradients are averaged before the update.
+      accumulation: over how many parts of the batch gradients are averaged before the update. On
+        accelerators the parts are a loop in the program, on CPUs copies one after another: there
+        the weight gradient of a convolution is slow in a loop.
       shardings: of the state (a tree of shardings), None on one device. Devices split the batch,
         whatever splits the parameters: these are gathered, the images stay where they are.
       precision: of matrix products and convolutions, as of `jax.default_matmul_precision`.
@@ -47,21 +49,22 @@ def make_train_step(
       ValueError: accumulation does not divide the batch (at the first call).
     """
 
+    def gradients(params, teacher_params, batch, step):
+        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            params, teacher_params, batch, step
+        )
+        return grads, {"loss": loss} | terms
+
     @jax.default_matmul_precision(precision)  # while it is traced: a property of the program
     def step(state: TrainState, teacher_params: Any, batch: Any) -> tuple[TrainState, Metrics]:
         # Said here, or the compiler may send activations to where it finds a part of a kernel.
         params, teacher_params = whole(state.params), whole(teacher_params)
-        grads, metrics = None, None
-        for part in range(accumulation):
-            # Unrolled: the weight gradient of a convolution inside a scan is slow on CPU.
-            # Every part has its own randomness: the steps of a run number the parts.
-            (loss, terms), new_grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                params, teacher_params, _part(batch, part, accumulation),
-                state.step * accumulation + part,
-            )  # fmt: skip
-            grads = _plus(grads, new_grads)
-            metrics = _plus(metrics, {"loss": loss} | terms)
-        grads, metrics = jax.tree.map(lambda x: x / accumulation, (grads, metrics))
+        if accumulation == 1:
+            grads, metrics = gradients(params, teacher_params, batch, state.step)
+        else:
+            grads, metrics = _mean(
+                gradients, accumulation, params, teacher_params, batch, state.step
+            )
         grads = split(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -88,18 +91,40 @@ def _constrained(tree, shardings):
     return jax.lax.with_sharding_constraint(tree, shardings)
 
 
-def _plus(total, new):
-    return new if total is None else jax.tree.map(jnp.add, total, new)
+def _mean(gradients, parts, params, teacher_params, batch, step):
+    """The mean of `gradients`' results over the parts of a batch, whose steps number the parts.
+
+    So every part has its own randomness.
+    """
+    batches = _parts(batch, parts)
+    first = jax.tree.map(lambda x: x[0], batches)
+    shapes = jax.eval_shape(gradients, params, teacher_params, first, step)
+    # What changes nothing that is added to it, not the sign of a zero either.
+    start = jax.tree.map(lambda x: jnp.full(x.shape, -0.0, x.dtype), shapes)
+
+    def add(total, part):
+        number, batch = part
+        new = gradients(params, teacher_params, batch, step * parts + number)
+        return jax.tree.map(jnp.add, total, new), None
+
+    def total(start, batches, unroll):
+        return jax.lax.scan(add, start, (jnp.arange(parts), batches), unroll=unroll)[0]
+
+    # By the platform that the program is lowered for.
+    sums = jax.lax.platform_dependent(
+        start, batches, cpu=functools.partial(total, unroll=parts),
+        default=functools.partial(total, unroll=1),
+    )  # fmt: skip
+    return jax.tree.map(lambda x: x / parts, sums)
 
 
-def _part(batch, index, parts):
-    """Every `parts`-th example from `index` on: devices keep their share of a sharded batch."""
-    if parts == 1:
-        return batch
+def _parts(batch, parts):
+    """One more axis in front, of the parts; a part is every `parts`-th example from its first on,
+    so devices keep their share of a sharded batch."""
 
-    def take(x):
+    def cut(x):
         if x.shape[0] % parts:
             raise ValueError(f"accumulation {parts} does not divide the batch of {x.shape[0]}")
-        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:])[:, index]
+        return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
 
-    return jax.tree.map(take, batch)
+    return jax.tree.map(cut, batch)
