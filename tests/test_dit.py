@@ -199,6 +199,46 @@ def test_remat_gives_the_same_gradients_and_positions_are_not_trained(config, la
     assert untrained == ({"pos_embed"} if config is TINY else set())
 
 
+@pytest.mark.parametrize("changes, remat", [
+    ({}, None), ({}, "nothing_saveable"), ({"embedders": "per_block"}, None),
+])  # fmt: skip
+def test_scanned_blocks_give_the_same_numbers_by_the_same_names(changes, remat):
+    config = TINY.replace(depth=3, **changes)
+    params = tiny(depth=3, **changes)[1]
+    gates = jnp.array([1.0, 0.3, 0.0])
+
+    def run(scan_blocks):
+        graphdef, abstract = building.abstract(config, remat=remat, scan_blocks=scan_blocks)
+        assert jax.tree.map(lambda x: x.shape, abstract) == jax.tree.map(lambda x: x.shape, params)
+
+        def loss(params, gates):
+            model = nnx.merge(graphdef, params)
+            y, features = model(X, T, LABELS, return_features=True, gates=gates)
+            return jnp.square(y).mean(), (y, features, model(X, T, LABELS))
+
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        return step(params, gates), step.trace(params, gates).lower().as_text()
+
+    (expected, plain), (found, text) = run(False), run(True)
+    assert "stablehlo.while" in text and "stablehlo.while" not in plain
+    assert list(found[0][1][1]) == list(expected[0][1][1]) == [f"blocks.{n}" for n in range(3)]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * max(1, np.abs(b).max())),
+        found, expected,
+    )  # fmt: skip
+
+
+def test_scanning_changes_no_file_and_is_refused_without_equal_blocks(tmp_path):
+    for scan_blocks in (False, True):
+        _, params = building.create(TINY, 3, scan_blocks=scan_blocks)
+        weights.save_model(tmp_path / str(scan_blocks), TINY.described(), params)
+    for name in ("model.safetensors", "config.json"):
+        first, second = (tmp_path / str(scanned) / name for scanned in (False, True))
+        assert first.read_bytes() == second.read_bytes()
+    with pytest.raises(ValueError, match="scan_blocks: a 'unet' is no stack of equal blocks"):
+        building.create(UNET, scan_blocks=True)
+
+
 @pytest.mark.parametrize("config", [TINY, UNET], ids=["dit", "unet"])
 def test_an_unknown_policy_is_named(config):
     for policy in REMAT_POLICIES:

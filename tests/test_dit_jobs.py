@@ -157,6 +157,7 @@ def finished(tmp_path_factory):
             ["main", *latent, "--workdir=imagenet256_dit", "--config.evaluation.features=digits",
              "--config.evaluation.num_samples=80", "--config.evaluation.curve_every=30",
              "--config.distill.remat=nothing_saveable", "--config.distill.dtype=bfloat16",
+             "--config.distill.scan_blocks", "--config.distill.accumulation=2",
              "--config.evaluation.dtype=bfloat16", "--config.latents.decode_dtype=bfloat16",
              "--config.latents.tile=4"],
         ],

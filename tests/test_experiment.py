@@ -175,6 +175,7 @@ def test_folders_of_one_and_of_many_students(tmp_path):
     ("teacher.dtype", "float16", "config.teacher.dtype must be one of"),
     ("distill.precision", "float32", "config.distill.precision must be one of"),
     ("evaluation.precision", "bfloat16", "config.evaluation.precision must be one of"),
+    ("distill.scan_blocks", True, "config.distill.scan_blocks: a 'unet' is no stack of equal"),
     ("evaluation.dtype", "float16", "config.evaluation.dtype must be one of"),
     ("latents.decode_dtype", "half", "config.latents.decode_dtype must be one of"),
     ("latents.tile", 64, "config.latents.tile 64: without config.latents.autoencoder"),

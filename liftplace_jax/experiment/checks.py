@@ -123,6 +123,10 @@ def _check_training(config, room, fields):
     check_choice(f"{room}.dtype", fields.dtype, DTYPES)
     check_choice(f"{room}.precision", fields.precision, PRECISIONS)
     check_choice(f"{room}.remat", fields.remat, (None, *REMAT_POLICIES))
+    if fields.scan_blocks and not family_named(config.model.model).config.equal_blocks:
+        raise ValueError(
+            f"config.{room}.scan_blocks: a {config.model.model!r} is no stack of equal blocks"
+        )
     if fields.batch_size % fields.accumulation:
         raise ValueError(
             f"config.{room}.accumulation {fields.accumulation} does not divide "

@@ -185,7 +185,9 @@ class PruningTools:
 
     def search(self, search: Search) -> Any:
         context, fields = self.context, search.fields
-        teacher = load_teacher(context, fields.dtype, fields.remat, placed=True)
+        teacher = load_teacher(
+            context, fields.dtype, fields.remat, placed=True, scan_blocks=fields.scan_blocks
+        )
         task = make_task(context.config, teacher.config)
         # The parts of an accumulated batch are steps of their own for an objective.
         steps = fields.steps * fields.accumulation

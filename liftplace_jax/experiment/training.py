@@ -43,7 +43,7 @@ def train_teacher(context: Context) -> None:
     seed = context.config.seed
     graphdef, params = building.create(
         context.model, seed, jnp.dtype(fields.dtype), fields.remat,
-        shardings(context, "params.student."),
+        shardings(context, "params.student."), fields.scan_blocks,
     )  # fmt: skip
     objective = make_objective(
         METHODS["no_kd"], make_apply(graphdef), context.process, seed,
@@ -58,7 +58,7 @@ def train_teacher(context: Context) -> None:
 
 def load_teacher(
     context: Context, dtype: str = "float32", remat: str | None = None, placed: bool = False,
-    is_frozen: bool = False,
+    is_frozen: bool = False, scan_blocks: bool = False,
 ) -> Network:  # fmt: skip
     """The finished teacher.
 
@@ -69,6 +69,7 @@ def load_teacher(
       placed: whether its parameters are where training has them, read straight to there;
         otherwise they are on the default device.
       is_frozen: as of `network.from_tensors`.
+      scan_blocks: as of `building.create`.
 
     Raises:
       ValueError: there is none yet.
@@ -76,6 +77,7 @@ def load_teacher(
     return load_network(
         context.teacher_folder, dtype, "run --mode=teacher first", remat=remat,
         shardings=shardings(context) if placed else None, is_frozen=is_frozen,
+        scan_blocks=scan_blocks,
     )  # fmt: skip
 
 
@@ -88,10 +90,12 @@ def distill(context: Context) -> None:
 
 def _distill_one(context: Context, run: Run) -> None:
     fields = context.config.distill
-    teacher = load_teacher(context, fields.dtype, placed=True, is_frozen=True)
+    teacher = load_teacher(
+        context, fields.dtype, placed=True, is_frozen=True, scan_blocks=fields.scan_blocks
+    )
     start = load_network(
         context.pruned_folder, fields.dtype, "run --mode=compress first", remat=fields.remat,
-        shardings=shardings(context, "params.student."),
+        shardings=shardings(context, "params.student."), scan_blocks=fields.scan_blocks,
     )  # fmt: skip
     objective, params = student_objective(
         context.config, context.process, run.method, run.seed, start, teacher

@@ -21,9 +21,11 @@ class ModelConfig:
     Attributes:
       model: the model's name, "model" of a config.json.
       RANGES: of every field that is a number, or a sequence of numbers.
+      equal_blocks: whether the model is a stack of equal blocks, and `build` knows scan_blocks.
     """
 
     model: ClassVar[str]
+    equal_blocks: ClassVar[bool] = False
     RANGES: ClassVar[Mapping[str, Range]] = {}
 
     def check_numbers(self) -> None:

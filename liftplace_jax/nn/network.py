@@ -102,6 +102,7 @@ def read_network(
     folder: str | os.PathLike, config_of: Callable[[Mapping[str, Any]], Any],
     dtype: str = "float32", hint: str = "check the path", params: str = "ema",
     remat: str | None = None, shardings: Shardings | None = None, is_frozen: bool = False,
+    scan_blocks: bool = False,
 ) -> Network:  # fmt: skip
     """A model from its folder.
 
@@ -114,6 +115,7 @@ def read_network(
       remat: as of `building.create`.
       shardings: as of `from_tensors`: this process then never holds more than a few arrays.
       is_frozen: as of `from_tensors`.
+      scan_blocks: as of `building.create`.
 
     Raises:
       ValueError: nothing there, or files that do not fit; names the path.
@@ -133,12 +135,15 @@ def read_network(
             config = config_of(fields)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from error
-        return from_tensors(config, tensors, folder, dtype, remat, shardings, is_frozen)
+        return from_tensors(
+            config, tensors, folder, dtype, remat, shardings, is_frozen, scan_blocks
+        )
 
 
 def from_tensors(
     config: Any, tensors: Mapping[str, np.ndarray], origin: Any = "tensors", dtype: str = "float32",
     remat: str | None = None, shardings: Shardings | None = None, is_frozen: bool = False,
+    scan_blocks: bool = False,
 ) -> Network:  # fmt: skip
     """A model of a config from arrays by published name, in PyTorch's layouts.
 
@@ -151,6 +156,7 @@ def from_tensors(
       shardings: abstract parameters -> their shardings; None: the default device.
       is_frozen: a denoising network that is not trained: its parameters are as of `kept_params`,
         for the same numbers in less memory. Otherwise they are float32.
+      scan_blocks: as of `building.create`.
 
     Raises:
       ValueError: tensors do not fit; names the origin and every misfit.
@@ -159,7 +165,7 @@ def from_tensors(
         config.check_blocks(len(tensors))
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
-    graphdef, abstract = building.abstract(config, jnp.dtype(dtype), remat)
+    graphdef, abstract = building.abstract(config, jnp.dtype(dtype), remat, scan_blocks)
     if is_frozen:
         abstract = kept_params(config, dtype)
     places = shardings and jax.tree.leaves(shardings(abstract))

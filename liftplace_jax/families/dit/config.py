@@ -75,6 +75,7 @@ class DiTConfig(StackConfig):
     kept_layers: tuple[int, ...] | None = None
 
     model: ClassVar[str] = "dit"
+    equal_blocks: ClassVar[bool] = True
     RANGES: ClassVar = {
         "image_size": whole(1, MOST_PIXELS),
         "hidden_size": _WIDTH,
@@ -150,11 +151,13 @@ class DiTConfig(StackConfig):
         """See `DenoiserConfig.conditioning`."""
         return Classes(self.num_classes, self.null_label, self.class_dropout)
 
-    def build(self, *, rngs: nnx.Rngs, dtype: Dtype, remat: str | None = None) -> nnx.Module:
+    def build(
+        self, *, rngs: nnx.Rngs, dtype: Dtype, remat: str | None = None, scan_blocks: bool = False
+    ) -> nnx.Module:
         """See `ModelConfig.build`."""
         from liftplace_jax.families.dit.model import DiT  # late: it takes its config from here
 
-        return DiT(self, rngs=rngs, dtype=dtype, remat=remat)
+        return DiT(self, rngs=rngs, dtype=dtype, remat=remat, scan_blocks=scan_blocks)
 
     def architecture(self) -> list[dict[str, Any]]:
         """See `ModelConfig.architecture`: all but the record, and the rate of dropping labels."""

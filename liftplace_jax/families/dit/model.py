@@ -151,6 +151,7 @@ class DiT(nnx.Module):
         stay float32.
       remat: name of the policy of `layers.REMAT_POLICIES` by which each block's intermediate
         values are recomputed for the gradient; None keeps them all.
+      scan_blocks: as of `building.create`.
 
     Raises:
       ValueError: unknown policy.
@@ -163,8 +164,10 @@ class DiT(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Dtype = jnp.float32,
         remat: str | None = None,
+        scan_blocks: bool = False,
     ):
         layers.check_remat(remat)
+        self.scan_blocks = scan_blocks
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         make = {"rngs": rngs, "dtype": dtype}
         self.x_embedder = PatchEmbed(config, **make)
@@ -227,18 +230,39 @@ class DiT(nnx.Module):
         config = self.config
         self._check_inputs(x, t, cond, gates)
         h = self.embed(x)
-        if config.embedders == "shared":
-            conditions = [_condition(self, t, cond)] * config.depth
-        else:
-            conditions = [_condition(block, t, cond) for block in self.blocks]
-        outputs = OrderedDict()
-        for index, block in enumerate(self.blocks):
-            out = layers.remat(block, self.remat)(h, conditions[index])
-            h = out if gates is None else h + gates[index].astype(h.dtype) * (out - h)
-            outputs[f"blocks.{index}"] = h
-        patches = self.final_layer(h, conditions[0]).astype(jnp.float32)
+        shared = _condition(self, t, cond) if config.embedders == "shared" else None
+
+        def run(block, h, gate):
+            c = _condition(block, t, cond) if shared is None else shared
+            out = layers.remat(block, self.remat)(h, c)
+            return out if gate is None else h + gate.astype(h.dtype) * (out - h)
+
+        h, found = self._run_blocks(run, h, gates, return_features)
+        outputs = OrderedDict((f"blocks.{index}", x) for index, x in enumerate(found))
+        last = _condition(self.blocks[0], t, cond) if shared is None else shared
+        patches = self.final_layer(h, last).astype(jnp.float32)
         prediction = self._unpatchify(patches)
         return (prediction, outputs) if return_features else prediction
+
+    def _run_blocks(self, run, h, gates, return_features):
+        """(the last block's output, those of all blocks, if they are asked for)."""
+        if not self.scan_blocks:
+            outputs = []
+            for index, block in enumerate(self.blocks):
+                h = run(block, h, None if gates is None else gates[index])
+                outputs.append(h)
+            return h, outputs
+        graphdef, _ = nnx.split(self.blocks[0])
+        states = [nnx.to_pure_dict(nnx.state(block)) for block in self.blocks]
+
+        def body(h, part):
+            state, gate = part
+            h = run(nnx.merge(graphdef, state), h, gate)
+            return h, h if return_features else None
+
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        h, outputs = jax.lax.scan(body, h, (stacked, gates))
+        return h, [] if outputs is None else list(outputs)
 
     def embed(self, x: jax.Array) -> jax.Array:
         """Images or latents (B, H, W, in_channels) as the (B, T, D) tokens that block 0 sees."""
