@@ -9,6 +9,8 @@ import threading
 import zlib
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -16,9 +18,10 @@ from PIL import ExifTags, Image, ImageOps
 from sklearn.datasets import load_digits
 
 from liftplace_jax.conditioning import UNCONDITIONAL, Classes
-from liftplace_jax.data import Source, eval_batches, load_source, train_batches
+from liftplace_jax.data import Source, eval_batches, load_source, train_batches, unpack_images
 from liftplace_jax.data.digits import Digits, split_indices
 from liftplace_jax.data.pictures import SUFFIXES, read_header, read_pixels
+from liftplace_jax.data.unpacking import _computed
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,15 @@ def array_source(count=10, shape=(4, 4, 1), **kwargs):
 
 def values(batch):
     """The example numbers of a batch of `array_source`."""
-    return np.round((batch["image"][:, 0, 1:-1].max((1, 2)) + 1) * 127.5).astype(int)
+    return batch["image"][:, 0, 1:-1].max((1, 2)).astype(int)
+
+
+def seen(batch):
+    """What networks see of the images of a batch, by NumPy alone."""
+    images = batch["image"].astype(np.float32) / np.float32(127.5) - 1
+    mirrored = batch.get("mirrored", np.zeros(len(images), bool))
+    images[mirrored] = images[mirrored, :, ::-1]
+    return images
 
 
 def take(batches, count):
@@ -112,8 +123,9 @@ def test_named_data_sets(name, options, shape, classes, monkeypatch):
         assert (len(source), source.image_shape, source.num_classes) == (5, shape, classes)
         (batch,) = take(train_batches(source, batch_size=4, seed=0, flip=True), 1)
         assert len(list(eval_batches(source, batch_size=4))) == 2
-    assert batch["image"].shape == (4, *shape) and batch["image"].dtype == np.float32
-    assert -1 <= batch["image"].min() < -0.5 and 0.5 < batch["image"].max() <= 1
+    images = np.asarray(source.unpack(batch)["image"])
+    assert images.shape == (4, *shape) and images.dtype == np.float32
+    assert -1 <= images.min() < -0.5 and 0.5 < images.max() <= 1
     assert batch["label"].dtype == np.int32 and (classes or not batch["label"].any())
 
 
@@ -144,7 +156,60 @@ def test_images_are_scaled_to_plus_minus_one():
     images = np.array([0, 255, 51], np.uint8).reshape(3, 1, 1, 1)
     source = Source("points", [{"image": image} for image in images], image_shape=(1, 1, 1))
     (batch,) = eval_batches(source, batch_size=3)
-    np.testing.assert_allclose(batch["image"].ravel(), [-1, 1, -0.6], atol=1e-6)
+    images = source.unpack(batch)["image"]
+    np.testing.assert_allclose(np.asarray(images).ravel(), [-1, 1, -0.6], atol=1e-6)
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_every_value_is_scaled_and_mirrored_to_the_bit(jit):
+    images = np.random.default_rng(0).permuted(np.tile(np.arange(256, dtype=np.uint8), 12))
+    batch = {"image": images.reshape(16, 8, 8, 3), "mirrored": np.arange(16) % 3 == 0}
+    batch |= {"label": np.arange(16), "tokens": np.ones((16, 7), np.int32)}
+    unpack = jax.jit(unpack_images) if jit else unpack_images
+    result = unpack(batch)
+    assert result.keys() == {"image", "label", "tokens"}
+    found = np.asarray(result["image"])
+    assert np.array_equal(found.view(np.int32), seen(batch).view(np.int32))
+
+    # Also where a step goes on with them, as with images that came scaled.
+    def noised(images, noise):
+        return 0.3 * images + jnp.sqrt(0.91) * noise
+
+    noise = np.random.default_rng(1).normal(size=found.shape).astype(np.float32)
+    in_step = jax.jit(lambda batch, noise: noised(unpack_images(batch)["image"], noise))
+    assert np.array_equal(in_step(batch, noise), jax.jit(noised)(seen(batch), noise))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_accelerators_compute_what_cpus_look_up(platform):
+    batch = {"image": np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)}
+    program = jax.jit(unpack_images).trace(batch).lower(lowering_platforms=(platform,)).as_text()
+    assert "divide" in program and "gather" not in program
+    np.testing.assert_allclose(_computed(batch["image"]), seen(batch), atol=1e-6)
+
+
+def test_batches_are_as_small_as_images_are_stored():
+    (batch,) = take(train_batches(array_source(), batch_size=4, seed=0, flip=True), 1)
+    assert batch["image"].dtype == np.uint8 and batch["mirrored"].dtype == bool
+    (plain,) = take(train_batches(array_source(), batch_size=4, seed=0), 1)
+    assert "mirrored" not in plain
+    for batch in eval_batches(array_source(), batch_size=4):
+        assert batch["image"].dtype == np.uint8 and "mirrored" not in batch
+
+
+def test_order_and_flips_are_those_of_every_version():
+    """Philox's bits: the first half sorts an epoch, the lowest bits of the second mirror."""
+    source = array_source()
+    stored = source.get(np.arange(10))["image"]
+    batches = take(train_batches(source, batch_size=4, seed=7, flip=True), 5)
+    found = np.concatenate([source.unpack(batch)["image"] for batch in batches])
+    expected = []
+    for epoch in range(2):
+        bits = np.random.Philox(np.random.SeedSequence([7, epoch])).random_raw(20)
+        for index, flip in zip(np.argsort(bits[:10], kind="stable"), bits[10:] & 1, strict=True):
+            image = stored[index].astype(np.float32) / np.float32(127.5) - 1
+            expected.append(image[:, ::-1] if flip else image)
+    assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("start", [1, 4, 11])
@@ -153,8 +218,8 @@ def test_resume_at_any_step_gives_the_same_batches(start):
     whole = take(train_batches(source, batch_size=4, seed=5, flip=True), start + 3)
     resumed = take(train_batches(source, batch_size=4, seed=5, flip=True, start_step=start), 3)
     for one, other in zip(whole[start:], resumed, strict=True):
-        assert np.array_equal(one["image"], other["image"])
-        assert np.array_equal(one["label"], other["label"])
+        for name in ("image", "mirrored", "label"):
+            assert np.array_equal(one[name], other[name])
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -171,8 +236,9 @@ def test_processes_hold_slices_of_the_global_batch(processes):
         for i in range(processes)
     ]
     for step, batch in enumerate(whole):
-        joined = np.concatenate([part[step]["image"] for part in parts])
-        assert np.array_equal(batch["image"], joined)
+        for name in ("image", "mirrored", "label"):
+            joined = np.concatenate([part[step][name] for part in parts])
+            assert np.array_equal(batch[name], joined)
 
 
 @pytest.mark.parametrize("batch_size", [5, 4, 20])
@@ -194,8 +260,9 @@ def test_flip_mirrors_about_half_of_the_images():
     source = array_source(100)
     (plain,) = take(train_batches(source, batch_size=100, seed=0), 1)
     (flipped,) = take(train_batches(source, batch_size=100, seed=0, flip=True), 1)
-    mirrored = (flipped["image"] == plain["image"][:, :, ::-1]).all((1, 2, 3))
-    same = (flipped["image"] == plain["image"]).all((1, 2, 3))
+    plain, flipped = (np.asarray(source.unpack(batch)["image"]) for batch in (plain, flipped))
+    mirrored = (flipped == plain[:, :, ::-1]).all((1, 2, 3))
+    same = (flipped == plain).all((1, 2, 3))
     assert (mirrored ^ same).all() and 30 < mirrored.sum() < 70
 
 
@@ -261,10 +328,27 @@ def test_float_images_are_used_as_they_are_and_checked():
     images = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 2, 2, 1)
     records = [{"image": image} for image in images]
     source = Source("floats", records, image_shape=(2, 2, 1), dtype=np.float32)
-    assert np.array_equal(next(eval_batches(source, batch_size=2))["image"], images)
+    batch = next(eval_batches(source, batch_size=2))
+    assert np.array_equal(batch["image"], images)
+    assert np.array_equal(source.unpack(batch)["image"], images)
     bad = Source("floats", [{"image": images[0] * np.nan}], image_shape=(2, 2, 1), dtype=np.float32)
     with pytest.raises(ValueError, match="floats, example 0: image has non-finite values"):
         next(train_batches(bad, batch_size=1, seed=0))
+
+
+@pytest.mark.parametrize("dtype, sent", [("float16", "float16"), ("float64", "float32")])
+def test_float_images_are_sent_as_the_smaller_of_theirs_and_float32(dtype, sent):
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 2, 2, 1)).astype(dtype)
+    records = [{"image": image} for image in images]
+    source = Source("floats", records, image_shape=(2, 2, 1), dtype=dtype)
+    (batch,) = take(train_batches(source, batch_size=8, seed=0, flip=True), 1)
+    assert batch["image"].dtype == sent
+    found, mirrored = np.asarray(source.unpack(batch)["image"]), batch["mirrored"]
+    assert found.dtype == np.float32 and 0 < mirrored.sum() < 8
+    expected = batch["image"].astype(np.float32)
+    expected[mirrored] = expected[mirrored, :, ::-1]
+    assert np.array_equal(found, expected)
+    assert {*expected.ravel()} == {*images.astype(np.float32).ravel()}
 
 
 @pytest.mark.parametrize(
@@ -401,7 +485,7 @@ def test_a_folder_is_read_recursively_in_the_order_of_paths(tmp_path):
     assert not source.get([0, 1])["label"].any()
     assert greys(load_source("folder", "test", path=str(tmp_path))) == greys(source)
     (batch,) = take(train_batches(source, batch_size=4, seed=0), 1)
-    assert batch["image"].shape == (4, 4, 4, 3) and batch["image"].dtype == np.float32
+    assert batch["image"].shape == (4, 4, 4, 3) and batch["image"].dtype == np.uint8
 
 
 def test_a_subfolder_named_like_the_split_is_the_split(tmp_path):

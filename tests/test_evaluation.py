@@ -507,5 +507,6 @@ def test_output_error_bad_input(digits):
 def test_evaluation_batches_feed_the_classifier(digits):
     params = feature_extractor("digits").params
     batch = next(eval_batches(digits["test"], batch_size=64))
-    predicted = np.argmax(jax.jit(digit_logits)(params, batch["image"]), -1)
+    images = digits["test"].unpack(batch)["image"]
+    predicted = np.argmax(jax.jit(digit_logits)(params, images), -1)
     assert np.mean(predicted == batch["label"]) > 0.9

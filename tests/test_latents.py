@@ -1,5 +1,6 @@
 """Encoded data sets: what is written, what training reads of it, and what is refused."""
 
+import functools
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,13 +19,16 @@ from PIL import Image
 from liftplace_jax import weights
 from liftplace_jax.data import Column, eval_batches, load_latents, load_source, train_batches
 from liftplace_jax.data import encoded as store
-from liftplace_jax.data.encoded import check_autoencoder, normal
+from liftplace_jax.data.encoded import check_autoencoder
 from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
 from liftplace_jax.encoders.autoencoder_folder import load_autoencoder
 from liftplace_jax.experiment import encoding
 from liftplace_jax.experiment.configuration import default_config
 from liftplace_jax.host import buckets, sharding
 from liftplace_jax.nn import building
+from liftplace_jax.training.objective import on_batches
+from liftplace_jax.training.state import random_key
+from liftplace_jax.training.step import _part
 
 ROOT = Path(__file__).parent.parent
 TINY = AutoencoderConfig(
@@ -133,7 +138,9 @@ def test_evaluation_reads_the_means(source, moments, data_dir):
     assert len(source) == 43 and source.image_shape == (4, 4, 4) and source.num_classes == 10
     images = load_source("digits", TRAIN, data_dir=data_dir)
     batches = list(eval_batches(source, batch_size=16))
-    found = np.concatenate([batch["image"][batch["mask"]] for batch in batches])
+    assert all(batch["moments"].dtype == np.float16 for batch in batches)
+    unpacked = [(source.unpack(batch)["image"], batch["mask"]) for batch in batches]
+    found = np.concatenate([np.asarray(image)[mask] for image, mask in unpacked])
     assert found.dtype == np.float32 and found.std() > 0.1
     np.testing.assert_allclose(found, (moments[0, 0] - 0.25) * 0.5, rtol=1e-3, atol=5e-4)
     labels = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
@@ -144,38 +151,84 @@ def test_training_draws_from_the_moments_of_either_flip(source, moments, data_di
     options = {"batch_size": 32, "seed": 3, "flip": True}
     latents = take(train_batches(source, **options), 3)
     images = take(train_batches(load_source("digits", TRAIN, data_dir=data_dir), **options), 3)
-    # The same order and flips as of the images; which ones they are is found by their labels.
+    # The same order and flips as of the images; which ones they are is found by their pixels.
     stored = load_source("digits", TRAIN, data_dir=data_dir).get(np.arange(43))["image"]
-    stored = stored.astype(np.float32) / 127.5 - 1
-    both = np.stack([stored, stored[:, :, ::-1]])
     for step, (latent, image) in enumerate(zip(latents, images, strict=True)):
-        assert np.array_equal(latent["label"], image["label"])
+        assert np.array_equal(latent["label"], image["label"]) and "mirrored" not in latent
+        key = jax.random.fold_in(jax.random.key(3), step)
+        noise = np.asarray(jax.random.normal(key, (32, 4, 4, 4)))
+        drawn = np.asarray(source.unpack(latent, key)["image"])
         for row in range(32):
-            (flip, index), *_ = np.argwhere((both == image["image"][row]).all((2, 3, 4)))
-            mean, logvar = moments[flip, :, index]
-            noise = normal(3, step * 32 + row, (4, 4, 4))
-            expected = (mean + np.exp(logvar / 2) * noise - 0.25) * 0.5
-            np.testing.assert_allclose(latent["image"][row], expected, rtol=2e-2, atol=1e-2)
+            index = np.argwhere((stored == image["image"][row]).all((1, 2, 3)))[0, 0]
+            mean, logvar = moments[int(image["mirrored"][row]), :, index]
+            np.testing.assert_allclose(latent["moments"][row], [mean, logvar], rtol=2e-3, atol=1e-3)
+            expected = (mean + np.exp(logvar / 2) * noise[row] - 0.25) * 0.5
+            np.testing.assert_allclose(drawn[row], expected, rtol=2e-2, atol=1e-2)
 
 
-def test_each_epoch_draws_anew(source, moments):
-    positions = np.arange(4000)
-    drawn = source.get(np.full(4000, 7), None, (0, positions))["image"]
-    mean, logvar = moments[0, :, 7]
-    noise = (drawn / 0.5 + 0.25 - mean) / np.exp(logvar / 2)
-    np.testing.assert_allclose(noise.mean(0), 0, atol=0.08)
-    np.testing.assert_allclose(noise.std(0), 1, atol=0.06)
-    assert np.array_equal(source.get([7], [False], (0, [5]))["image"][0], drawn[5])
-    assert not np.array_equal(source.get([7], None, (1, [5]))["image"][0], drawn[5])
+@functools.cache
+def drawing(unpack, seed, accumulation=1):
+    """Jitted (batch, step) -> what an objective of training sees."""
+    saw = on_batches(lambda params, teacher, batch, step: (batch["image"], {}), unpack, seed)
+
+    def run(batch, step):
+        parts = [
+            saw(None, None, _part(batch, part, accumulation), step * accumulation + part)[0]
+            for part in range(accumulation)
+        ]
+        return jnp.stack(parts, axis=1).reshape(-1, 4, 4, 4)
+
+    return jax.jit(run)
 
 
-def test_normal_numbers_are_fixed_for_ever():
-    first = [2.5854032, 0.0525987, 0.1879018]
-    np.testing.assert_allclose(normal(0, 0, (3,)), first, rtol=1e-5)
-    values = np.concatenate([normal(1, position, (32, 32, 4)).ravel() for position in range(50)])
-    assert values.dtype == np.float32 and np.isfinite(values).all()
-    assert abs(values.mean()) < 0.01 and abs(values.std() - 1) < 0.01
-    assert abs((values**4).mean() - 3) < 0.1 and 4 < np.abs(values).max() < 7
+def test_draws_are_independent_normal_numbers(source):
+    mean, logvar = source.get([7])["moments"][0].astype(np.float32)
+    batch = source.get(np.full(400, 7))
+    drawn = np.stack([drawing(source.unpack, 0)(batch, step) for step in range(25)])
+    noise = (drawn / 0.5 + 0.25 - mean) / np.exp(logvar / 2)  # (step, example, h, w, C)
+    flat = noise.reshape(10_000, -1)
+    np.testing.assert_allclose(flat.mean(0), 0, atol=0.05)
+    np.testing.assert_allclose(flat.std(0), 1, atol=0.04)
+    np.testing.assert_allclose(np.corrcoef(flat.T), np.eye(64), atol=0.05)
+    # Neither do the steps of a run share anything, nor the examples of a batch.
+    by_step, by_example = noise.reshape(25, -1), noise.swapaxes(0, 1).reshape(400, -1)
+    np.testing.assert_allclose(np.corrcoef(by_step), np.eye(25), atol=0.04)
+    np.testing.assert_allclose(np.corrcoef(by_example), np.eye(400), atol=0.15)
+    values = noise.ravel()
+    assert abs((values**4).mean() - 3) < 0.05 and 4 < np.abs(values).max() < 7
+
+
+def test_draws_differ_by_seed_step_and_part_and_by_nothing_else(source):
+    batch = source.get(np.arange(8))
+    first = drawing(source.unpack, 0)(batch, 3)
+    np.testing.assert_array_equal(first, drawing(source.unpack, 0)(batch, 3))
+    for other in (drawing(source.unpack, 1)(batch, 3), drawing(source.unpack, 0)(batch, 4)):
+        assert (np.asarray(first) != other).mean() > 0.99
+    halves = drawing(source.unpack, 0, 2)(source.get([7, 7, 7, 7]), 0)
+    assert len(np.unique(np.asarray(halves).reshape(4, -1), axis=0)) == 4
+    # The noise of diffusion is another stream.
+    mean, logvar = np.moveaxis(batch["moments"].astype(np.float32), 1, 0)
+    noise = (np.asarray(first) / 0.5 + 0.25 - mean) / np.exp(logvar / 2)
+    diffusion = jax.random.normal(random_key(0, "noise", 3), noise.shape)
+    assert abs(np.corrcoef(noise.ravel(), np.ravel(diffusion))[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_devices_draw_the_same_numbers(source, devices, accumulation):
+    """Of a batch that is split over devices, as those of several processes are."""
+    run = drawing(source.unpack, 5, accumulation)
+    batch = source.get(np.arange(16), np.arange(16) % 2 == 0)
+    mesh = sharding.make_mesh({"data": -1}, jax.devices()[:devices])
+    (placed,) = sharding.global_batches([batch], mesh)
+    assert len(placed["moments"].sharding.device_set) == devices
+    found = run(placed, 2)
+    np.testing.assert_allclose(found, run(batch, 2), rtol=0, atol=1e-6)
+    noise = np.asarray(jax.random.normal(random_key(5, "latent", 2), (16, 4, 4, 4)))
+    if accumulation == 1:
+        mean, logvar = np.moveaxis(batch["moments"].astype(np.float32), 1, 0)
+        expected = (mean + np.exp(0.5 * logvar) * noise - 0.25) * 0.5
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("processes, start, prefetch", [(1, 3, 4), (2, 0, 2), (4, 2, 1)])
@@ -192,7 +245,7 @@ def test_resume_and_processes_see_the_same_numbers(source, processes, start, pre
         for i in range(processes)
     ]  # fmt: skip
     for step, batch in enumerate(whole):
-        for name in ("image", "label"):
+        for name in ("moments", "label"):
             joined = np.concatenate([part[step][name] for part in parts])
             assert np.array_equal(batch[name], joined)
 

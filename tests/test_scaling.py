@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -98,7 +99,7 @@ def test_images_are_decoded_each_time_and_latents_drawn(tmp_path):
     first, again = celeba.get([0, 1]), celeba.get([0, input_suite.FILES])
     assert first["image"].shape == (2, 64, 64, 3)
     np.testing.assert_array_equal(first["image"][0], again["image"][1])
-    drawn = latents.get([3], draws=(0, np.array([5])))
+    drawn = latents.unpack(latents.get([3]), jax.random.key(0))
     assert drawn["image"].shape == (1, 32, 32, 4) and drawn["label"].tolist() == [3]
     assert input_suite.images_per_second(latents, 2, 1, 1) > 0
 

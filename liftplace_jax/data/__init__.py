@@ -4,6 +4,7 @@ from liftplace_jax.data.columns import Column
 from liftplace_jax.data.encoded import LatentSource, check_autoencoder, load_latents
 from liftplace_jax.data.named import load_source
 from liftplace_jax.data.pipeline import Source, eval_batches, train_batches
+from liftplace_jax.data.unpacking import unpack_images
 
 __all__ = [
     "Column",
@@ -14,4 +15,5 @@ __all__ = [
     "load_latents",
     "load_source",
     "train_batches",
+    "unpack_images",
 ]

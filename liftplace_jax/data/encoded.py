@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from liftplace_jax.data.columns import LABEL, RESERVED, Columned
-from liftplace_jax.diffusion.scaling import to_latents
+from liftplace_jax.data.unpacking import UnpackLatents
 from liftplace_jax.host.buckets import as_path, cached, fetched, is_in_bucket, listed
 from liftplace_jax.host.differences import differences
 from liftplace_jax.host.files import replacing, write_json
@@ -202,6 +202,7 @@ class LatentSource(Columned):
       classes: their names, if known; those of every split.
       check_labels: as of `Source`.
       columns: what `get` gives beside the latents: what is stored, and what `with_column` added.
+      unpack: `UnpackLatents`, which draws latents with a key and takes the means without.
     """
 
     check_labels = False
@@ -212,7 +213,10 @@ class LatentSource(Columned):
         self.image_shape = tuple(manifest["shape"])
         self.num_classes = manifest["num_classes"]
         self.classes = tuple(manifest.get("classes", ()))
-        self._autoencoder = dict(manifest["autoencoder"])
+        autoencoder = manifest["autoencoder"]
+        self.unpack = UnpackLatents(
+            float(autoencoder["shift_factor"]), float(autoencoder["scaling_factor"])
+        )
         names = ("data", "autoencoder", "shape", "dtype")
         self._identity = {name: _identity(manifest).get(name) for name in names}
         self._own_columns, self._own_identities = _read_columns(manifest["columns"])
@@ -229,17 +233,16 @@ class LatentSource(Columned):
         columns = self.column_identities
         return {"images": len(self)} | self._identity | ({"columns": columns} if columns else {})
 
-    def get(self, indices, mirrored=None, draws=None):
-        """Reads latents, scaled as a network sees them.
+    def get(self, indices, mirrored=None):
+        """Reads the moments of latents.
 
         Args:
           indices: (B,) integers in [0, len).
           mirrored: optional (B,) bool, for which to take the latents of the mirror image.
-          draws: (seed, (B,) positions): latents are drawn from their Gaussians, by normal numbers
-            that depend on the seed and the position alone. None: the means.
 
         Returns:
-          {"image": (B, h, w, C) float32}, and the columns, such as "label": (B,) int32.
+          {"moments": (B, 2, h, w, C) float16, mean and log variance, not scaled}, and the columns,
+          such as "label" (B,) int32.
 
         Raises:
           ValueError: a damaged shard; names it.
@@ -249,19 +252,12 @@ class LatentSource(Columned):
         if self.check_labels:
             self._check_labels(indices, records[LABEL])
         flips = np.zeros(len(indices), int) if mirrored is None else np.asarray(mirrored, int)
-        moments = records["moments"][np.arange(len(indices)), flips].astype(np.float32)
-        latents = moments[:, 0]
-        if draws is not None:
-            seed, positions = draws
-            noise = [normal(seed, int(position), self.image_shape) for position in positions]
-            latents += np.exp(0.5 * moments[:, 1]) * np.stack(noise)
-        shift, scale = (self._autoencoder[f] for f in ("shift_factor", "scaling_factor"))
         columns = {
             name: np.ascontiguousarray(records[name], spec.dtype)
             for name, spec in self._own_columns.items()
         }
-        image = to_latents(latents, np.float32(shift), np.float32(scale))
-        return {"image": image} | columns | self._read_given(indices)
+        moments = records["moments"][np.arange(len(indices)), flips].astype(DTYPE, copy=False)
+        return {"moments": moments} | columns | self._read_given(indices)
 
     def _check_labels(self, indices, labels):
         outside = (labels < 0) | (labels >= (self.num_classes or 0))
@@ -359,14 +355,3 @@ def _open(path: Path):
     from array_record.python.array_record_module import ArrayRecordReader
 
     return ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
-
-
-def normal(seed: int, position: int, shape: Iterable[int]) -> np.ndarray:
-    """Normal numbers that depend on (seed, position) alone, float32 (Box and Muller 1958)."""
-    size = int(np.prod(tuple(shape)))
-    # Raw Philox bits, so that no NumPy release changes the numbers.
-    bits = np.random.Philox(key=[seed, position]).random_raw(-(-size // 2))
-    radius, angle = bits.view(np.uint32).reshape(-1, 2).T.astype(np.float32)
-    radius = np.sqrt(-2 * np.log((radius + np.float32(0.5)) * np.float32(2**-32)))
-    angle *= np.float32(2 * np.pi * 2**-32)
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:size].reshape(shape)

@@ -1,5 +1,7 @@
 """From images to batches, without state: the order of examples is f(seed, step).
 
+Batches are as small as they are stored; `unpacking` makes of them, on devices, what networks see.
+
 Example j of global step k has position k * batch_size + j; position // N is its epoch, and each
 epoch has its own permutation. Nothing needs to be stored or replayed to resume at any step, and
 any number of processes sees the same global batch, cut into contiguous slices.
@@ -15,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from liftplace_jax.data.columns import LABEL, Columned
+from liftplace_jax.data.unpacking import unpack_images
 
 MEMORY_MB = 256
 _EPOCHS = threading.Lock()
@@ -35,10 +38,13 @@ class Source(Columned):
       without_classes: why there are no classes, in words, if that is known.
       note: what was left out, guessed or converted, in words, if that is known.
       columns: what `get` gives beside the images: "label", and what `with_column` added.
+      unpack: pure (batch, key or None) -> batch as a network sees it, as `unpack_images`; the key
+        is that of what a network must see anew each time.
     """
 
     check_labels = False
     without_classes = note = ""
+    unpack = staticmethod(unpack_images)
     _own_columns = {LABEL: jax.ShapeDtypeStruct((), np.int32)}
 
     def __init__(
@@ -90,11 +96,13 @@ class Source(Columned):
             raise ValueError(f"unknown resize {resize!r}; known: {list(RESIZES)}")
         self._resize = resize
         self._records = records
-        self._dtype = np.dtype(dtype)
+        self._dtype = self._kept = np.dtype(dtype)
         self._crop = crop
         self._image_size = image_size
         if self._dtype != np.uint8 and not np.issubdtype(self._dtype, np.floating):
             raise ValueError(f"data set {name}: images are {self._dtype}, want uint8 or floats")
+        if self._dtype.itemsize > 4:
+            self._kept = np.dtype(np.float32)  # no network sees more
         if self._dtype != np.uint8 and (crop or image_size):
             raise ValueError(f"data set {name}: only uint8 images can be cropped or resized")
         height, width, channels = image_shape
@@ -110,8 +118,8 @@ class Source(Columned):
             )
         self.image_shape = (height, width, channels)
         shape = (len(records), *self.image_shape)
-        small = np.prod(shape, dtype=np.int64) * self._dtype.itemsize < memory_mb * 2**20
-        self._images = np.zeros(shape, self._dtype) if small else None
+        small = np.prod(shape, dtype=np.int64) * self._kept.itemsize < memory_mb * 2**20
+        self._images = np.zeros(shape, self._kept) if small else None
         self._labels = np.zeros(len(records), np.int32)
         self._cached = np.zeros(len(records), bool)
 
@@ -124,18 +132,16 @@ class Source(Columned):
         columns = self.column_identities
         return {"images": len(self)} | own | ({"columns": columns} if columns else {})
 
-    def get(self, indices, mirrored=None, draws=None):
+    def get(self, indices, mirrored=None):
         """Reads the examples at `indices`.
 
         Args:
           indices: (B,) integers in [0, len).
-          mirrored: optional (B,) bool, which images to mirror left-right.
-          draws: where training's randomness comes from, (seed, (B,) int64 positions); images have
-            none (`LatentSource` has).
+          mirrored: optional (B,) bool, which images are to be mirrored left-right by `unpack`.
 
         Returns:
-          {"image": (B, H, W, C) uint8 in 0..255 or float in [-1, 1], "label": (B,) int32}, and the
-          other columns.
+          {"image": (B, H, W, C) uint8 in 0..255 or float in [-1, 1], "label": (B,) int32}, the
+          other columns, and "mirrored" if it was given.
 
         Raises:
           ValueError: an image of another shape, type or with non-finite values; a column's values
@@ -152,9 +158,8 @@ class Source(Columned):
                 self._images[index], self._labels[index] = self._read(int(index))
                 self._cached[index] = True
             images, labels = self._images[indices], self._labels[indices]
-        if mirrored is not None:
-            images[mirrored] = images[mirrored, :, ::-1]
-        return {"image": images, LABEL: labels} | self._read_given(indices)
+        batch = {"image": images, LABEL: labels} | self._read_given(indices)
+        return batch if mirrored is None else batch | {"mirrored": np.asarray(mirrored, bool)}
 
     def _read(self, index):
         record = self._records[index]
@@ -169,6 +174,7 @@ class Source(Columned):
             image = _crop_and_resize(image, self._crop, self._image_size, self._resize)
         if image.shape != self.image_shape:
             raise ValueError(f"{where}: image has shape {image.shape}, want {self.image_shape}")
+        image = image.astype(self._kept, copy=False)
         if self._dtype != np.uint8 and not np.isfinite(image).all():
             raise ValueError(f"{where}: image has non-finite values")
         label = 0 if self.num_classes is None else int(record["label"])
@@ -214,13 +220,6 @@ def _epoch(count, seed, epoch):
     """As `_epoch_of`; threads that come to an epoch together wait for the one that makes it."""
     with _EPOCHS:
         return _epoch_of(count, seed, epoch)
-
-
-def _scaled(images):
-    """uint8 0..255 -> float32 [-1, 1]; floats are as they should be already."""
-    if images.dtype == np.uint8:
-        return images.astype(np.float32) / np.float32(127.5) - 1
-    return images.astype(np.float32)
 
 
 def _local_rows(batch_size, process_index, process_count):
@@ -273,7 +272,7 @@ def train_batches(
     Args:
       source: a `Source` or `LatentSource`.
       batch_size: global batch size, a multiple of `process_count`.
-      seed: non-negative int; decides the order, the flips and the draws of latents.
+      seed: non-negative int; decides the order and the flips.
       start_step: first step, counted from 0.
       flip: mirror each image left-right with probability 1/2 (not for digits).
       process_index: this process; default `jax.process_index()`.
@@ -281,9 +280,10 @@ def train_batches(
       prefetch: batches made ahead, one thread each.
 
     Returns:
-      A generator of {"image": (local batch, H, W, C) float32 in [-1, 1] (or latents, drawn),
-      "label": (local batch,) int32}, with the source's other columns. Its `close()` stops the
-      threads; an error in a thread is raised by `next`.
+      A generator of what `source.get` gives of the local batch, small as it is sent to devices,
+      for `source.unpack`: "image" (local batch, H, W, C) uint8 and, with `flip`, "mirrored" (local
+      batch,) bool, or the "moments" of the flips; and columns, such as "label". Its `close()` stops
+      the threads; an error in a thread is raised by `next`.
 
     Raises:
       ValueError: a batch size that the processes do not divide, a negative seed or step.
@@ -304,8 +304,7 @@ def train_batches(
             here = epochs == epoch
             order, flips = _epoch(len(source), seed, int(epoch))
             indices[here], mirrored[here] = order[offsets[here]], flips[offsets[here]]
-        batch = source.get(indices, mirrored if flip else None, (seed, positions))
-        return batch | {"image": _scaled(batch["image"])}
+        return source.get(indices, mirrored if flip else None)
 
     return _prefetched(make, _count_from(start_step), prefetch)
 
@@ -324,10 +323,9 @@ def eval_batches(
       prefetch: batches made ahead, one thread each.
 
     Returns:
-      A generator of {"image": (local batch, H, W, C) float32 in [-1, 1] (or latents, the means),
-      "label": int32, "index": int32 position in the source, "mask": bool}, with the source's other
-      columns. Padding repeats the last example, mask False. Every process gets the same number of
-      batches.
+      A generator of what `source.get` gives of the local batch, as of `train_batches`, with "index"
+      (local batch,) int32, the position in the source, and "mask" bool. Padding repeats the last
+      example, mask False. Every process gets the same number of batches.
 
     Raises:
       ValueError: a batch size that the processes do not divide, a limit not in 1..len(source).
@@ -343,11 +341,6 @@ def eval_batches(
         positions = step * batch_size + np.arange(start, stop)
         mask = positions < count
         positions = np.minimum(positions, count - 1)
-        batch = source.get(positions)
-        return batch | {
-            "image": _scaled(batch["image"]),
-            "index": positions.astype(np.int32),
-            "mask": mask,
-        }
+        return source.get(positions) | {"index": positions.astype(np.int32), "mask": mask}
 
     return _prefetched(make, range(-(-count // batch_size)), prefetch)

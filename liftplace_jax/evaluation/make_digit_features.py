@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from safetensors.numpy import save
 
-from liftplace_jax.data import eval_batches, load_source, train_batches
+from liftplace_jax.data import eval_batches, load_source, train_batches, unpack_images
 from liftplace_jax.evaluation.features import DIGIT_WEIGHTS, digit_logits
 
 SEED, STEPS, BATCH, PEAK_RATE = 0, 1200, 128, 2e-3
@@ -58,7 +58,9 @@ def train(source, steps=STEPS):
     tx = optax.adamw(optax.cosine_decay_schedule(PEAK_RATE, steps), weight_decay=1e-2)
 
     @jax.jit
-    def step(params, state, images, labels, key):
+    def step(params, state, batch, key):
+        images, labels = unpack_images(batch)["image"], batch["label"]
+
         def loss(params):
             logits = digit_logits(params, shifted(images, key))
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -71,7 +73,7 @@ def train(source, steps=STEPS):
     batches = train_batches(source, batch_size=BATCH, seed=SEED)
     for index, batch in zip(range(steps), batches, strict=False):
         key = jax.random.fold_in(jax.random.key(SEED + 1), index)
-        params, state = step(params, state, batch["image"], batch["label"], key)
+        params, state = step(params, state, batch, key)
     batches.close()
     return {name: np.asarray(value) for name, value in params.items()}
 
@@ -80,7 +82,7 @@ def accuracy(params, source):
     """Number of correctly classified examples of `source`, and the number of examples."""
     correct = 0
     for batch in eval_batches(source, batch_size=256):
-        predicted = np.argmax(digit_logits(params, batch["image"]), axis=-1)
+        predicted = np.argmax(digit_logits(params, unpack_images(batch)["image"]), axis=-1)
         correct += int(((predicted == batch["label"]) & batch["mask"]).sum())
     return correct, len(source)
 

@@ -1,5 +1,6 @@
 """From a sampler or a data set to features, moments and, if asked, images."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from liftplace_jax.data import eval_batches
 from liftplace_jax.evaluation.frechet import Moments, moments_update, moments_zero
+from liftplace_jax.host.sharding import placed_ahead
 
 MOMENTS = ("features", "spatial")  # kinds of outputs whose moments are kept
 ROWS = ("features", "logits")  # kinds that are kept as they are
@@ -137,7 +139,7 @@ def reference(
         return program(extractor_params, moments, batch["image"], batch["mask"])
 
     shape = (batch_size, *source.image_shape)
-    batches = global_batches(source, batch_size, limit, sharding)
+    batches = eval_inputs(source, batch_size, limit, sharding)
     limits = dict.fromkeys(ROWS, len(source)) if generated else {"features": REFERENCE_ROWS}
     return _gather(add, batches, shape, extractor, sharding, keep_images, limits, progress)
 
@@ -273,15 +275,21 @@ def check_batch(batch_size, sharding):
             raise ValueError(f"batch_size {batch_size} is not a multiple of its {shards} shards")
 
 
-def global_batches(source, batch_size, limit, sharding):
-    """Evaluation batches: whole on each process, or one array over all of them."""
+def eval_inputs(source, batch_size, limit, sharding):
+    """Evaluation batches as networks see them: whole on each process, or split over all of them."""
+    unpack = _unpacking(source.unpack)
     if sharding is None:
-        yield from eval_batches(
+        batches = eval_batches(
             source, batch_size=batch_size, limit=limit, process_index=0, process_count=1
         )
-        return
-    for batch in eval_batches(source, batch_size=batch_size, limit=limit):
-        yield {
-            name: jax.make_array_from_process_local_data(sharding, value)
-            for name, value in batch.items()
-        }
+    else:
+        batches = placed_ahead(eval_batches(source, batch_size=batch_size, limit=limit), sharding)
+    with contextlib.closing(batches):
+        for batch in batches:
+            yield unpack(batch)
+
+
+@functools.lru_cache(maxsize=8)
+def _unpacking(unpack):
+    """Jitted, once for all sources that unpack in the same way."""
+    return jax.jit(unpack)

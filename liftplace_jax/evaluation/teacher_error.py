@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from liftplace_jax.evaluation.samples import check_batch, global_batches, replicated
+from liftplace_jax.evaluation.samples import check_batch, eval_inputs, replicated
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -62,7 +62,7 @@ def output_error(teacher, student, noising, source, *, batch_size, seed, limit=N
     """
     check_batch(batch_size, sharding)
     sums, counts = np.zeros(4), np.zeros(4)
-    for batch in global_batches(source, batch_size, limit, sharding):
+    for batch in eval_inputs(source, batch_size, limit, sharding):
         levels, noise = _levels_and_noise(seed, batch["index"], source.image_shape)
         noisy, t = noising(batch["image"], levels, noise)
         outputs = [model(noisy, t, batch) for model in (teacher, student)]

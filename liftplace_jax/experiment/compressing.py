@@ -30,6 +30,7 @@ from liftplace_jax.nn.model_config import DenoiserConfig
 from liftplace_jax.nn.network import Network, from_tensors, is_finished, make_apply
 from liftplace_jax.training.distillation import make_task
 from liftplace_jax.training.objective import METHODS, draw_inputs, make_objective
+from liftplace_jax.training.state import random_key
 
 
 def compress(context: Context) -> None:
@@ -172,16 +173,21 @@ class PruningTools:
             return self.tensors(taylor_gradients(loss_and_gradient, timesteps, threshold)[0])
 
     def _batches(self, batch_size: int, flip: bool) -> Iterator[dict[str, jax.Array]]:
-        """Training batches, the same in every process, split over as many devices of it as go."""
+        """Training data as networks see them, the same in every process.
+
+        They are split over as many devices of it as go.
+        """
         devices = jax.local_devices()[: math.gcd(batch_size, jax.local_device_count())]
         split = sharding.batch_sharding(sharding.make_mesh({"data": -1}, devices))
+        source = self.context.sources["train"]
         batches = data.train_batches(
-            self.context.sources["train"], batch_size=batch_size, seed=self.seed, flip=flip,
-            process_index=0, process_count=1,
+            source, batch_size=batch_size, seed=self.seed, flip=flip, process_index=0,
+            process_count=1,
         )  # fmt: skip
+        unpack = jax.jit(source.unpack)
         with contextlib.closing(batches):
-            for batch in batches:
-                yield jax.device_put(batch, split)
+            for step, batch in enumerate(batches):
+                yield unpack(jax.device_put(batch, split), random_key(self.seed, "latent", step))
 
     def search(self, search: Search) -> Any:
         context, fields = self.context, search.fields

@@ -148,13 +148,17 @@ def _manifest(config, autoencoder, sources, shard_size) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _program(graphdef: nnx.GraphDef, sharding: NamedSharding) -> Callable[..., jax.Array]:
-    """Jitted (params, images (B, H, W, C)) -> moments (B, 2 flips, 2, h, w, C) float16."""
+    """Jitted (params, images (B, H, W, C) as of a source) -> moments (B, 2, 2, h, w, C) float16.
+
+    Of both flips, mean and log variance.
+    """
 
     @jax.default_matmul_precision("highest")  # latents are data: the same on every machine
     def encode(params, images):
         def moments(x):
             return jnp.stack(nnx.merge(graphdef, params).encode(x), axis=1)
 
+        images = data.unpack_images({"image": images})["image"]
         # Pixels are mirrored, not latents: an encoder is not symmetric.
         flips = jax.lax.map(moments, jnp.stack([images, images[:, :, ::-1]]))
         return jnp.moveaxis(flips, 0, 1).astype(encoded.DTYPE)

@@ -136,11 +136,11 @@ def groups_figure(context: Context) -> plt.Figure:
     count = min(4, len(source))
     batches = eval_batches(source, batch_size=count, process_index=0, process_count=1)
     with contextlib.closing(batches):
-        batch = next(batches)
+        batch = source.unpack(next(batches))
     images = batch["image"]
     t = jnp.full((count,), context.process.at(0.25))
     noise = jax.random.normal(jax.random.key(context.config.evaluation.seed), images.shape)
-    x_t = context.process.add_noise(jnp.asarray(images), t, noise)
+    x_t = context.process.add_noise(images, t, noise)
     outputs = [
         context.judge.predictor(n.config)(n.params, x_t, t, context.model.conditioning.of(batch))
         for n in (teacher, student)

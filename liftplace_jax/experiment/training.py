@@ -22,7 +22,7 @@ from liftplace_jax.nn.network import Network, is_finished, make_apply
 from liftplace_jax.training import profiling
 from liftplace_jax.training.distillation import make_task, student_objective
 from liftplace_jax.training.loop import train
-from liftplace_jax.training.objective import METHODS, make_objective
+from liftplace_jax.training.objective import METHODS, make_objective, on_batches
 from liftplace_jax.training.prepare import prepare
 from liftplace_jax.training.state import TrainState
 from liftplace_jax.training.step import LossFn
@@ -117,7 +117,7 @@ def run_training(
     Args:
       context: the experiment's.
       fields: such as config.teacher.
-      objective: what is minimised.
+      objective: what is minimised, of data as networks see them.
       params: what is trained, as of `TrainState.params`.
       teacher_params: handed to the objective, None without.
       seed: of the order of the data.
@@ -127,8 +127,8 @@ def run_training(
     """
     config, source = context.config, context.sources["train"]
     run = prepare(
-        fields, objective, params, teacher_params, context.mesh, config.sharding_rules,
-        frozen=context.family.frozen,
+        fields, on_batches(objective, source.unpack, seed), params, teacher_params, context.mesh,
+        config.sharding_rules, frozen=context.family.frozen,
     )  # fmt: skip
     every = config.evaluation.curve_every
     curve = context.judge.curve(network) if every and network else None

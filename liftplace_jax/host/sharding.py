@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
 Rules = Sequence[tuple[str, Sequence[str | None]]]
+Batch = Mapping[str, np.ndarray]
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -175,11 +177,42 @@ def gathered(tree: Any) -> Any:
     )  # fmt: skip
 
 
-def global_batches(batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh) -> Iterable[Any]:
-    """Each process's part of every batch as global arrays over the mesh."""
-    sharding = batch_sharding(mesh)
-    for batch in batches:
-        yield {
+def global_batches(batches: Iterable[Batch], mesh: Mesh) -> Iterator[Any]:
+    """As `placed_ahead`, over all devices of a mesh."""
+    return placed_ahead(batches, batch_sharding(mesh))
+
+
+def placed_ahead(batches: Iterable[Batch], sharding: NamedSharding) -> Iterator[Any]:
+    """Each process's part of every batch as global arrays, one batch ahead.
+
+    While a batch is in use, a thread waits for the next one and puts it on the devices. Its
+    `close()` stops the thread and closes the batches; an error of theirs is raised by the `next`
+    that would have had the batch.
+
+    Args:
+      batches: an iterable, of which no one else takes.
+      sharding: of the batch axis.
+    """
+    batches = iter(batches)
+
+    def place():
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        return {
             name: jax.make_array_from_process_local_data(sharding, value)
             for name, value in batch.items()
         }
+
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="placing") as thread:
+            ahead = thread.submit(place)
+            while True:
+                ready = [ahead.result()]
+                if ready[0] is None:
+                    return
+                ahead = thread.submit(place)
+                yield ready.pop()  # and keep no hold of it
+    finally:
+        if hasattr(batches, "close"):
+            batches.close()

@@ -158,7 +158,7 @@ def images_per_second(source: Any, threads: int, batches: int, repeats: int) -> 
 
 
 def soak(batches: int) -> dict[str, Any]:
-    """Reads so many batches of 64 16x16x3 images, places them on a device, and lets them go.
+    """Reads so many batches of 64 32x32x3 images, places them on a device, and lets them go.
 
     Returns:
       {"batches", "batch_mb", "start_mb": resident memory after a tenth of them, "end_mb",
@@ -166,10 +166,10 @@ def soak(batches: int) -> dict[str, Any]:
       memory is None where the system does not say it (other than Linux).
     """
     rng = np.random.default_rng(0)
-    records = [{"image": i, "label": 0} for i in rng.integers(0, 256, (256, 16, 16, 3), np.uint8)]
-    source = Source("soak", records, image_shape=(16, 16, 3))
+    records = [{"image": i, "label": 0} for i in rng.integers(0, 256, (256, 32, 32, 3), np.uint8)]
+    source = Source("soak", records, image_shape=(32, 32, 3))
     stream = train_batches(source, batch_size=BATCH, seed=0, flip=True)
-    placed = iter(sharding.global_batches(stream, sharding.make_mesh({"data": -1})))
+    placed = sharding.global_batches(stream, sharding.make_mesh({"data": -1}))
     nbytes, start, peak = 0, None, 0
     try:
         for index in range(batches):
@@ -178,7 +178,7 @@ def soak(batches: int) -> dict[str, Any]:
             if index == batches // 10:
                 start, peak = resident_bytes(), _peak_bytes()
     finally:
-        stream.close()
+        placed.close()
     end = resident_bytes()
     return {
         "batches": batches, "batch_mb": nbytes / MEGA,

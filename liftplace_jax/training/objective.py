@@ -136,6 +136,22 @@ def draw_inputs(
     return Inputs(t, noise, cond)
 
 
+def on_batches(objective: LossFn, unpack: Callable[..., Any], seed: int) -> LossFn:
+    """An objective of batches as they are sent, of one of what networks see.
+
+    Args:
+      objective: as of `make_objective`.
+      unpack: of the data's source (see `data.Source`).
+      seed: of what is drawn of the data, a function of seed and step.
+    """
+
+    def loss_fn(params, teacher_params, batch, step):
+        batch = unpack(batch, random_key(seed, "latent", step))
+        return objective(params, teacher_params, batch, step)
+
+    return loss_fn
+
+
 def make_objective(
     method: Method,
     apply: Apply,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 # In this order for good: a stream's place is part of its randomness.
-STREAMS = ("timestep", "noise", "dropout", "label")
+STREAMS = ("timestep", "noise", "dropout", "label", "latent")
 
 
 class TrainState(NamedTuple):
