@@ -23,11 +23,14 @@ import tiny_config
 from conftest import QUICK_XLA
 
 from liftplace_jax import data, weights
+from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
 from liftplace_jax.experiment import stages
+from liftplace_jax.experiment.encoding import encode_data
 from liftplace_jax.host import files, processes, sharding
 from liftplace_jax.host.buckets import as_path, local_copy
 from liftplace_jax.host.flags import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_LOST
 from liftplace_jax.host.locks import locked
+from liftplace_jax.nn import building
 from liftplace_jax.training.checkpoints import Checkpoints
 from liftplace_jax.training.loop import train
 from liftplace_jax.training.metrics_io import MetricsLog, read_metrics
@@ -144,6 +147,44 @@ def test_checkpoints_go_on_on_other_layouts(run, undisturbed, preempted, tmp_pat
     assert statuses == [0], printed
     assert "teacher: goes on from step 8\n" in printed[0]
     equal(final(workdir), final(undisturbed), 1e-5)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """Flags of a config whose data are latents of 4x4x4, drawn and flipped in the step."""
+    home = tmp_path_factory.mktemp("latents")
+    config = AutoencoderConfig(
+        block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, in_channels=1,
+        out_channels=1, sample_size=8,
+    )  # fmt: skip
+    weights.save_model(home / "autoencoder", config.described(), building.create(config)[1])
+    config = tiny_config.get_config()
+    config.data.train_split, config.data.test_split = "train[:3%]", "test[:5%]"
+    config.data.data_dir = str(home / "tfds")
+    config.model.update(image_size=4, in_channels=4, out_channels=4)
+    config.latents.update(autoencoder=str(home / "autoencoder"), path=str(home / "latents"))
+    over = sharding.batch_sharding(sharding.make_mesh({"data": -1}))
+    encode_data(config, over, batch_size=8, shard_size=16)
+    return [
+        "--config.data.train_split=train[:3%]", "--config.data.test_split=test[:5%]",
+        "--config.data.flip=True", "--config.evaluation.clip=None", "--config.model.image_size=4",
+        "--config.model.in_channels=4", "--config.model.out_channels=4",
+        "--config.teacher.accumulation=2",
+        f"--config.latents.autoencoder={home / 'autoencoder'}",
+        f"--config.latents.path={home / 'latents'}",
+    ]  # fmt: skip
+
+
+def test_latents_are_drawn_equally_on_any_layout_and_after_a_signal(run, latents, tmp_path):
+    for workdir, count, devices in (("one", 1, 1), ("pod", 2, 2)):
+        statuses, printed = run("none", tmp_path / workdir, count, devices, *latents)
+        assert statuses == [0] * count, printed
+    equal(final(tmp_path / "pod"), final(tmp_path / "one"), 1e-5)
+    statuses, printed = run("1 SIGTERM metrics 6", tmp_path / "cut", 2, 2, *latents)
+    assert statuses == [EXIT_INTERRUPTED] * 2, printed
+    statuses, printed = run("none", tmp_path / "cut", 2, 2, *latents)
+    assert statuses == [0, 0], printed
+    equal(final(tmp_path / "cut"), final(tmp_path / "pod"))
 
 
 def test_devices_of_a_pod_stand_in_the_order_of_its_processes():

@@ -94,7 +94,7 @@ def test_memory_is_flat_over_many_batches():
 
 def test_images_are_decoded_each_time_and_latents_drawn(tmp_path):
     cases = {name: source for name, source, _ in input_suite._cases(tmp_path)}
-    celeba, latents = cases["JPEG 178x218, crop, to 64x64"], cases["latents 32x32x4, drawn"]
+    celeba, latents = cases["JPEG 178x218, crop, to 64x64"], cases["latents 32x32x4"]
     assert len(celeba) == input_suite.LENGTH and celeba._images is None
     first, again = celeba.get([0, 1]), celeba.get([0, input_suite.FILES])
     assert first["image"].shape == (2, 64, 64, 3)
@@ -102,6 +102,9 @@ def test_images_are_decoded_each_time_and_latents_drawn(tmp_path):
     drawn = latents.unpack(latents.get([3]), jax.random.key(0))
     assert drawn["image"].shape == (1, 32, 32, 4) and drawn["label"].tolist() == [3]
     assert input_suite.images_per_second(latents, 2, 1, 1) > 0
+    # Each with a label; the flip of an image is one byte, that of latents is in what is read.
+    assert input_suite.sent_bytes(celeba) == 64 * 64 * 3 + 4 + 1
+    assert input_suite.sent_bytes(latents) == 2 * 2 * 32 * 32 * 4 + 4
 
 
 def test_a_process_that_fails_says_why(monkeypatch):
