@@ -1,4 +1,4 @@
-"""What a network is told beside the noisy image and the timestep: nothing, or a class."""
+"""What a network is told beside the noisy image and the timestep: nothing, a class, or a text."""
 
 from liftplace_jax.conditioning.classes import Classes
 from liftplace_jax.conditioning.conditioning import (
@@ -8,5 +8,15 @@ from liftplace_jax.conditioning.conditioning import (
     Unconditional,
     check_sources,
 )
+from liftplace_jax.conditioning.text import Encoding, Text
 
-__all__ = ["UNCONDITIONAL", "Classes", "Conditioning", "Shown", "Unconditional", "check_sources"]
+__all__ = [
+    "UNCONDITIONAL",
+    "Classes",
+    "Conditioning",
+    "Encoding",
+    "Shown",
+    "Text",
+    "Unconditional",
+    "check_sources",
+]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from liftplace_jax.conditioning.conditioning import Conditioning, Shown
+from liftplace_jax.conditioning.conditioning import Conditioning, Shown, refuse_texts
 
 COLUMN = "label"
 
@@ -33,6 +33,11 @@ class Classes:
         COLUMN: jax.ShapeDtypeStruct((), jnp.int32)
     }
 
+    def bound(self, encoding: Callable[[bool], Any] | None, dropout: float = 0.0) -> Self:
+        del dropout
+        refuse_texts(encoding)
+        return self
+
     def of(self, batch: Mapping[str, jax.Array]) -> jax.Array:
         return jnp.asarray(batch[COLUMN])
 
@@ -49,6 +54,13 @@ class Classes:
 
     def draw(self, key: jax.Array) -> jax.Array:
         return jax.random.randint(key, (), 0, self.count)
+
+    def embed(self, frozen: Mapping[str, Any], condition: jax.Array) -> jax.Array:
+        del frozen
+        return condition
+
+    def inputs(self, count: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count,), jnp.int32)
 
     def shown(self, most: int) -> Shown:
         classes = np.unique(np.linspace(0, self.count - 1, most).round().astype(np.int32))

@@ -1,14 +1,15 @@
 """The contract of conditions, and the condition that says nothing.
 
-A condition is a pytree of arrays whose first axis is the batch (None where there is none), handed
-to the network as it is. A new kind is one more file beside this one, and a config of a network that
-has it (`DenoiserConfig.conditioning`).
+A condition is a pytree of arrays whose first axis is the batch (None where there is none). What the
+network is handed is made of it by `embed`, once for teacher and student; most kinds hand it over as
+it is. A new kind is one more file beside this one, and a config of a network that has it
+(`DenoiserConfig.conditioning`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import numpy as np
@@ -38,6 +39,18 @@ class Conditioning(Protocol):
 
     columns: Mapping[str, jax.ShapeDtypeStruct]
 
+    def bound(self, encoding: Callable[[bool], Any] | None, dropout: float = 0.0) -> Self:
+        """This condition of an experiment whose texts are encoded so.
+
+        Args:
+          encoding: whether a pooled vector is needed -> `text.Encoding`; None: of no texts.
+          dropout: share of training texts that are dropped.
+
+        Raises:
+          ValueError: the network is told texts and there is no encoding, or it fits the network
+            not; or there is one, and the network is told none.
+        """
+
     def of(self, batch: Mapping[str, jax.Array]) -> Condition:
         """The condition of a batch of data."""
 
@@ -53,6 +66,17 @@ class Conditioning(Protocol):
 
     def draw(self, key: jax.Array) -> Condition:
         """A condition for one sample, without the batch axis."""
+
+    def embed(self, frozen: Mapping[str, Any], condition: Condition) -> Any:
+        """What the network is handed.
+
+        Args:
+          frozen: arrays of frozen encoders by their use; kinds without any take none of it.
+          condition: as of `of`, `drop`, `null` or `draw` under vmap.
+        """
+
+    def inputs(self, count: int) -> Any:
+        """What `embed` makes of so many conditions, as `jax.ShapeDtypeStruct`."""
 
     def shown(self, most: int) -> Shown | None:
         """What a report shows, at most `most`; None: nothing but samples as they come."""
@@ -79,6 +103,11 @@ class Unconditional:
 
     columns: Mapping[str, jax.ShapeDtypeStruct] = {}
 
+    def bound(self, encoding: Callable[[bool], Any] | None, dropout: float = 0.0) -> Self:
+        del dropout
+        refuse_texts(encoding)
+        return self
+
     def of(self, batch: Mapping[str, jax.Array]) -> None:
         del batch
 
@@ -90,6 +119,12 @@ class Unconditional:
 
     def draw(self, key: jax.Array) -> None:
         del key
+
+    def embed(self, frozen: Mapping[str, Any], condition: None) -> None:
+        del frozen, condition
+
+    def inputs(self, count: int) -> None:
+        del count
 
     def shown(self, most: int) -> None:
         del most
@@ -112,6 +147,12 @@ class Unconditional:
 
 
 UNCONDITIONAL = Unconditional()
+
+
+def refuse_texts(encoding: Any) -> None:
+    """Raises a ValueError if there are texts, for a network that is told none."""
+    if encoding is not None:
+        raise ValueError("is for networks that are told texts, config.model is of another kind")
 
 
 def check_sources(conditioning: Conditioning, sources: Iterable[Any]) -> None:
