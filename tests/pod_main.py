@@ -25,7 +25,7 @@ from liftplace_jax.host.locks import locked
 from liftplace_jax.training.state import random_key
 
 
-def loss_fn(params, teacher_params, batch, step):
+def loss_fn(params, frozen, batch, step):
     """How well two layers undo noise."""
     images = batch["image"].reshape(len(batch["image"]), -1)
     noisy = images + jax.random.normal(random_key(0, "noise", step), images.shape)

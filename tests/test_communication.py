@@ -54,16 +54,16 @@ class Step:
         objective, params = student_objective(config, process, "lift_place", 0, student, teacher)
         mesh = sharding.make_mesh({"data": -1, "fsdp": fsdp})
         rules = RULES if fsdp > 1 else ()
-        run = prepare(config.distill, objective, params, teacher.params, mesh, rules)
+        run = prepare(config.distill, objective, params, {"teacher": teacher.params}, mesh, rules)
         self.trained, self.teacher = (
             [(leaf.shape, leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree)]
-            for tree in (run.state.params, run.teacher_params)
+            for tree in (run.state.params, run.frozen)
         )
         images = np.zeros((BATCH, SIDE, SIDE, model.in_channels), np.float32)
         batch = next(iter(sharding.global_batches(
             [{"image": images, "label": np.zeros(BATCH, np.int32)}], mesh
         )))  # fmt: skip
-        self.compiled = run.step.lower(run.state, run.teacher_params, batch).compile()
+        self.compiled = run.step.lower(run.state, run.frozen, batch).compile()
         self.sent = collectives(self.compiled)
         self.local_rows = (BATCH // DEVICES, model.in_channels, SIDE**2)
 

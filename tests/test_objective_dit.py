@@ -95,7 +95,7 @@ def test_published_total(golden, networks, config, monkeypatch, case, method):
     objective, params = student_objective(config, PROCESS, method, 0, student, teacher)
     assert set(params) == {"student"}
     loss_and_grad = jax.jit(jax.value_and_grad(objective, has_aux=True))
-    (loss, metrics), grads = loss_and_grad(params, teacher.params, batch, 0)
+    (loss, metrics), grads = loss_and_grad(params, {"teacher": teacher.params}, batch, 0)
     check(metrics, loss, arrays, f"kd_rep/{case}", 1e-4)
     np.testing.assert_allclose(loss, meta["results"][case]["mean_loss"], rtol=1e-4)
     gradient = grads["student"]["final_layer"]["linear"]["kernel"][...].T
@@ -108,7 +108,7 @@ def test_published_total(golden, networks, config, monkeypatch, case, method):
         np.testing.assert_allclose(metrics["weight"], meta["results"]["w"], atol=1e-5)
         # The features' share of the total falls to 0 until the end.
         for step, share in ((50, 0.5), (100, 0.0)):
-            later = loss_and_grad(params, teacher.params, batch, step)[0][0]
+            later = loss_and_grad(params, {"teacher": teacher.params}, batch, step)[0][0]
             expected = loss - 0.01 * (1 - share) * metrics["feature_kd"]
             np.testing.assert_allclose(later, expected, rtol=1e-6)
 
@@ -120,7 +120,7 @@ def test_published_total_with_unmasked_features(golden, networks, config, monkey
     config.distill.feature.mask_sigma = None
     student, teacher = networks
     objective, params = student_objective(config, PROCESS, "output_feature_kd", 0, student, teacher)
-    loss, metrics = jax.jit(objective)(params, teacher.params, batch, 0)
+    loss, metrics = jax.jit(objective)(params, {"teacher": teacher.params}, batch, 0)
     check(metrics, loss, arrays, "kd_rep/logit_no_mask", 1e-4)
 
 
@@ -132,14 +132,14 @@ def test_published_total_with_dropped_labels(golden, networks, config, monkeypat
     objective, params = student_objective(
         config, PROCESS, "lift_place_feature_kd", 0, student, teacher
     )
-    loss, metrics = jax.jit(objective)(params, teacher.params, batch, 0)
+    loss, metrics = jax.jit(objective)(params, {"teacher": teacher.params}, batch, 0)
     check(metrics, loss, arrays, "kd_rep_train", 1e-3)
 
 
 def test_published_teacher_loss(golden, networks, config, monkeypatch):
     arrays = golden("dit_diffusion_losses")[0]
     batch, teacher = golden_inputs(monkeypatch, arrays), networks[1]
-    task = make_task(config, teacher.config)
+    task = make_task(config, teacher.config.conditioning)
     assert task == Task("mean", 1.0, Classes(10, 10, 0.1))
     apply = make_apply(teacher.graphdef)
     objective = make_objective(METHODS["no_kd"], apply, PROCESS, 0, task=task)
@@ -217,7 +217,7 @@ def test_sums_are_the_means_times_the_elements():
     for reduction in ("sum", "mean"):
         task = SMALL_TASK._replace(reduction=reduction)
         found[reduction] = jax.jit(small_objective("output_kd", task=task, scale=0.5))(
-            {"student": small_net(0)}, small_net(1), BATCH, 0
+            {"student": small_net(0)}, {"teacher": small_net(1)}, BATCH, 0
         )
     (loss, total), (_, mean) = found["sum"], found["mean"]
     assert set(total) == {"diffusion", "vb", "vb_kd", "output_kd"}
@@ -231,7 +231,9 @@ def test_teacher_sees_the_labels_of_the_student_and_gets_no_gradient():
     params = small_net(0)
     objective = small_objective("output_feature_kd", task=SMALL_TASK)
     gradient = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
-    (_, metrics), (of_student, of_teacher) = gradient({"student": params}, params, BATCH, 0)
+    (_, metrics), (of_student, of_teacher) = gradient(
+        {"student": params}, {"teacher": params}, BATCH, 0
+    )
     # The same network agrees with itself whatever is dropped, and learns from the data alone.
     assert metrics["output_kd"] == metrics["feature_kd"] == 0
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(of_student))
@@ -242,7 +244,7 @@ def test_teacher_sees_the_labels_of_the_student_and_gets_no_gradient():
 def test_methods_without_an_output_loss_have_no_bound_of_the_teacher():
     _, metrics = jax.eval_shape(
         small_objective("feature_kd", task=SMALL_TASK),
-        {"student": small_net(0)}, small_net(1), BATCH, 0,
+        {"student": small_net(0)}, {"teacher": small_net(1)}, BATCH, 0,
     )  # fmt: skip
     assert set(metrics) == {"diffusion", "vb", "output_kd", "feature_kd"}
 
@@ -256,7 +258,7 @@ def test_a_prediction_of_other_channels_is_refused():
 
 def test_a_sharded_batch_gives_the_same_numbers():
     objective = jax.jit(small_objective("lift", task=SMALL_TASK))
-    arguments = {"student": small_net(0)}, small_net(1)
+    arguments = {"student": small_net(0)}, {"teacher": small_net(1)}
     mesh = sharding.make_mesh(ConfigDict(dict(data=8, fsdp=1)))
     batch = jax.device_put(BATCH, sharding.batch_sharding(mesh))
     _, expected = objective(*arguments, BATCH, 5)

@@ -251,7 +251,7 @@ def test_a_pod_whose_work_directory_is_in_a_bucket_is_cut_off(run, undisturbed, 
 SGD = optax.adam(0.1)
 
 
-def squares(params, teacher_params, batch, step):
+def squares(params, frozen, batch, step):
     return ((params["student"]["w"] - 1) ** 2).sum() + 0 * step, {}
 
 

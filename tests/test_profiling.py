@@ -28,7 +28,7 @@ def parts():
     """A step, a fresh state, and a batch on the devices."""
     mesh = sharding.make_mesh({"data": -1})
 
-    def loss_fn(params, teacher_params, batch, step):
+    def loss_fn(params, frozen, batch, step):
         error = jnp.mean((batch["image"] @ params["student"]) ** 2)
         return error, {}
 

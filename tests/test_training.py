@@ -64,6 +64,7 @@ def small_apply(params, x, t, return_features, dropout_key, cond=None):
 
 
 STUDENT, TEACHER = small_net(1, 3), small_net(2, 5)
+FROZEN = {"teacher": TEACHER}
 ADAPTERS = init_adapters(jax.random.key(3), {"hidden": 3}, {"hidden": 5})
 
 
@@ -86,9 +87,9 @@ def trained(method):
     return {"student": STUDENT} | extra
 
 
-def squares(params, teacher_params, batch, step):
+def squares(params, frozen, batch, step):
     """Loss without randomness: mean squared distance of the batch to one vector."""
-    del teacher_params, step
+    del frozen, step
     loss = jnp.mean(jnp.square(batch["image"] - params["student"]["w"]))
     return loss, {"square": loss}
 
@@ -226,7 +227,7 @@ def test_a_run_keeps_no_second_copy_of_what_it_trains():
         params = {"student": jax.tree.map(jnp.copy, STUDENT)}
         leaves = jax.tree.leaves(params)
         before = {id(x) for x in jax.live_arrays()}
-        run = prepare(fields, objective, params, None, mesh, rules)
+        run = prepare(fields, objective, params, {}, mesh, rules)
         assert all(leaf.is_deleted() for leaf in leaves)
         new = [x for x in jax.live_arrays() if id(x) not in before]
         assert sum(x.size for x in new) <= sum(x.size for x in jax.tree.leaves(run.state)) + 8
@@ -241,8 +242,8 @@ def test_products_of_a_step_have_the_precision_of_the_config(precision):
     mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
     params = {"student": jax.tree.map(jnp.copy, STUDENT)}
     fields = training_config(steps=2, precision=precision)
-    run = prepare(fields, objective, params, TEACHER, mesh, ())
-    traced = run.step.trace(run.state, run.teacher_params, {"image": IMAGES})
+    run = prepare(fields, objective, params, FROZEN, mesh, ())
+    traced = run.step.trace(run.state, run.frozen, {"image": IMAGES})
     lines = traced.lower(lowering_platforms=("tpu",)).as_text().splitlines()
     products = [line for line in lines if "dot_general" in line]
     assert len(products) >= 7
@@ -252,7 +253,7 @@ def test_products_of_a_step_have_the_precision_of_the_config(precision):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_the_flag_is_that_of_every_metric(bad):
-    def loss_fn(params, teacher_params, batch, step):
+    def loss_fn(params, frozen, batch, step):
         loss = jnp.sum(params["student"]["w"] ** 2)
         return loss, {"odd": jnp.where(step == 1, bad, 1.0), "number": step}
 
@@ -321,7 +322,7 @@ def test_parts_are_a_loop_on_accelerators_and_copies_on_cpus(monkeypatch):
 
 
 def test_each_part_has_its_own_randomness():
-    def loss_fn(params, teacher_params, batch, step):
+    def loss_fn(params, frozen, batch, step):
         return jnp.sum(params["student"]["w"] ** 2), {"index": step, "index2": step**2}
 
     step = make_train_step(loss_fn, optax.sgd(0.1), ema_decay=0.9, accumulation=2)
@@ -350,7 +351,7 @@ def test_every_method_returns_its_terms_and_trains(name, cheap_random):
     objective = small_objective(name, scale=0.5, feature_scale=0.25)
     params = trained(name)
     value_and_grad = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
-    (loss, metrics), (grads, teacher_grads) = value_and_grad(params, TEACHER, {"image": IMAGES}, 3)
+    (loss, metrics), (grads, teacher_grads) = value_and_grad(params, FROZEN, {"image": IMAGES}, 3)
     (student, s_features), (teacher, t_features), noise = outputs_at(3)
     expected = {"diffusion": output_kd_loss(student, noise)}
     total = expected["diffusion"]
@@ -406,7 +407,7 @@ def test_weighting_reaches_the_loss(cheap_random):
     for name, weight in expected.items():
         weighting = Weighting(name, 0.3, "decrease", 100)
         loss, metrics = jax.jit(small_objective("lift", weighting=weighting))(
-            params, TEACHER, {"image": IMAGES}, step
+            params, FROZEN, {"image": IMAGES}, step
         )
         np.testing.assert_allclose(metrics["weight"], weight, rtol=1e-4)
         total = metrics["diffusion"] + metrics["coarse"] + metrics["weight"] * metrics["fine"]
@@ -417,11 +418,11 @@ def test_loss_options_and_layer_map_reach_the_loss(cheap_random):
     (student, s), (teacher, t), _ = outputs_at(0)
     options = dict(group_size=(2, 2), grouping="space", norm="l2", eps=1e-3)
     objective = small_objective("lift_place", loss_options=options)
-    _, metrics = jax.jit(objective)(trained("lift_place"), TEACHER, {"image": IMAGES}, 0)
+    _, metrics = jax.jit(objective)(trained("lift_place"), FROZEN, {"image": IMAGES}, 0)
     close(metrics["lift"], place_loss(student, teacher, **options).loss, 1e-4)
     objective = small_objective("feature_kd", layer_map={"hidden": "unheard"})
     with pytest.raises(ValueError, match="teacher has no feature 'unheard'"):
-        objective(trained("feature_kd"), TEACHER, {"image": IMAGES}, 0)
+        objective(trained("feature_kd"), FROZEN, {"image": IMAGES}, 0)
 
 
 def test_student_adapters_and_learnable_weight_are_trained(cheap_random):
@@ -433,7 +434,7 @@ def test_student_adapters_and_learnable_weight_are_trained(cheap_random):
     step = make_train_step(objective, optimizer, ema_decay=0.99)
     state, first, metrics = create_state(params, optimizer), None, None
     for _ in range(30):
-        state, metrics = step(state, TEACHER, {"image": IMAGES})
+        state, metrics = step(state, FROZEN, {"image": IMAGES})
         first = first or metrics
     assert all(
         np.abs(a - b).max() > 1e-3
@@ -466,9 +467,10 @@ def step_on(shape, student, teacher, images, rules):
     shardings = sharding.tree_shardings(state, rules, mesh)
     state = jax.device_put(state, shardings)
     teacher = jax.device_put(teacher[1], sharding.tree_shardings(teacher[1], rules, mesh))
+    frozen = {"teacher": teacher}
     step = make_train_step(objective, OPTIMIZER, ema_decay=0.99, shardings=shardings)
     batch = next(sharding.global_batches([{"image": images}], mesh))
-    new, metrics = step(state, teacher, batch)
+    new, metrics = step(state, frozen, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     placed = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), new, shardings)
     assert all(jax.tree.leaves(placed))
@@ -570,7 +572,7 @@ def wide_state():
 def continued(state, mesh, shardings, steps):
     """`steps` more steps on a mesh."""
 
-    def loss_fn(params, teacher_params, batch, step):
+    def loss_fn(params, frozen, batch, step):
         images = batch["image"]
         noise = jnp.sin(step + jnp.arange(images.shape[0]))[:, None, None, None]
         outputs, _ = small_apply(params["student"], images + noise, images[:, 0, 0, 0], False, None)

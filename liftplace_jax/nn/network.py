@@ -66,8 +66,7 @@ def example_inputs(config: DenoiserConfig) -> tuple[Any, Any, Any]:
     """Shapes and dtypes of a denoising network's (x, t, cond), for one sample."""
     x = jax.ShapeDtypeStruct((1, *config.shape), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.int32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-    return x, t, jax.eval_shape(jax.vmap(config.conditioning.draw), keys)
+    return x, t, config.conditioning.inputs(1)
 
 
 def kept_params(config: DenoiserConfig, dtype: str) -> building.Params:

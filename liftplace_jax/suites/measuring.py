@@ -107,7 +107,7 @@ def measure_training(
     )
     training = prepare(
         fields, objective, jax.tree.map(jnp.copy, params),  # the network is measured again
-        teacher.params if needs_teacher else None, context.mesh,
+        {"teacher": teacher.params} if needs_teacher else {}, context.mesh,
         context.config.sharding_rules,
     )  # fmt: skip
     config = student.config
@@ -115,13 +115,13 @@ def measure_training(
     images = jax.random.normal(jax.random.key(0), shape)
     batch = {"image": jax.device_put(images, context.batch_sharding)}
     started = time.perf_counter()
-    step = training.step.lower(training.state, training.teacher_params, batch).compile()
+    step = training.step.lower(training.state, training.frozen, batch).compile()
     compile_seconds = time.perf_counter() - started
     state = training.state
 
     def call():
         nonlocal state
-        state, metrics = step(state, training.teacher_params, batch)
+        state, metrics = step(state, training.frozen, batch)
         jax.block_until_ready((state, metrics))
 
     timing = time_side_by_side({method: call}, repeats)[method]

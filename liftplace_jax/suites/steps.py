@@ -75,7 +75,7 @@ def _measure(name: str, config: DenoiserConfig, batch: int, repeats: int) -> lis
 
 
 def _call(step, states, method, teacher, images):
-    states[method], metrics = step(states[method], teacher, images)
+    states[method], metrics = step(states[method], {"teacher": teacher}, images)
     jax.block_until_ready(metrics)
 
 

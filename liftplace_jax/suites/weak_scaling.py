@@ -94,16 +94,16 @@ def prepare_step(devices: int, quick: bool) -> tuple[dict[str, Any], Callable[[]
     process = GaussianDiffusion(beta_schedule("linear", 1000))
     objective, params = student_objective(config, process, "lift_place", 0, student, teacher)
     mesh = sharding.make_mesh({"data": devices})
-    run = prepare(config.distill, objective, params, teacher.params, mesh, ())
+    run = prepare(config.distill, objective, params, {"teacher": teacher.params}, mesh, ())
     shape = (batch, model.image_size, model.image_size, model.in_channels)
     images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     examples = next(iter(sharding.global_batches([{"image": images}], mesh)))
-    step = run.step.lower(run.state, run.teacher_params, examples).compile()
+    step = run.step.lower(run.state, run.frozen, examples).compile()
     state = run.state
 
     def call():
         nonlocal state
-        state, metrics = step(state, run.teacher_params, examples)
+        state, metrics = step(state, run.frozen, examples)
         jax.block_until_ready((state, metrics))
 
     return {

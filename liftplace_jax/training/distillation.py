@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from liftplace_jax.conditioning import Conditioning
 from liftplace_jax.diffusion import Process
 from liftplace_jax.losses import PUBLISHED
-from liftplace_jax.nn.model_config import DenoiserConfig
 from liftplace_jax.nn.network import Network, make_apply
 from liftplace_jax.training.features import make_adapters, match_features, read_layer_map
 from liftplace_jax.training.objective import (
@@ -27,19 +27,19 @@ from liftplace_jax.training.step import LossFn
 FEATURE_OPTIONS = ("mask_sigma", "reduction", "layers")
 
 
-def make_task(config: ConfigDict, model: DenoiserConfig) -> Task:
+def make_task(config: ConfigDict, conditioning: Conditioning) -> Task:
     """What a network learns from the data, be it teacher or student.
 
     Args:
       config: the experiment's.
-      model: the network's config.
+      conditioning: what the network is told.
     """
-    return Task(config.process.reduction, conditioning=model.conditioning)
+    return Task(config.process.reduction, conditioning=conditioning)
 
 
 def student_objective(
-    config: ConfigDict, process: Process, name: str, seed: int, start: Network,
-    teacher: Network,
+    config: ConfigDict, process: Process, name: str, seed: int, start: Network, teacher: Network,
+    conditioning: Conditioning | None = None,
 ) -> tuple[LossFn, dict[str, Any]]:  # fmt: skip
     """A method's loss on a student, and the parameters it trains.
 
@@ -50,6 +50,8 @@ def student_objective(
       seed: of its randomness and adapters.
       start: the student before training.
       teacher: its teacher.
+      conditioning: what both are told; None: as their configs say, which is enough where it is
+        no text.
 
     Returns:
       (loss function, parameters), as of `make_objective` and `TrainState.params`.
@@ -58,6 +60,7 @@ def student_objective(
       ValueError: the layer map of a feature method does not fit.
     """
     fields, method = config.distill, METHODS[name]
+    task = make_task(config, conditioning or start.config.conditioning)
     layer_map, params = None, {"student": start.params}
     if method.feature:
         matched = match_features(
@@ -73,7 +76,7 @@ def student_objective(
     steps = fields.steps * fields.accumulation
     objective = make_objective(
         method, make_apply(start.graphdef), process, seed,
-        task=make_task(config, start.config)._replace(scale=fields.task_scale),
+        task=task._replace(scale=fields.task_scale),
         teacher_apply=make_apply(teacher.graphdef), scale=fields.scale,
         feature_scale=_feature_scale(fields, steps), layer_map=layer_map,
         weighting=Weighting(**fields.weight.to_dict(), total_steps=steps),

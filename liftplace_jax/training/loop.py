@@ -32,7 +32,7 @@ class NonFiniteLossError(ValueError):
 def train(
     step_fn: Callable[[TrainState, Any, Any], tuple[TrainState, Mapping[str, jax.Array]]],
     state: TrainState,
-    teacher_params: Any,
+    frozen: Any,
     make_batches: Callable[[int], Iterator[Any]],
     *,
     total_steps: int,
@@ -49,7 +49,7 @@ def train(
     Args:
       step_fn: of `make_train_step`.
       state: at step 0; given up to the loop.
-      teacher_params: handed to every step, never saved.
+      frozen: handed to every step, never saved.
       make_batches: first step -> endless batches from there.
       total_steps: number of optimizer updates in all.
       folder: of checkpoints and metrics.
@@ -88,7 +88,7 @@ def train(
             for step in range(first + 1, total_steps + 1):
                 with last.said_first():
                     batch = next(batches)
-                state, metrics = step_fn(state, teacher_params, batch)
+                state, metrics = step_fn(state, frozen, batch)
                 bar.update()
                 # The step before: by now it is done, so looking at it does not stall devices.
                 last.settle()

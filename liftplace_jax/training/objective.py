@@ -145,9 +145,9 @@ def on_batches(objective: LossFn, unpack: Callable[..., Any], seed: int) -> Loss
       seed: of what is drawn of the data, a function of seed and step.
     """
 
-    def loss_fn(params, teacher_params, batch, step):
+    def loss_fn(params, frozen, batch, step):
         batch = unpack(batch, random_key(seed, "latent", step))
-        return objective(params, teacher_params, batch, step)
+        return objective(params, frozen, batch, step)
 
     return loss_fn
 
@@ -172,7 +172,10 @@ def make_objective(
     diffusion is ||target - prediction||^2; output and feature losses are the method's. Where the
     process learns the variance, the bounds vb and vb_kd (`diffusion.variational`) train it, and
     all other output terms see the mean half of predictions alone. Teacher and student see the same
-    noise, timesteps and dropped labels. Teachers train with METHODS["no_kd"].
+    noise, timesteps and dropped conditions. Teachers train with METHODS["no_kd"].
+
+    The function's second argument has the arrays that are not trained: {"teacher": its parameters,
+    "text": as of `conditioning.Text`}, each where it is needed.
 
     Sources: pixel space, "Diff_Pruning_EXP/functions/losses.py" (sums, 1, 1, 1e-6); DiT,
     "TinyFusion_EXP/diffusion/gaussian_diffusion.py", training_losses_kd_rep (means, 0.1, 0.9,
@@ -194,9 +197,11 @@ def make_objective(
       feature_options: keyword arguments of the feature loss: mask_sigma, reduction, layers.
     """
 
-    def loss_fn(params, teacher_params, batch, step):
+    def loss_fn(params, frozen, batch, step):
         images = batch["image"]
         t, noise, cond = draw_inputs(process, task, seed, batch, step)
+        # Once, for teacher and student.
+        cond = jax.lax.stop_gradient(task.conditioning.embed(frozen, cond))
         x_t = process.add_noise(images, t, noise)
         prediction, features = apply(
             params["student"], x_t, t, method.feature, random_key(seed, "dropout", step), cond
@@ -213,7 +218,7 @@ def make_objective(
         if not method.needs_teacher:
             return total, metrics
         teacher, teacher_features = jax.lax.stop_gradient(
-            teacher_apply(teacher_params, x_t, t, method.feature, None, cond)
+            teacher_apply(frozen["teacher"], x_t, t, method.feature, None, cond)
         )
         teacher_mean, _ = process.split(teacher)
         metrics["output_kd"] = output_kd_loss(mean, teacher_mean, reduction=task.reduction)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,23 +20,24 @@ class Training(NamedTuple):
     """See `prepare`.
 
     Attributes:
-      step: (state, teacher_params, batch) -> (state, metrics), jitted; it donates the state.
+      step: (state, frozen, batch) -> (state, metrics), jitted; it donates the state.
       state: before the first step.
-      teacher_params: on the mesh.
+      frozen: on the mesh.
       shardings: of the state.
       schedule: step -> learning rate.
     """
 
     step: Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
     state: TrainState
-    teacher_params: Any
+    frozen: dict[str, Any]
     shardings: TrainState
     schedule: optax.Schedule
 
 
 def prepare(
-    fields: ConfigDict, objective: LossFn, params: dict[str, Any], teacher_params: Any,
-    mesh: jax.sharding.Mesh, rules: sharding.Rules, frozen: Collection[str] = (),
+    fields: ConfigDict, objective: LossFn, params: dict[str, Any],
+    frozen: Mapping[str, Any], mesh: jax.sharding.Mesh, rules: sharding.Rules,
+    untrained: Collection[str] = (),
 ) -> Training:  # fmt: skip
     """Places a run on a mesh.
 
@@ -44,12 +45,13 @@ def prepare(
       fields: config.teacher or config.distill.
       objective: as of `make_objective`.
       params: what is trained, as of `TrainState.params`; given up: the state takes their memory.
-      teacher_params: None without a teacher.
+      frozen: arrays that are not trained, by use: "teacher", "text". The rules see the names
+        without the use, as a network has them.
       mesh: of `sharding.make_mesh`.
       rules: config.sharding_rules.
-      frozen: as of `make_optimizer`.
+      untrained: as of `make_optimizer`, its `frozen`.
     """
-    optimizer, schedule = make_optimizer(fields.optimizer, fields.steps, frozen)
+    optimizer, schedule = make_optimizer(fields.optimizer, fields.steps, untrained)
     abstract = jax.eval_shape(functools.partial(create_state, optimizer=optimizer), params)
     shardings = sharding.tree_shardings(abstract, rules, mesh)
     # Straight into its sharding: no device ever holds all of a state that does not fit on one.
@@ -60,11 +62,12 @@ def prepare(
     for leaf in jax.tree.leaves(params):  # what was placed elsewhere: one copy is enough
         if isinstance(leaf, jax.Array) and not leaf.is_deleted():
             leaf.delete()
-    teacher_params = sharding.place(
-        teacher_params, sharding.tree_shardings(teacher_params, rules, mesh)
-    )
+    frozen = {
+        use: sharding.place(tree, sharding.tree_shardings(tree, rules, mesh))
+        for use, tree in frozen.items()
+    }
     step = make_train_step(
         objective, optimizer, ema_decay=fields.ema_decay, accumulation=fields.accumulation,
         shardings=shardings, precision=fields.precision,
     )  # fmt: skip
-    return Training(step, state, teacher_params, shardings, schedule)
+    return Training(step, state, frozen, shardings, schedule)

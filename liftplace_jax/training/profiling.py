@@ -95,10 +95,10 @@ def watched(
         return
     trace = _Trace(steps, as_path(folder) / "profile")
 
-    def watched_step(state, teacher_params, batch):
+    def watched_step(state, frozen, batch):
         trace.before(state)
         with jax.transfer_guard(guard) if guard else contextlib.nullcontext():
-            result = step(state, teacher_params, batch)
+            result = step(state, frozen, batch)
         trace.after(result)
         return result
 

@@ -27,15 +27,15 @@ def make_train_step(
     shardings: TrainState | None = None,
     precision: str = "default",
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
-    """Compiles `step(state, teacher_params, batch) -> (state, metrics)`; the state is donated.
+    """Compiles `step(state, frozen, batch) -> (state, metrics)`; the state is donated.
 
     Params are plain nested dicts: at each call an `nnx.State` costs milliseconds to take apart.
     Beside the loss, its terms and "grad_norm", the metrics have a bool FINITE: whether all of
     them are, so that a loop that only wants to know this fetches one scalar.
 
     Args:
-      loss_fn: (params, teacher_params, batch, step) -> (loss, metrics), a pure function; `step`
-        is what its randomness is folded from.
+      loss_fn: (params, frozen, batch, step) -> (loss, metrics), a pure function; `step` is what its
+        randomness is folded from. `frozen` has the arrays that are not trained, by use.
       optimizer: optax transformation.
       ema_decay: in [0, 1); warmed up as min(decay, (1 + n) / (10 + n)) after n updates.
       accumulation: over how many parts of the batch gradients are averaged before the update. On
@@ -49,21 +49,21 @@ def make_train_step(
       ValueError: accumulation does not divide the batch (at the first call).
     """
 
-    def gradients(params, teacher_params, batch, step):
+    def gradients(params, frozen, batch, step):
         (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            params, teacher_params, batch, step
+            params, frozen, batch, step
         )
         return grads, {"loss": loss} | terms
 
     @jax.default_matmul_precision(precision)  # while it is traced: a property of the program
-    def step(state: TrainState, teacher_params: Any, batch: Any) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
         # Said here, or the compiler may send activations to where it finds a part of a kernel.
-        params, teacher_params = whole(state.params), whole(teacher_params)
+        params, frozen = whole(state.params), whole(frozen)
         if accumulation == 1:
-            grads, metrics = gradients(params, teacher_params, batch, state.step)
+            grads, metrics = gradients(params, frozen, batch, state.step)
         else:
             grads, metrics = _mean(
-                gradients, accumulation, params, teacher_params, batch, state.step
+                gradients, accumulation, params, frozen, batch, state.step
             )
         grads = split(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -91,20 +91,20 @@ def _constrained(tree, shardings):
     return jax.lax.with_sharding_constraint(tree, shardings)
 
 
-def _mean(gradients, parts, params, teacher_params, batch, step):
+def _mean(gradients, parts, params, frozen, batch, step):
     """The mean of `gradients`' results over the parts of a batch, whose steps number the parts.
 
     So every part has its own randomness.
     """
     batches = _parts(batch, parts)
     first = jax.tree.map(lambda x: x[0], batches)
-    shapes = jax.eval_shape(gradients, params, teacher_params, first, step)
+    shapes = jax.eval_shape(gradients, params, frozen, first, step)
     # What changes nothing that is added to it, not the sign of a zero either.
     start = jax.tree.map(lambda x: jnp.full(x.shape, -0.0, x.dtype), shapes)
 
     def add(total, part):
         number, batch = part
-        new = gradients(params, teacher_params, batch, step * parts + number)
+        new = gradients(params, frozen, batch, step * parts + number)
         return jax.tree.map(jnp.add, total, new), None
 
     def total(start, batches, unroll):
