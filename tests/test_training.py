@@ -858,7 +858,7 @@ def test_the_teacher_is_not_in_the_checkpoint(tmp_path):
     teacher = {"inner": jnp.ones((2, 37)), "outer": jnp.ones((37, 2))}
     train(
         make_train_step(small_objective("output_kd"), SGD, ema_decay=0.9),
-        create_state({"student": STUDENT}, SGD), teacher,
+        create_state({"student": STUDENT}, SGD), {"teacher": teacher},
         lambda first: ({"image": IMAGES} for _ in range(9)),
         total_steps=1, folder=tmp_path, title="test",
     )  # fmt: skip

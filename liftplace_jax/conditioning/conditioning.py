@@ -23,10 +23,12 @@ class Shown(NamedTuple):
     Attributes:
       titles: (K,) a name for each.
       condition: of K samples.
+      by_row: whether titles are too long to stand above columns.
     """
 
     titles: np.ndarray
     condition: Condition
+    by_row: bool = False
 
 
 class Conditioning(Protocol):

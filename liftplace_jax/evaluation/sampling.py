@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from liftplace_jax.conditioning import Conditioning
 from liftplace_jax.diffusion import Process, guided
 from liftplace_jax.nn.model_config import DenoiserConfig
 
@@ -22,6 +23,7 @@ def make_sampler(
     apply: Callable[..., tuple[jax.Array, Any]],
     clip: float | None = None,
     decode: Callable[[Any, jax.Array], jax.Array] | None = None,
+    texts: Conditioning | None = None,
 ) -> Sampler:
     """(params, keys (B,), condition or None) -> images (B, H, W, C), jit-able.
 
@@ -38,11 +40,13 @@ def make_sampler(
         (DDIM does not clip, ancestral sampling clips to 1, as published). Latents have no range
         and are never clipped.
       decode: (its params, latents) -> images. `params` are then (the network's, the decoder's).
+      texts: what a network of texts is told, as of `Conditioning.bound`. `params` then have the
+        frozen arrays that it embeds with as their last.
 
     Raises:
       ValueError: guidance of a network that has no condition, or none trained without.
     """
-    conditioning, channels = model.conditioning, fields.guidance_channels
+    conditioning, channels = texts or model.conditioning, fields.guidance_channels
     guided_at_all = fields.guidance != 1
     sampler = process.sampler(fields, math.inf if decode else clip)
     if channels is not None and not 1 <= channels <= model.in_channels:
@@ -69,17 +73,25 @@ def make_sampler(
     def draw(key):
         return conditioning.draw(jax.random.fold_in(key, 2))
 
+    def unpacked(params):
+        """(the network's, the decoder's, the frozen arrays), {} or None for what is not there."""
+        network, *others = params if decode or texts else (params,)
+        return network, others[0] if decode else None, others[-1] if texts else {}
+
     @jax.default_matmul_precision(fields.precision)  # while it is traced, decoder and all
     def sample(params, keys, condition=None):
-        params, decoder = params if decode else (params, None)
+        params, decoder, frozen = unpacked(params)
         if condition is None:
             condition = jax.vmap(draw)(keys)
+        # Once, not at every step; what says nothing is the same for all.
+        nothing = null(jax.tree.map(lambda x: x[:1], condition))
+        condition, nothing = (conditioning.embed(frozen, c) for c in (condition, nothing))
 
         def predict(x, t, condition):
             return apply(params, x, t, False, None, condition)[0]
 
         samples = sampler(
-            guided(predict, condition, null(condition), fields.guidance, channels),
+            guided(predict, condition, nothing, fields.guidance, channels),
             jax.vmap(start)(keys), noise=lambda step: jax.vmap(noise, (0, None))(keys, step),
         )  # fmt: skip
         return decode(decoder, samples) if decode else samples

@@ -113,6 +113,7 @@ def _check_choices(config):
         "evaluation.dtype": DTYPES,
         "evaluation.precision": PRECISIONS,
         "latents.decode_dtype": DTYPES,
+        "text.dtype": DTYPES,
     }  # fmt: skip
     found = dict(leaves(config))
     for field, names in choices.items():

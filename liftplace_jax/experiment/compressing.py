@@ -128,18 +128,20 @@ class PruningTools:
 
     def noised(self, count: int, batch_size: int) -> Iterator[tuple[jax.Array, ...]]:
         self._say()
-        process, task = self.context.process, make_task(self.context.config, self.context.model)
+        context, process = self.context, self.context.process
+        task = make_task(context.config, context.conditioning)
 
         @jax.jit
-        def noise(batch, step):
+        def noise(frozen, batch, step):
             t, noise, cond = draw_inputs(process, task, self.seed, batch, step)
+            cond = task.conditioning.embed(frozen, cond)
             x = process.add_noise(batch["image"], t, noise)
             return x, t, cond, process.target(batch["image"], noise, t)
 
-        batches = self._batches(batch_size, self.context.config.data.flip)
+        batches = self._batches(batch_size, context.config.data.flip)
         with progress("layers", count, unit="batch") as bar, contextlib.closing(batches):
             for step in range(count):
-                yield noise(next(batches), step)
+                yield noise(context.frozen, next(batches), step)
                 bar.update()
 
     def gradients(self, teacher: Network, batch_size: int, threshold: float) -> Tensors:
@@ -148,7 +150,7 @@ class PruningTools:
         process, apply = self.context.process, make_apply(teacher.graphdef)
         with contextlib.closing(self._batches(batch_size, flip=False)) as batches:
             batch = next(batches)
-        images, cond = batch["image"], self.context.model.conditioning.of(batch)
+        images, cond = batch["image"], self.context.embed(batch)
         noise = jax.random.normal(jax.random.key(self.seed), images.shape)
         # Where the images are, on every device once.
         whole = jax.tree.map(lambda _: replicated(images.sharding), teacher.params)
@@ -194,21 +196,22 @@ class PruningTools:
         teacher = load_teacher(
             context, fields.dtype, fields.remat, placed=True, scan_blocks=fields.scan_blocks
         )
-        task = make_task(context.config, teacher.config)
+        task = make_task(context.config, context.told(teacher.config))
         # The parts of an accumulated batch are steps of their own for an objective.
         steps = fields.steps * fields.accumulation
 
-        def loss_fn(params, base, batch, step):
+        def loss_fn(params, frozen, batch, step):
+            base = frozen["teacher"]
             objective = make_objective(
                 METHODS["no_kd"], search.apply(teacher.graphdef, base, step, steps),
                 context.process, self.seed, task=task,
             )  # fmt: skip
-            loss, metrics = objective(params, None, batch, step)
+            loss, metrics = objective(params, frozen, batch, step)
             return loss, metrics | search.metrics(params["student"], step, steps)
 
         start = search.init(jax.random.key(self.seed), teacher.params)
         state = run_training(
-            context, fields, loss_fn, {"student": start}, teacher.params, self.seed,
+            context, fields, loss_fn, {"student": start}, {"teacher": teacher.params}, self.seed,
             context.pruned_folder / SEARCH, "search", None,
         )  # fmt: skip
         return jax.tree.map(np.asarray, sharding.gathered(state.ema))

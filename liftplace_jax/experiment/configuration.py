@@ -161,6 +161,10 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     # nothing; the report says so.
     # Channels that classifier-free guidance acts on; default: all of the mean. DiT published 3.
     config.evaluation.guidance_channels = config_dict.placeholder(int)
+    # Of networks that are told texts: a file of one prompt a line, or a table (.csv) with a column
+    # "text". Sample i has prompt i mod their number; guidance leads away from negative_prompt.
+    config.evaluation.prompts = config_dict.placeholder(str)
+    config.evaluation.negative_prompt = ""
     # File of the extractor's weights, where it does not ship with them (the Inception ones).
     config.evaluation.weights = config_dict.placeholder(str)
     # Reference statistics, of liftplace_jax.evaluate ref, pytorch-fid or ADM; default: the training
@@ -177,6 +181,14 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     # Pixels along a side of the tiles in which larger images are decoded, for less memory in more
     # time; 0: none.
     config.latents.tile = 0
+    # Networks that are told texts: a folder of a pipeline, with a tokenizer and a text encoder, or
+    # with the files of both; entry: which of its text encoders, or which variant of the weights
+    # ("fp16"). dropout: share of training captions that become the empty text, for teacher and
+    # student alike. cached: the data carry the encoder's states, written by liftplace_jax.encode,
+    # and not token ids, of which states are computed in every step.
+    config.text = ConfigDict(dict(dropout=0.0, cached=False, dtype="float32"))
+    config.text.folder = config_dict.placeholder(str)
+    config.text.entry = config_dict.placeholder(str)
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))
     # (regular expression, partition) pairs; default: replicated. ((r"kernel", ("fsdp",)),) splits
     # all kernels by their last dimension. Tables that are looked up (of labels) are best whole.

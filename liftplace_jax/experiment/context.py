@@ -15,24 +15,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from liftplace_jax import data
 from liftplace_jax.compress import Pruner
-from liftplace_jax.conditioning import check_sources
+from liftplace_jax.conditioning import Conditioning, check_sources
 from liftplace_jax.diffusion import Process, make_process
 from liftplace_jax.encoders.autoencoder_folder import (
     AutoencoderNetwork,
     Decoder,
     load_autoencoder,
 )
+from liftplace_jax.encoders.texts import Texts
 from liftplace_jax.experiment.checks import check_config, check_neighbours
 from liftplace_jax.experiment.configuration import under
 from liftplace_jax.experiment.judging import Judge
 from liftplace_jax.experiment.sources import open_images, open_latents
+from liftplace_jax.experiment.texts import bind, open_prompts, open_texts, with_captions
 from liftplace_jax.experiment.workdir import check_data
 from liftplace_jax.families import registry
 from liftplace_jax.families.family import Family
@@ -137,8 +141,34 @@ class Context:
         """What samples are drawn, and compared, by."""
         return Judge(
             self.config.evaluation, self.process, self.decoder, self.batch_sharding,
-            lambda: self.images["train"],
+            lambda: self.images["train"], open_prompts(self.config, self.model, self.texts),
         )  # fmt: skip
+
+    @functools.cached_property
+    def texts(self) -> Texts | None:
+        """Tokenizer and text encoder; None if networks are told no texts."""
+        return open_texts(self.config)
+
+    def told(self, model: DenoiserConfig) -> Conditioning:
+        """What a network is told of the data."""
+        return bind(self.config, model, self.texts)
+
+    @functools.cached_property
+    def conditioning(self) -> Conditioning:
+        """What the teacher is told of the data."""
+        return self.told(self.model)
+
+    @functools.cached_property
+    def frozen(self) -> dict[str, Any]:
+        """Arrays of frozen encoders by use, as `Conditioning.embed` takes them."""
+        return {"text": self.texts.frozen("", self.conditioning.columns)} if self.texts else {}
+
+    @functools.cached_property
+    def embed(self) -> Callable[[Any], Any]:
+        """A batch of data -> what networks that are judged are handed of it."""
+        with_precision = jax.default_matmul_precision(self.config.evaluation.precision)
+        embed = jax.jit(with_precision(self.conditioning.embed))
+        return lambda batch: embed(self.frozen, self.conditioning.of(batch))
 
     @functools.cached_property
     def sources(self) -> dict[str, data.Source]:
@@ -151,7 +181,7 @@ class Context:
         sources = open_latents(self.config, self.model)
         if self.judge.extractor and not self.config.evaluation.reference:
             _ = self.images  # found wanting now, not at the evaluation
-        check_sources(self.model.conditioning, sources.values())
+        check_sources(self.conditioning, sources.values())
         check_data(self.workdir, "latents", sources, self.writes)
         return sources
 
@@ -160,7 +190,11 @@ class Context:
         """Images by use; prepared on first use."""
         sources = open_images(self.config, self.image_shape)
         if not self.autoencoder:
-            check_sources(self.model.conditioning, sources.values())
+            sources = {
+                use: with_captions(source, self.texts, self.conditioning)
+                for use, source in sources.items()
+            }
+            check_sources(self.conditioning, sources.values())
         fields, count = self.config.evaluation, len(sources["train"])
         extractor = self.judge.extractor
         if extractor and not fields.reference:

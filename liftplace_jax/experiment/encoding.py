@@ -26,6 +26,7 @@ from liftplace_jax.data.encoded import Shard
 from liftplace_jax.encoders.autoencoder_folder import AutoencoderNetwork, load_autoencoder
 from liftplace_jax.evaluation.samples import check_batch, replicated
 from liftplace_jax.experiment.sources import load_split
+from liftplace_jax.experiment.texts import bind, open_texts, with_captions
 from liftplace_jax.families import registry
 from liftplace_jax.host import processes
 from liftplace_jax.host.buckets import on_this_machine
@@ -114,7 +115,14 @@ def _open_images(config: ConfigDict, autoencoder: AutoencoderNetwork) -> dict[st
             f"channels, config.model.in_channels is {config.model.in_channels}: change one of them"
         )
     model = registry.config_from_dict(config.model.to_dict(), partial=True)
-    check_sources(model.conditioning, sources.values())
+    texts = open_texts(config)
+    conditioning = bind(config, model, texts)
+    # Token ids in any case: they are little, and whoever caches no states can go on with them.
+    sources = {
+        split: with_captions(source, texts, conditioning, tokens=True)
+        for split, source in sources.items()
+    }
+    check_sources(conditioning, sources.values())
     first, *others = sources.values()
     for other in others:
         if (other.columns, other.column_identities) != (first.columns, first.column_identities):

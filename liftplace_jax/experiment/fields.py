@@ -61,6 +61,7 @@ RANGES: dict[str, Range] = {
     "distill.loss.eps": positive(optional=True),
     "distill.loss.group_size": COUNT,
     "distill.weight.value": Range(float, 0.0, 1.0),
+    "text.dropout": SHARE,
     "mesh.data": whole(-1, 2**20),  # -1: the rest of the devices
     "mesh.fsdp": whole(-1, 2**20),
     "input_threads": _THREADS,

@@ -35,6 +35,7 @@ def check_stages(context: Context, trains: bool) -> None:
     Raises:
       ValueError: a stage would fail; names the field of the config.
     """
+    _ = context.conditioning  # its texts are read now, if there are any
     _check_batches(context, trains)
     _check_shapes(context)
     _check_judging(context)
@@ -109,8 +110,10 @@ def _check_judging(context: Context) -> None:
         sampler = make_sampler(
             fields, context.process, model,
             lambda params, x, *_: (jnp.concatenate(context.process.outputs * [x], axis=-1), {}),
+            texts=judge.prompts and judge.prompts.conditioning,
         )  # fmt: skip
-        latents = jax.eval_shape(sampler, None, keys)
+        params = (None, judge.prompts.frozen) if judge.prompts else None
+        latents = jax.eval_shape(sampler, params, keys)
     if fields.reference and judge.real.features is not None:
         check_neighbours(context.config, len(judge.real.features))
     if context.decoder:

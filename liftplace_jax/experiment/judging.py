@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from liftplace_jax import data, evaluation
+from liftplace_jax.conditioning import Shown
 from liftplace_jax.diffusion import Process
 from liftplace_jax.encoders.autoencoder_folder import Decoder
 from liftplace_jax.evaluation.samples import replicated
 from liftplace_jax.evaluation.sampling import Sampler, make_sampler
+from liftplace_jax.experiment.texts import Prompts
 from liftplace_jax.host import sharding
 from liftplace_jax.host.progress import progress
 from liftplace_jax.nn import building, frozen
@@ -33,6 +35,7 @@ class Judge:
       decoder: of samples; None: they are images.
       batch_sharding: of batches.
       train_images: opens the training images.
+      prompts: what networks of texts are told; None: they are told none.
     """
 
     fields: ConfigDict
@@ -40,6 +43,7 @@ class Judge:
     decoder: Decoder | None
     batch_sharding: jax.sharding.NamedSharding
     train_images: Callable[[], data.Source]
+    prompts: Prompts | None = None
 
     @functools.cached_property
     def extractor(self) -> evaluation.Extractor | None:
@@ -74,12 +78,21 @@ class Judge:
             return make_sampler(
                 self.fields, self.process, model, self._apply(model), clip,
                 self.decoder and self.decoder.decode,
+                self.prompts and self.prompts.conditioning,
             )  # fmt: skip
 
         return made
 
     def _apply(self, model: DenoiserConfig) -> Callable[..., Any]:
         return make_apply(building.abstract(model, jnp.dtype(self.fields.dtype))[0])
+
+    def condition(self, count: int) -> Any:
+        """Of samples 0..count - 1; None: each draws its own from its key."""
+        return self.prompts and self.prompts.condition(count)
+
+    def shown(self, model: DenoiserConfig, most: int) -> Shown | None:
+        """As of `Conditioning.shown`, of a network's config."""
+        return (self.prompts or model.conditioning).shown(most)
 
     def kept(self, model: DenoiserConfig, params: Any) -> Any:
         """A network's parameters in the dtype that they are computed in."""
@@ -91,7 +104,7 @@ class Judge:
 
     def placed_params(self, network: Network) -> Any:
         """What `sampler` takes as parameters, `placed`."""
-        return self._with_decoder(self.placed(network))
+        return self._with_frozen(self.placed(network))
 
     def _everywhere(self, params: Any) -> Any:
         whole = replicated(self.batch_sharding)
@@ -101,8 +114,16 @@ class Judge:
     def _decoder_params(self) -> Any:
         return self._everywhere(self.decoder.params)
 
-    def _with_decoder(self, params: Any) -> Any:
-        return (params, self._decoder_params) if self.decoder else params
+    @functools.cached_property
+    def _text_params(self) -> Any:
+        return self._everywhere(self.prompts.frozen)
+
+    def _with_frozen(self, params: Any) -> Any:
+        """A network's parameters, and those of the frozen networks that a sampler takes beside."""
+        found = [params]
+        found += [self._decoder_params] if self.decoder else []
+        found += [self._text_params] if self.prompts else []
+        return tuple(found) if len(found) > 1 else params
 
     @functools.cached_property
     def predictor(self) -> Callable[[DenoiserConfig], Callable[..., jax.Array]]:
@@ -131,9 +152,9 @@ class Judge:
 
         def distance_of(params) -> float:
             samples = evaluation.collect(
-                sample, self._with_decoder(whole(params)), fields.curve_samples,
+                sample, self._with_frozen(whole(params)), fields.curve_samples,
                 batch_size=fields.batch_size, extractor=self.extractor, seed=fields.seed,
-                sharding=self.batch_sharding,
+                sharding=self.batch_sharding, condition=self.condition(fields.curve_samples),
             )  # fmt: skip
             return float(distance(real, samples.moments))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,18 @@ def samples_figure(context: Context, rows: list[dict[str, Any]]) -> plt.Figure:
     """Teacher and the first student of each method, drawn from the same noise.
 
     Samples as published, and below them, if there are any, those with clipping. The teacher comes
-    first; what does not fit beside it goes on in the next line.
+    first; what does not fit beside it goes on in the next line. Of networks that are told texts a
+    row for each prompt, a column for each network.
     """
     shown = {row["method"]: row for row in reversed(rows)}
     names = list(dict.fromkeys(row["method"] for row in rows))
+    if context.judge.prompts:
+        return _prompts_figure({name: (shown[name], context.workdir / shown[name]["folder"])
+                                for name in names})  # fmt: skip
     variants = {"": ""} | ({"_clipped": ", clipped"} if context.config.evaluation.clip else {})
     # Few of the large images, so that each can be seen.
     side, width = (8, 3) if context.image_shape[0] <= 32 else (4, 4)
-    by_class = context.model.conditioning.shown(1) is not None
+    by_class = context.judge.shown(context.model, 1) is not None
     height = width * CLASS_ROWS / CLASS_COLUMNS + 0.4 if by_class else width
     columns = columns_for(len(names))
     lines = -(-len(names) // columns)
@@ -87,6 +92,30 @@ def _show_samples(axis: plt.Axes, folder: Path, suffix: str, side: int) -> None:
     axis.set_yticks([])
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
+
+
+def _prompts_figure(models: Mapping[str, tuple[dict[str, Any], Path]]) -> plt.Figure:
+    """Rows of prompts, columns of models (title -> its row of the report, and its folder)."""
+    samples = {title: read_samples(folder) for title, (_, folder) in models.items()}
+    prompts = next(iter(samples.values()))["prompts"]
+    side = 1.6
+    figure, axes = plt.subplots(
+        len(prompts), len(models), squeeze=False, layout="constrained",
+        figsize=(2.2 + side * len(models), side * len(prompts) + 0.6),
+    )  # fmt: skip
+    for column, (title, found) in enumerate(samples.items()):
+        frechet = models[title][0].get("frechet")
+        score = "" if frechet is None else f"\nFrechet {frechet:.1f}"
+        axes[0, column].set_title(f"{title}{score}", fontsize=9)
+        for axis, image in zip(axes[:, column], found["images_by_prompt"], strict=True):
+            show(axis, image)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+    for axis, prompt in zip(axes[:, 0], prompts, strict=True):
+        # No formula, whatever signs it has.
+        text = textwrap.shorten(str(prompt), 90, placeholder=" ...").replace("$", r"\$")
+        axis.set_ylabel(textwrap.fill(text, 22), rotation=0, ha="right", va="center", fontsize=8)
+    return figure
 
 
 def curves_figure(context: Context) -> plt.Figure:
@@ -142,7 +171,7 @@ def groups_figure(context: Context) -> plt.Figure:
     noise = jax.random.normal(jax.random.key(context.config.evaluation.seed), images.shape)
     x_t = context.process.add_noise(images, t, noise)
     outputs = [
-        context.judge.predictor(n.config)(n.params, x_t, t, context.model.conditioning.of(batch))
+        context.judge.predictor(n.config)(n.params, x_t, t, context.embed(batch))
         for n in (teacher, student)
     ]
     error = jnp.square(outputs[0] - outputs[1])

@@ -117,6 +117,8 @@ def protocol(context: Context, params: str = "ema") -> dict[str, Any]:
     if context.autoencoder:
         found["autoencoder"] = context.autoencoder.identity
         found |= {name: context.config.latents[name] for name in ("decode_dtype", "tile")}
+    if context.judge.prompts:
+        found["prompts"] = dict(context.judge.prompts.identity)
     if context.judge.extractor:
         found["extractor"] = dict(context.judge.extractor.info)
     return found
@@ -146,21 +148,23 @@ def _shown_images(context: Context, network: Network) -> dict[str, Any]:
     """Samples of the conditions that a report shows, from the same noise for every model.
 
     Returns:
-      "classes" (K,), their titles, and "images_by_class" (rows * K, H, W, C), row by row; nothing
-      where there is no condition.
+      "classes" (K,), their titles, and "images_by_class" (rows * K, H, W, C), row by row; of
+      prompts "prompts" (K,) and "images_by_prompt" (K, H, W, C); nothing where there is no
+      condition.
     """
-    fields, shown = context.config.evaluation, context.model.conditioning.shown(CLASS_COLUMNS)
+    fields, shown = context.config.evaluation, context.judge.shown(context.model, CLASS_COLUMNS)
     if shown is None:
         return {}
-    condition = jax.tree.map(
-        lambda x: np.tile(x, (CLASS_ROWS, *(1,) * (x.ndim - 1))), shown.condition
-    )
-    count = CLASS_ROWS * len(shown.titles)
+    rows = 1 if shown.by_row else CLASS_ROWS
+    condition = jax.tree.map(lambda x: np.tile(x, (rows, *(1,) * (x.ndim - 1))), shown.condition)
+    count = rows * len(shown.titles)
     samples = evaluation.collect(
         context.judge.sampler(network), context.judge.placed_params(network), count,
         batch_size=fields.batch_size, extractor=None, seed=fields.seed,
         sharding=context.batch_sharding, keep_images=count, condition=condition,
     )  # fmt: skip
+    if shown.by_row:
+        return {"prompts": shown.titles, "images_by_prompt": samples.images}
     return {"classes": shown.titles, "images_by_class": samples.images}
 
 
@@ -192,7 +196,7 @@ def draw(
         context.judge.sampler(network, clip), context.judge.placed_params(network),
         fields.num_samples, batch_size=fields.batch_size, extractor=context.judge.extractor,
         seed=fields.seed, sharding=context.batch_sharding, keep_images=keep_images,
-        progress=update,
+        condition=context.judge.condition(fields.num_samples), progress=update,
     )  # fmt: skip
     return samples, _rate(fields, ends)
 
@@ -205,7 +209,6 @@ def _rate(fields, ends: list[float]) -> float | None:
 
 def _output_error(context: Context, teacher: Network, student: Network) -> dict[str, float]:
     fields, process, judge = context.config.evaluation, context.process, context.judge
-    conditioning = context.model.conditioning
 
     def noising(images, levels, noise):
         t = process.at(levels)
@@ -215,7 +218,7 @@ def _output_error(context: Context, teacher: Network, student: Network) -> dict[
         params = judge.placed(network)
 
         def predict(x, t, batch):
-            return judge.predictor(network.config)(params, x, t, conditioning.of(batch))
+            return judge.predictor(network.config)(params, x, t, context.embed(batch))
 
         return predict
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,10 @@ def train_teacher(context: Context) -> None:
     )  # fmt: skip
     objective = make_objective(
         METHODS["no_kd"], make_apply(graphdef), context.process, seed,
-        task=make_task(context.config, context.model),
+        task=make_task(context.config, context.conditioning),
     )  # fmt: skip
     state = run_training(
-        context, fields, objective, {"student": params}, None, seed, folder, "teacher",
+        context, fields, objective, {"student": params}, {}, seed, folder, "teacher",
         Network(context.model, graphdef, None),
     )  # fmt: skip
     save_trained(folder, context.model, state)
@@ -98,19 +98,20 @@ def _distill_one(context: Context, run: Run) -> None:
         shardings=shardings(context, "params.student."), scan_blocks=fields.scan_blocks,
     )  # fmt: skip
     objective, params = student_objective(
-        context.config, context.process, run.method, run.seed, start, teacher
-    )
-    teacher_params = teacher.params if METHODS[run.method].needs_teacher else None
+        context.config, context.process, run.method, run.seed, start, teacher,
+        context.told(start.config),
+    )  # fmt: skip
+    frozen = {"teacher": teacher.params} if METHODS[run.method].needs_teacher else {}
     title = f"{run.method} seed {run.seed}"
     state = run_training(
-        context, fields, objective, params, teacher_params, run.seed, run.folder, title, start
+        context, fields, objective, params, frozen, run.seed, run.folder, title, start
     )
     save_trained(run.folder, start.config, state)
 
 
 def run_training(
     context: Context, fields: ConfigDict, objective: LossFn, params: dict[str, Any],
-    teacher_params: Any, seed: int, folder: Path, title: str, network: Network | None,
+    frozen: Mapping[str, Any], seed: int, folder: Path, title: str, network: Network | None,
 ) -> TrainState:  # fmt: skip
     """Trains on the data, or goes on.
 
@@ -119,7 +120,7 @@ def run_training(
       fields: such as config.teacher.
       objective: what is minimised, of data as networks see them.
       params: what is trained, as of `TrainState.params`.
-      teacher_params: handed to the objective, None without.
+      frozen: handed to the objective, beside the arrays of the experiment's frozen encoders.
       seed: of the order of the data.
       folder: of checkpoints and metrics.
       title: of the progress line.
@@ -127,8 +128,9 @@ def run_training(
     """
     config, source = context.config, context.sources["train"]
     run = prepare(
-        fields, on_batches(objective, source.unpack, seed), params, teacher_params, context.mesh,
-        config.sharding_rules, frozen=context.family.frozen,
+        fields, on_batches(objective, source.unpack, seed), params,
+        {**frozen, **context.frozen}, context.mesh, config.sharding_rules,
+        untrained=context.family.frozen,
     )  # fmt: skip
     every = config.evaluation.curve_every
     curve = context.judge.curve(network) if every and network else None
@@ -146,10 +148,10 @@ def run_training(
         )  # fmt: skip
         return sharding.global_batches(batches, context.mesh)
 
-    print(profiling.memory_line(title, run.state, run.teacher_params), file=sys.stderr)
+    print(profiling.memory_line(title, run.state, run.frozen), file=sys.stderr)
     with profiling.watched(run.step, config, folder) as step:
         return train(
-            step, run.state, run.teacher_params, make_batches, total_steps=fields.steps,
+            step, run.state, run.frozen, make_batches, total_steps=fields.steps,
             folder=folder, title=title, shardings=run.shardings, log_every=fields.log_every,
             checkpoint_every=fields.checkpoint_every, tensorboard=config.tensorboard,
             on_log=on_log,

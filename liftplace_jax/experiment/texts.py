@@ -1,0 +1,190 @@
+"""An experiment's texts: its encoder, the columns of captions, and the prompts of samples."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import hashlib
+import io
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from liftplace_jax import data
+from liftplace_jax.conditioning import Conditioning, Shown
+from liftplace_jax.encoders.texts import TOKENS, Texts, load_texts
+from liftplace_jax.experiment.configuration import under
+from liftplace_jax.host.buckets import as_path
+from liftplace_jax.host.outside import find_fault, shown
+from liftplace_jax.nn.model_config import DenoiserConfig
+
+_CAPTIONS = ("text", "caption", "prompt")  # names of a table's column
+
+
+def open_texts(config: ConfigDict) -> Texts | None:
+    """The tokenizer and text encoder of config.text; None if it names none.
+
+    Raises:
+      ValueError: as of `load_texts`.
+    """
+    fields = config.text
+    if not fields.folder:
+        return None
+    with under("text.folder: "):
+        return load_texts(fields.folder, fields.entry, fields.dtype)
+
+
+def bind(config: ConfigDict, model: DenoiserConfig, texts: Texts | None) -> Conditioning:
+    """What a network is told, of an experiment's data.
+
+    Raises:
+      ValueError: it is told texts and there are none, or the other way round.
+    """
+    encoding = texts and functools.partial(texts.encoding, cached=config.text.cached)
+    with under("text.folder "):
+        return model.conditioning.bound(encoding, config.text.dropout)
+
+
+def with_captions(
+    source: data.Source, texts: Texts | None, conditioning: Conditioning, tokens: bool = False
+) -> data.Source:
+    """A source with the columns of its captions; without texts as it is.
+
+    Args:
+      source: of images.
+      texts: as of `open_texts`.
+      conditioning: as of `bind`, which says the columns.
+      tokens: whether it has the token ids in any case.
+
+    Raises:
+      ValueError: it has no captions.
+    """
+    if texts is None:
+        return source
+    captions = getattr(source, "captions", None)
+    if captions is None:
+        raise ValueError(
+            f"{source.name} has no captions, and config.model is told texts: put a metadata.csv "
+            "(file_name, text) beside the images, or take other data"
+        )
+    names = dict.fromkeys([*([TOKENS] if tokens else []), *conditioning.columns])
+    for name, column in texts.columns(captions, [*names]).items():
+        source = source.with_column(name, column)
+    return source
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompts:
+    """What samples of a network that is told texts are drawn with: sample i has prompt i mod N.
+
+    Attributes:
+      prompts: N texts.
+      texts: their tokenizer and encoder.
+      conditioning: of their token ids; data may have another one, of states.
+      negative: what guidance leads away from.
+      identity: of the file, and of all of these, as JSON types.
+    """
+
+    prompts: tuple[str, ...]
+    texts: Texts
+    conditioning: Conditioning
+    negative: str
+    identity: Mapping[str, Any]
+
+    @functools.cached_property
+    def frozen(self) -> dict[str, Any]:
+        """As of `Conditioning.embed`."""
+        return {"text": self.texts.frozen(self.negative, (TOKENS,))}
+
+    @functools.cached_property
+    def _ids(self) -> np.ndarray:
+        return self.texts.tokenizer.encode(self.prompts)
+
+    def condition(self, count: int) -> Any:
+        """Of samples 0..count - 1, with NumPy arrays."""
+        ids = self._ids[np.arange(count) % len(self.prompts)]
+        return {name: np.asarray(v) for name, v in self.conditioning.of({TOKENS: ids}).items()}
+
+    def shown(self, most: int) -> Shown:
+        """The first of them."""
+        count = min(most, len(self.prompts))
+        return Shown(np.asarray(self.prompts[:count]), self.condition(count), by_row=True)
+
+
+def open_prompts(config: ConfigDict, model: DenoiserConfig, texts: Texts | None) -> Prompts | None:
+    """The prompts of config.evaluation.prompts; None if the network is told no texts.
+
+    Raises:
+      ValueError: there are none and it is, or the other way round; or the file is no such one.
+    """
+    fields = config.evaluation
+    if texts is None:
+        for field in ("prompts", "negative_prompt"):
+            if fields[field]:
+                raise ValueError(
+                    f"config.evaluation.{field} is for networks that are told texts: unset it, or "
+                    "set config.text.folder"
+                )
+        return None
+    if not fields.prompts:
+        raise ValueError(
+            "config.evaluation.prompts must be set: a file of one prompt a line, or a table "
+            "(.csv) with a column 'text'"
+        )
+    if fields.negative_prompt and fields.guidance == 1:
+        raise ValueError(
+            "config.evaluation.negative_prompt needs config.evaluation.guidance, which is 1: none"
+        )
+    with under("evaluation.prompts: "):
+        prompts = read_prompts(fields.prompts)
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    identity = {
+        "file": as_path(fields.prompts).name, "count": len(prompts), "sha256": digest,
+        "text": texts.identity,
+    }  # fmt: skip
+    conditioning = model.conditioning.bound(texts.encoding)
+    return Prompts(tuple(prompts), texts, conditioning, fields.negative_prompt, identity)
+
+
+def read_prompts(path: str | os.PathLike) -> list[str]:
+    """Prompts of a file: one a line, or the column "text", "caption" or "prompt" of a .csv.
+
+    Raises:
+      ValueError: it is no such file, not in UTF-8, or has an empty prompt; names the line.
+    """
+    path = as_path(path)
+    if fault := find_fault(path):
+        raise ValueError(f"{path}: {fault}")
+    try:
+        content = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + error.object[: error.start].count(b"\n")
+        raise ValueError(f"{path}, line {line}: is no text in UTF-8: {error.reason}") from error
+    if path.suffix.lower() == ".csv":
+        found = _read_table(content, path)
+    else:
+        lines = content.replace("\r\n", "\n").rstrip("\n").split("\n")
+        found = list(enumerate(lines, 1))
+    for line, prompt in found:
+        if not prompt.strip():
+            raise ValueError(f"{path}, line {line}: an empty prompt: remove the line")
+    if not found:
+        raise ValueError(f"{path}: has no prompts")
+    return [prompt.strip() for _, prompt in found]
+
+
+def _read_table(content: str, path: Any) -> list[tuple[int, str]]:
+    rows = csv.DictReader(io.StringIO(content, newline=""), strict=True)
+    try:
+        names = [name for name in _CAPTIONS if name in (rows.fieldnames or ())]
+        if not names:
+            raise ValueError(
+                f"{path}: has no column of {list(_CAPTIONS)}, only {shown(rows.fieldnames)}"
+            )
+        return [(rows.line_num, row[names[0]] or "") for row in rows]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}: is no table: {error}") from error
