@@ -370,6 +370,18 @@ def test_bad_inputs_name_the_argument():
                            params, x, t, cond)  # fmt: skip
 
 
+def test_the_network_takes_what_its_conditioning_makes():
+    graphdef, params = building.abstract(TINY)
+    y, _ = jax.eval_shape(
+        lambda p, x, t, c: make_apply(graphdef)(p, x, t, False, None, c),
+        params, X, T, TINY.conditioning.inputs(2),
+    )  # fmt: skip
+    assert y.shape == X.shape
+    TINY.conditioning.check_student(TINY.replace(widths=(16, 32)).conditioning)
+    with pytest.raises(ValueError, match="text of width 8, the teacher's is 6"):
+        TINY.conditioning.check_student(TINY.replace(context_dim=8).conditioning)
+
+
 def test_initial_weights_are_those_of_pytorch():
     _, params = building.create(TINY, seed=0)
     tensors = weights.to_torch(params)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
-from liftplace_jax.conditioning import Conditioning
+from liftplace_jax.conditioning import Text
 from liftplace_jax.host.ranges import SIDE, positive, whole
 from liftplace_jax.nn.model_config import MOST_BLOCKS_OF_LEVEL, MOST_PIXELS, DenoiserConfig
 
@@ -190,12 +190,9 @@ class SDUNetConfig(DenoiserConfig):
         return sum(len(block.inputs) + block.attentions for block in self.blocks()) + 2
 
     @property
-    def conditioning(self) -> Conditioning:
+    def conditioning(self) -> Text:
         """See `DenoiserConfig.conditioning`."""
-        raise ValueError(
-            "model: a sd_unet is told text, and there is no conditioning by text in this version: "
-            "call the network with text states of your own"
-        )
+        return Text(width=self.context_dim)
 
     def build(self, *, rngs: nnx.Rngs, dtype: Dtype, remat: str | None = None) -> nnx.Module:
         """See `ModelConfig.build`."""
