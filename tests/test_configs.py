@@ -65,6 +65,7 @@ def test_models_and_processes_are_the_published_ones(name):
         kind="gaussian", schedule=diffusion["beta_schedule"], beta_start=diffusion["beta_start"],
         beta_end=diffusion["beta_end"], num_timesteps=diffusion["num_diffusion_timesteps"],
         prediction="epsilon", variance="fixed", timesteps="antithetic", reduction="sum",
+        shift=1.0, logit_mean=0.0, logit_std=1.0, mode_scale=1.29,
     )  # fmt: skip
 
 

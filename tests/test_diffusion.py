@@ -189,7 +189,9 @@ def test_samplers_reach_the_data_of_a_perfect_network(prediction, name, clip):
     predict = exact_predict(process, x0)
     options = {"steps": 5, "key": jax.random.key(1), "clip": clip}
     sample = get_sampler(name)(predict, x_T, process, **options)
-    np.testing.assert_allclose(sample, jnp.broadcast_to(x0, sample.shape), atol=2e-3)
+    # PNDM extrapolates predictions, and those of v change on the way, as x0 and epsilon do not.
+    tolerance = 3e-2 if (name, prediction) == ("pndm", "v") else 2e-3
+    np.testing.assert_allclose(sample, jnp.broadcast_to(x0, sample.shape), atol=tolerance)
 
 
 def test_keys_and_noise():

@@ -44,6 +44,7 @@ def test_imagenet_is_as_published():
     assert config.process.to_dict() == dict(
         kind="gaussian", schedule="linear", num_timesteps=1000, beta_start=1e-4, beta_end=0.02,
         prediction="epsilon", variance="learned_range", timesteps="uniform", reduction="mean",
+        shift=1.0, logit_mean=0.0, logit_std=1.0, mode_scale=1.29,
     )  # fmt: skip
     distill = config.distill
     assert (distill.task_scale, distill.scale, distill.feature_scale) == (0.1, 0.9, 0.01)

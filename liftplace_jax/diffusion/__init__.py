@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from liftplace_jax.diffusion.flow import Flow, flow_sample
 from liftplace_jax.diffusion.gaussian import (
     PREDICTIONS,
     TIMESTEPS,
@@ -9,14 +10,15 @@ from liftplace_jax.diffusion.gaussian import (
     GaussianDiffusion,
 )
 from liftplace_jax.diffusion.guidance import guided
+from liftplace_jax.diffusion.multistep import dpmpp_2m_sample, pndm_sample
 from liftplace_jax.diffusion.process import Process
 from liftplace_jax.diffusion.samplers import (
     SAMPLERS,
     ancestral_sample,
     ddim_sample,
     get_sampler,
-    timestep_sequence,
 )
+from liftplace_jax.diffusion.spacing import timestep_sequence
 from liftplace_jax.diffusion.tables import beta_schedule
 from liftplace_jax.diffusion.variational import (
     Normal,
@@ -26,7 +28,9 @@ from liftplace_jax.diffusion.variational import (
     vb_loss,
 )
 
-PROCESSES: dict[str, type[Process]] = {process.kind: process for process in (GaussianDiffusion,)}
+PROCESSES: dict[str, type[Process]] = {
+    process.kind: process for process in (GaussianDiffusion, Flow)
+}
 """config.process.kind -> the process."""
 
 
@@ -47,16 +51,20 @@ __all__ = [
     "SAMPLERS",
     "TIMESTEPS",
     "VARIANCES",
+    "Flow",
     "GaussianDiffusion",
     "Normal",
     "Process",
     "ancestral_sample",
     "beta_schedule",
     "ddim_sample",
+    "dpmpp_2m_sample",
+    "flow_sample",
     "get_sampler",
     "guided",
     "make_process",
     "p_mean_variance",
+    "pndm_sample",
     "q_posterior",
     "timestep_sequence",
     "vb_kd_loss",

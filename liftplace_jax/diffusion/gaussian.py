@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from liftplace_jax.diffusion import samplers, variational
+from liftplace_jax.diffusion.process import check_same_shape, count_evaluations, mirrored
 from liftplace_jax.diffusion.tables import ReverseSteps, beta_schedule, reverse_steps, take
 
 PREDICTIONS = ("epsilon", "v", "x0")
@@ -46,7 +47,10 @@ class GaussianDiffusion:
     timesteps: str = "antithetic"
 
     kind: ClassVar[str] = "gaussian"
-    samplers: ClassVar[tuple[str, ...]] = tuple(samplers.SAMPLERS)
+    fields: ClassVar[tuple[str, ...]] = (
+        "schedule", "num_timesteps", "beta_start", "beta_end", "prediction", "variance", "timesteps"
+    )  # fmt: skip
+    samplers: ClassVar[Mapping[str, tuple[str, ...]]] = samplers.FIELDS
 
     @classmethod
     def from_config(cls, fields: Any) -> GaussianDiffusion:
@@ -153,13 +157,13 @@ class GaussianDiffusion:
         Raises:
           ValueError: shapes differ.
         """
-        _check_same_shape("noise", noise, "x0", x0)
+        check_same_shape("noise", noise, "x0", x0)
         signal, sigma = self._signal_and_noise(x0, t)
         return signal * x0 + sigma * noise
 
     def target(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
         """What the network should predict for `add_noise(x0, t, noise)`; of x0's shape."""
-        _check_same_shape("noise", noise, "x0", x0)
+        check_same_shape("noise", noise, "x0", x0)
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "x0":
@@ -169,7 +173,7 @@ class GaussianDiffusion:
 
     def to_x0(self, prediction: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
         """The clean data that a prediction at x_t, (B, ...), and t, (B,), amounts to."""
-        _check_same_shape("prediction", prediction, "x_t", x_t)
+        check_same_shape("prediction", prediction, "x_t", x_t)
         if self.prediction == "x0":
             return prediction
         signal, sigma = self._signal_and_noise(x_t, t)
@@ -179,7 +183,7 @@ class GaussianDiffusion:
 
     def to_epsilon(self, prediction: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
         """The noise that a prediction at x_t, (B, ...), and t, (B,), amounts to."""
-        _check_same_shape("prediction", prediction, "x_t", x_t)
+        check_same_shape("prediction", prediction, "x_t", x_t)
         if self.prediction == "epsilon":
             return prediction
         signal, sigma = self._signal_and_noise(x_t, t)
@@ -227,15 +231,18 @@ class GaussianDiffusion:
             return variational.vb_loss(self, prediction, x0, x_t, t)
         return variational.vb_kd_loss(self, prediction, teacher, x0, x_t, t)
 
+    def sampling(self, fields: Any) -> dict[str, Any]:
+        """As of `Process.sampling`."""
+        return {"evaluations": count_evaluations(self.sampler(fields), self.outputs)}
+
     def sampler(self, fields: Any, clip: float | None = None) -> Callable[..., jax.Array]:
-        """A sampler, as of `Process.sampler`; fields: sampler, sample_steps, skip_type, eta."""
+        """A sampler, as of `Process.sampler`; fields: sampler, sample_steps and those of
+        `samplers`; one that is missing has the sampler's default."""
         sample = samplers.get_sampler(fields.sampler)
-        options = {"eta": fields.eta} if fields.sampler == "ddim" else {}
+        options = {name: fields[name] for name in self.samplers[fields.sampler] if name in fields}
         if clip is not None:
             options["clip"] = clip if np.isfinite(clip) else None
-        return functools.partial(
-            sample, process=self, steps=fields.sample_steps, skip_type=fields.skip_type, **options
-        )
+        return functools.partial(sample, process=self, steps=fields.sample_steps, **options)
 
     def antithetic_timesteps(self, key: jax.Array, batch: int) -> jax.Array:
         """(batch,) int32 uniform timesteps; the second half mirrors the first, T - 1 - t.
@@ -243,17 +250,9 @@ class GaussianDiffusion:
         As in "Diff_Pruning runners/diffusion.py": batch // 2 + 1 are drawn, the mirrored ones
         follow, the surplus is cut.
         """
-        half = batch // 2 + 1
-        t = jax.random.randint(key, (half,), 0, self.num_timesteps)
-        # Looked up, not joined: devices that share the batch would have to send their part of t.
-        index = jnp.arange(batch)
-        return jnp.where(index < half, t[index % half], self.num_timesteps - 1 - t[index % half])
+        t = jax.random.randint(key, (batch // 2 + 1,), 0, self.num_timesteps)
+        return mirrored(t, batch, self.num_timesteps - 1)
 
     def uniform_timesteps(self, key: jax.Array, batch: int) -> jax.Array:
         """(batch,) int32 independent uniform timesteps."""
         return jax.random.randint(key, (batch,), 0, self.num_timesteps)
-
-
-def _check_same_shape(name: str, value: jax.Array, other_name: str, other: jax.Array) -> None:
-    if value.shape != other.shape:
-        raise ValueError(f"{name} has shape {value.shape}, {other_name} {other.shape}")

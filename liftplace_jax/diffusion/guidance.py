@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from liftplace_jax.diffusion.samplers import Predict
+from liftplace_jax.diffusion.process import Predict
 
 
 def guided(

@@ -5,29 +5,34 @@ A new process is one file beside this one, and one line in `diffusion.PROCESSES`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
+Noise = jax.Array | Callable[[jax.Array], jax.Array]
 
 
 class Process(Protocol):
     """What training, sampling and judging know of a process; hashable, a constant under jit.
 
     Data x0, noise and noised data x_t are (B, ..., C); t is (B,), of the process' own kind
-    (integer timesteps, or times in [0, 1]), which networks take as it is.
+    (integer timesteps, or numbers from 0 to T), which networks take as it is.
 
     Attributes:
       kind: its name, config.process.kind.
-      samplers: names of its samplers, the first is the usual one.
+      fields: those of config.process that it reads.
+      samplers: names of its samplers, the first is the usual one, with the fields of
+        config.evaluation that each reads, beside sample_steps.
       outputs: channels that the network predicts for each channel of the data.
     """
 
     kind: ClassVar[str]
-    samplers: ClassVar[tuple[str, ...]]
+    fields: ClassVar[tuple[str, ...]]
+    samplers: ClassVar[Mapping[str, tuple[str, ...]]]
     outputs: int
 
     def draw_t(self, key: jax.Array, batch: int) -> jax.Array:
@@ -64,6 +69,19 @@ class Process(Protocol):
     ) -> jax.Array | None:
         """(B,) loss of the rest of `split`, from data or from a teacher; None: there is none."""
 
+    def sampling(self, fields: Any) -> dict[str, Any]:
+        """What else there is to say of a sampler: its evaluations of the network, and more.
+
+        Args:
+          fields: config.evaluation.
+
+        Returns:
+          {"evaluations": for a sample, guidance not counted, ...}, plain JSON types.
+
+        Raises:
+          ValueError: a field does not fit.
+        """
+
     def sampler(self, fields: Any, clip: float | None = None) -> Callable[..., jax.Array]:
         """(predict, x_T, noise=) -> samples, one compiled scan.
 
@@ -78,3 +96,33 @@ class Process(Protocol):
         Raises:
           ValueError: a field does not fit (some when the sampler is called).
         """
+
+
+def count_evaluations(sample: Callable[..., Any], outputs: int = 1) -> int:
+    """How often a sampler calls its network: the length of the path that it would go.
+
+    Args:
+      sample: as of `Process.sampler`, with an option return_trajectory.
+      outputs: of the process.
+    """
+    _, path = jax.eval_shape(
+        lambda x: sample(
+            lambda x, t: jnp.tile(x, outputs), x, noise=lambda step: 0.0, return_trajectory=True
+        ),
+        jax.ShapeDtypeStruct((1, 1), jnp.float32),
+    )
+    return len(path["x"])
+
+
+def mirrored(values: jax.Array, batch: int, end: Any) -> jax.Array:
+    """(batch,) values: those drawn, batch // 2 + 1, then `end` minus each, the surplus cut."""
+    half = batch // 2 + 1
+    # Looked up, not joined: devices that share the batch would have to send their part of them.
+    index = jnp.arange(batch)
+    return jnp.where(index < half, values[index % half], end - values[index % half])
+
+
+def check_same_shape(name: str, value: jax.Array, other_name: str, other: jax.Array) -> None:
+    """Raises a ValueError that names both if the shapes of two arrays differ."""
+    if value.shape != other.shape:
+        raise ValueError(f"{name} has shape {value.shape}, {other_name} {other.shape}")

@@ -1,4 +1,4 @@
-"""Sampling with a trained network: DDIM and ancestral, each one compiled scan."""
+"""Samplers of the Gaussian process by name; DDIM and ancestral, each one compiled scan."""
 
 from __future__ import annotations
 
@@ -9,47 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from liftplace_jax.diffusion.multistep import dpmpp_2m_sample, pndm_sample
+from liftplace_jax.diffusion.process import Noise, Predict
+from liftplace_jax.diffusion.spacing import SPACINGS, steps_down, timestep_sequence
 from liftplace_jax.diffusion.tables import reverse_steps
 from liftplace_jax.diffusion.variational import interpolate_log_variance
 
 if TYPE_CHECKING:
     from liftplace_jax.diffusion.gaussian import GaussianDiffusion
-
-Predict = Callable[[jax.Array, jax.Array], jax.Array]
-Noise = jax.Array | Callable[[jax.Array], jax.Array]
-
-
-def timestep_sequence(num_timesteps: int, steps: int, skip_type: str = "uniform") -> np.ndarray:
-    """The visited timesteps, ascending.
-
-    Args:
-      num_timesteps: T.
-      steps: how many, at most T.
-      skip_type: "uniform", multiples of T / steps, or "quad", squares from 0 to 0.8 T (an early
-        timestep may repeat), as in "Diff_Pruning runners/diffusion.py"; "spaced", equally far
-        apart from 0 to T - 1 up to rounding, as in "TinyFusion_EXP/diffusion/respace.py".
-
-    Returns:
-      (steps,) int32.
-
-    Raises:
-      ValueError: unknown skip_type, steps not in 1..T, or not dividing T for "uniform".
-    """
-    if not 1 <= steps <= num_timesteps:
-        raise ValueError(f"steps must be in 1..{num_timesteps} (num_timesteps), not {steps}")
-    if skip_type == "uniform":
-        if num_timesteps % steps:
-            raise ValueError(
-                f"steps {steps} must divide num_timesteps {num_timesteps} for uniform skips"
-            )
-        return np.arange(0, num_timesteps, num_timesteps // steps, dtype=np.int32)
-    if skip_type == "quad":
-        return (np.linspace(0, np.sqrt(num_timesteps * 0.8), steps) ** 2).astype(np.int32)
-    if skip_type == "spaced":
-        # Added up, not multiplied: halves are rounded as in the published tables.
-        stride = (num_timesteps - 1) / max(steps - 1, 1)
-        return np.round(np.cumsum([0.0] + [stride] * (steps - 1))).astype(np.int32)
-    raise ValueError(f"unknown skip_type {skip_type!r}; known: ('uniform', 'quad', 'spaced')")
 
 
 def ddim_sample(
@@ -59,6 +26,8 @@ def ddim_sample(
     *,
     steps: int,
     skip_type: str = "uniform",
+    steps_offset: int = 0,
+    set_alpha_to_one: bool = True,
     eta: float = 0.0,
     key: jax.Array | None = None,
     noise: Noise | None = None,
@@ -74,6 +43,9 @@ def ddim_sample(
       process: the diffusion process, which also says what is predicted.
       steps: network evaluations.
       skip_type: see `timestep_sequence`.
+      steps_offset: see `timestep_sequence`.
+      set_alpha_to_one: whether the last step ends at the data; if not, at the noise of timestep 0,
+        as Stable Diffusion's does.
       eta: 0 is deterministic, 1 has the variance of ancestral sampling.
       key: random key, needed if eta > 0 and no noise is given.
       noise: (steps, B, ...) standard normal draws, the first for the noisiest step; or a function
@@ -88,8 +60,9 @@ def ddim_sample(
     Raises:
       ValueError: bad steps, skip_type, eta or noise shape, or no randomness where it is needed.
     """
-    t = timestep_sequence(process.num_timesteps, steps, skip_type)[::-1]
-    now, after = process.alphas_cumprod_at(t), process.alphas_cumprod_at(np.append(t[1:], -1))
+    t, end = steps_down(process.num_timesteps, steps, skip_type, steps_offset)
+    least = -1 if set_alpha_to_one else 0
+    now, after = process.alphas_cumprod_at(t), process.alphas_cumprod_at(np.maximum(end, least))
     sigma = eta * np.sqrt((1 - now / after) * (1 - after) / (1 - now))
     direction = 1 - after - sigma**2
     if not (eta >= 0 and direction.min() >= -1e-12):  # NaN neither
@@ -124,7 +97,7 @@ def ancestral_sample(
       x_T: (B, ..., C) standard normal start.
       process: the diffusion process, which also says what is predicted.
       steps: network evaluations.
-      skip_type: see `timestep_sequence`.
+      skip_type: see `timestep_sequence`; not those of diffusers.
       variance: of each step, "fixedlarge", "fixedsmall" (the posterior's) or, if the process
         learns it, "learned"; default: "learned" if it does, else "fixedlarge".
       key: random key, needed if no noise is given.
@@ -138,6 +111,8 @@ def ancestral_sample(
     Raises:
       ValueError: bad steps, skip_type, variance or noise shape, or no randomness.
     """
+    if skip_type in SPACINGS:
+        raise ValueError(f"skip_type {skip_type!r} is not for ancestral sampling")
     t = timestep_sequence(process.num_timesteps, steps, skip_type)
     reverse = reverse_steps(
         process.alphas_cumprod_at(t), process.alphas_cumprod_at(np.append(-1, t[:-1]))
@@ -163,7 +138,19 @@ def ancestral_sample(
     return _scan(update, t[::-1], predict, x_T, process, key, noise, clip, return_trajectory)
 
 
-SAMPLERS = {"ddim": ddim_sample, "ancestral": ancestral_sample}
+SAMPLERS = {
+    "ddim": ddim_sample,
+    "ancestral": ancestral_sample,
+    "pndm": pndm_sample,
+    "dpmpp_2m": dpmpp_2m_sample,
+}
+FIELDS = {
+    "ddim": ("skip_type", "eta", "steps_offset", "set_alpha_to_one"),
+    "ancestral": ("skip_type",),
+    "pndm": ("skip_type", "steps_offset", "set_alpha_to_one"),
+    "dpmpp_2m": ("skip_type", "steps_offset"),
+}
+"""Fields of config.evaluation that each reads, beside sample_steps."""
 
 
 def get_sampler(name: str) -> Callable:

@@ -15,9 +15,14 @@ def _cosine(num_timesteps: int) -> np.ndarray:
     return np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0.999)
 
 
+def _quad(num_timesteps: int, start: float, end: float) -> np.ndarray:
+    return np.linspace(start**0.5, end**0.5, num_timesteps) ** 2
+
+
 _SCHEDULES = {
     "linear": lambda n, start, end: np.linspace(start, end, n),
-    "quad": lambda n, start, end: np.linspace(start**0.5, end**0.5, n) ** 2,
+    "quad": _quad,
+    "scaled_linear": _quad,
     "const": lambda n, start, end: np.full(n, end),
     "jsd": lambda n, start, end: 1 / np.linspace(n, 1, n),
     "sigmoid": lambda n, start, end: start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, n))),
@@ -31,10 +36,11 @@ def beta_schedule(
     """Variances of the noise added at each timestep.
 
     The first five are those of "Diff_Pruning runners/diffusion.py", cosine is Nichol & Dhariwal
-    (2021), equation 17, at most 0.999.
+    (2021), equation 17, at most 0.999. "scaled_linear", of Stable Diffusion with betas from 0.00085
+    to 0.012, is diffusers' name of "quad".
 
     Args:
-      name: "linear", "quad", "const", "jsd", "sigmoid" or "cosine".
+      name: "linear", "quad", "const", "jsd", "sigmoid", "cosine" or "scaled_linear".
       num_timesteps: T.
       beta_start: beta at t = 0 (not used by const, jsd and cosine).
       beta_end: beta at t = T - 1 (not used by jsd and cosine).

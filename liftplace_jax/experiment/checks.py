@@ -10,11 +10,12 @@ from ml_collections import ConfigDict
 
 from liftplace_jax import evaluation
 from liftplace_jax.data.pipeline import RESIZES
+from liftplace_jax.diffusion import PROCESSES
 from liftplace_jax.experiment.configuration import (
     check_choice,
     under,
 )
-from liftplace_jax.experiment.fields import check_fields, leaves
+from liftplace_jax.experiment.fields import changed_from_default, check_fields, leaves
 from liftplace_jax.families.registry import family_named
 from liftplace_jax.host.buckets import on_this_machine
 from liftplace_jax.host.sharding import check_rules
@@ -53,6 +54,7 @@ def check_config(config: ConfigDict) -> None:
         _check_training(config, room, config[room])
     _check_compress(config)
     _check_choices(config)
+    _check_process(config)
     _check_distill(config)
     if config.data_cache:
         on_this_machine(config.data_cache, "config.data_cache")
@@ -118,6 +120,25 @@ def _check_choices(config):
     found = dict(leaves(config))
     for field, names in choices.items():
         check_choice(field, found[field], names)
+
+
+def _check_process(config):
+    """No field is set that is another process' or sampler's; unknown ones are refused later."""
+    if config.process.kind not in PROCESSES:
+        return
+    process, sampler = PROCESSES[config.process.kind], config.evaluation.sampler
+    known = {name for other in PROCESSES.values() for name in other.fields}
+    _refuse_set(config, "process", known - set(process.fields), f"process.kind={process.kind}")
+    if sampler in process.samplers:
+        lists = [names for other in PROCESSES.values() for names in other.samplers.values()]
+        others = set().union(*lists) - set(process.samplers[sampler])
+        _refuse_set(config, "evaluation", others, f"evaluation.sampler={sampler}")
+
+
+def _refuse_set(config, room, names, choice):
+    fields = [f"{room}.{name}" for name in sorted(names)]
+    for field, default in changed_from_default(config, fields).items():
+        raise ValueError(f"config.{field} must be {default!r} with config.{choice}, which has none")
 
 
 def _check_training(config, room, fields):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
+from liftplace_jax.diffusion import PROCESSES
 from liftplace_jax.families.family import Family
 from liftplace_jax.families.registry import FAMILIES, family_named
 
@@ -111,7 +112,9 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     config.model = ConfigDict({"model": family, **networks.default_model})
     config.process = ConfigDict(
         dict(kind="gaussian", schedule="linear", num_timesteps=1000, beta_start=1e-4, beta_end=0.02,
-             prediction="epsilon", variance="fixed", timesteps="antithetic", reduction="sum")
+             prediction="epsilon", variance="fixed", timesteps="antithetic", reduction="sum",
+             # Of kind=flow: see diffusion.Flow; its num_timesteps is the network's t at pure noise.
+             shift=1.0, logit_mean=0.0, logit_std=1.0, mode_scale=1.29)
     )  # fmt: skip
 
     config.teacher = training_config()
@@ -151,11 +154,18 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     # curve_every: steps of training between Frechet distances of curve_samples samples, for a curve
     # (a multiple of log_every); 0: none.
     config.evaluation = ConfigDict(
-        dict(features="digits", num_samples=1024, batch_size=256, sampler="ddim", sample_steps=50,
-             skip_type="uniform", eta=0.0, seed=12345, neighbours=5, clip=None, curve_every=0,
-             curve_samples=256, guidance=1.0, allow_few=False, dtype="float32",
-             precision="highest")
+        dict(features="digits", num_samples=1024, batch_size=256, sample_steps=50,
+             skip_type="uniform", eta=0.0, steps_offset=0, set_alpha_to_one=True, seed=12345,
+             neighbours=5, clip=None, curve_every=0, curve_samples=256, guidance=1.0,
+             allow_few=False, dtype="float32", precision="highest")
     )  # fmt: skip
+    # A name of the process' samplers; default: its usual one, "ddim" or "euler", also where
+    # process.kind changes later.
+    config.evaluation.sampler = config_dict.FieldReference(
+        config.process.get_ref("kind"), str, _Operation(_usual_sampler)
+    )
+    # steps_offset, set_alpha_to_one: of Stable Diffusion's sampling, 1 and False with
+    # skip_type=leading; see diffusion.spacing.
     # dtype, precision: as those of config.teacher, of all networks where they are judged.
     # allow_few: fewer samples than features have dimensions, whose Frechet distance compares with
     # nothing; the report says so.
@@ -202,6 +212,18 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     config.transfer_guard = config_dict.placeholder(str)  # "log" or "disallow", within a step
     config.tensorboard = True
     return config
+
+
+class _Operation(NamedTuple):
+    """What a `FieldReference` makes of the field that it follows."""
+
+    fn: Callable[[Any], Any]
+    args: tuple[Any, ...] = ()
+
+
+def _usual_sampler(kind: str) -> str:
+    process = PROCESSES.get(kind) or next(iter(PROCESSES.values()))
+    return next(iter(process.samplers))
 
 
 def experiment_config(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -37,6 +38,7 @@ EVALUATION = {
     "batch_size": COUNT,
     "sample_steps": whole(1, _TIMESTEPS.high),
     "eta": Range(float, 0.0, 10.0),
+    "steps_offset": whole(0, _TIMESTEPS.high),
     "seed": SEED,
     "neighbours": whole(1, 9999, why="10,000 samples are looked at"),
     "clip": positive(optional=True),
@@ -54,6 +56,10 @@ RANGES: dict[str, Range] = {
     "process.num_timesteps": _TIMESTEPS,
     "process.beta_start": positive(1.0),
     "process.beta_end": positive(1.0),
+    "process.shift": positive(1000.0, why="all that is left is noise"),
+    "process.logit_mean": Range(float, -10.0, 10.0),
+    "process.logit_std": positive(10.0),
+    "process.mode_scale": Range(float, -1.0, 2 / (math.pi - 2)),
     "distill.task_scale": factor(),
     "distill.scale": factor(),
     "distill.feature_scale": factor(),
@@ -128,6 +134,12 @@ def _model(config: ConfigDict) -> ConfigDict:
     if not isinstance(config.get("model"), ConfigDict):
         raise ValueError(f"must be the fields of a network, got {config.get('model')!r}")
     return config.model
+
+
+def changed_from_default(config: ConfigDict, fields: Iterable[str]) -> dict[str, Any]:
+    """Of dotted fields those that are not as `default_config` has them, with that value."""
+    wanted, found = _defaults(config.model.model), dict(leaves(config))
+    return {field: wanted[field][0] for field in fields if found[field] != wanted[field][0]}
 
 
 @functools.cache

@@ -76,8 +76,8 @@ def _check_shapes(context: Context) -> None:
     if model.out_channels != outputs * model.in_channels:
         raise ValueError(
             f"config.model: the network predicts {model.out_channels} channels for an input of "
-            f"{model.in_channels}; config.process.variance={config.process.variance} needs "
-            f"{outputs * model.in_channels}"
+            f"{model.in_channels}; config.process.kind={config.process.kind} with "
+            f"variance={config.process.variance} needs {outputs * model.in_channels}"
         )
     size = config.data.image_size
     if size is not None and size != context.image_shape[0]:

@@ -218,7 +218,7 @@ def _protocol(context: Context, summary: list[dict[str, Any]]) -> list[str]:
         )
     lines += [
         f"Sampler: {evaluation.sampler}, {evaluation.sample_steps} {evaluation.skip_type} steps, "
-        f"eta {evaluation.eta}, EMA weights, seed {evaluation.seed}{_guidance(evaluation)}.",
+        f"{_sampling(context)}EMA weights, seed {evaluation.seed}{_guidance(evaluation)}.",
         "Output error: mean squared difference to the teacher's prediction on "
         f"{config.data.name} {config.data.test_split}.",
     ]
@@ -283,6 +283,14 @@ def _decoding(context: Context) -> str:
     if not fields.autoencoder:
         return ""
     return f", decoding {fields.decode_dtype}" + (f" in tiles of {fields.tile}" * bool(fields.tile))
+
+
+def _sampling(context: Context) -> str:
+    """What else decides of the sampler: fields that it reads, and what the process adds."""
+    fields = context.config.evaluation
+    read = [name for name in context.process.samplers[fields.sampler] if name != "skip_type"]
+    values = {name: fields[name] for name in read} | context.process.sampling(fields)
+    return "".join(f"{name} {value}, " for name, value in values.items())
 
 
 def _guidance(evaluation: Any) -> str:

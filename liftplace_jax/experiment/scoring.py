@@ -108,7 +108,7 @@ def model_folders(context: Context) -> dict[str, Path]:
 def protocol(context: Context, params: str = "ema") -> dict[str, Any]:
     """All that numbers of samples depend on, beside the model."""
     fields = context.config.evaluation
-    found = fields.to_dict() | {"params": params}
+    found = fields.to_dict() | {"params": params} | context.process.sampling(fields)
     found["weights"] = fields.weights and Path(fields.weights).name
     found["reference"] = f"{context.config.data.name} {context.config.data.train_split}"
     if isinstance(context.judge.real, evaluation.Reference):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -36,11 +37,21 @@ def random_network(config: Any, dtype: str = "float32") -> Network:
 
 
 def timed_steps(context: Context, quick: bool) -> int:
-    """Sampling steps that are run: the config's; if quick, a few, which divide T."""
-    steps, timesteps = context.config.evaluation.sample_steps, context.process.num_timesteps
+    """Sampling steps that are run: the config's; if quick, a few, which suit the process."""
+    fields = context.config.evaluation
     if not quick:
-        return steps
-    return next(n for n in range(min(steps, QUICK_STEPS), 0, -1) if timesteps % n == 0)
+        return fields.sample_steps
+
+    def suits(steps):
+        with contextlib.suppress(ValueError):
+            return bool(context.process.sampling(_with_steps(fields, steps)))
+
+    counts = range(min(fields.sample_steps, QUICK_STEPS), 0, -1)
+    return next(filter(suits, counts), fields.sample_steps)
+
+
+def _with_steps(fields: ConfigDict, steps: int) -> ConfigDict:
+    return ConfigDict(fields.to_dict() | {"sample_steps": steps})
 
 
 def measure_network(context: Context, config: Any, quick: bool, repeats: int) -> Measured:
@@ -52,19 +63,18 @@ def measure_network(context: Context, config: Any, quick: bool, repeats: int) ->
       quick: run few sampling steps and extrapolate.
       repeats: timed calls of each.
     """
-    fields = context.config.evaluation
-    steps = timed_steps(context, quick)
+    fields, process = context.config.evaluation, context.process
+    timed = _with_steps(fields, timed_steps(context, quick))
+    evaluations, run = (process.sampling(f)["evaluations"] for f in (fields, timed))
     network = random_network(config)
     params, apply = network.params, make_apply(network.graphdef)
     shape = (config.image_size, config.image_size, config.in_channels)
-    sampler = make_sampler(
-        ConfigDict(fields.to_dict() | {"sample_steps": steps}), context.process, config, apply
-    )
+    sampler = make_sampler(timed, process, config, apply)
     keys = jax.random.split(jax.random.key(0), fields.batch_size)
     everywhere = NamedSharding(context.mesh, PartitionSpec())
     evaluation, _ = _compiled(
         lambda params, x, t: apply(params, x, t, False, None)[0],
-        params, jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32),
+        params, jnp.zeros((1, *shape)), process.at(jnp.zeros(1)),
     )  # fmt: skip
     image, _ = _compiled(sampler, params, keys[:1])
     batch, compile_seconds = _compiled(
@@ -74,7 +84,7 @@ def measure_network(context: Context, config: Any, quick: bool, repeats: int) ->
     times = time_side_by_side({"evaluation": evaluation, "image": image}, repeats)
     times |= time_side_by_side({"batch": batch}, max(3, repeats // 3))
     for name in ("image", "batch"):
-        times[name] = Timing(*(s * fields.sample_steps / steps for s in times[name]))
+        times[name] = Timing(*(s * evaluations / run for s in times[name]))
     rate = fields.batch_size / times["batch"].median
     macs = count_macs(config)
     return {
@@ -83,7 +93,7 @@ def measure_network(context: Context, config: Any, quick: bool, repeats: int) ->
         "evaluation_ms": times["evaluation"].median * 1e3,
         "image_ms": times["image"].median * 1e3,
         "sampler_compile_s": compile_seconds,
-        **_speed(2 * macs * fields.sample_steps * rate, context.mesh.size),
+        **_speed(2 * macs * evaluations * rate, context.mesh.size),
         "seconds": {name: timing._asdict() for name, timing in times.items()},
     }
 
