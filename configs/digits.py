@@ -10,6 +10,7 @@ Arguments after a colon, for example `--config=configs/digits.py:method=output_k
     ratio          share of channels removed (0.9)
     seed           of teacher and student (0); seeds=0+1+2 trains several students
     normalisation  published (the teacher's groups stay) or adapted (at least two channels each)
+    process        gaussian, or flow: rectified flow, sampled by Euler's method
     runlocal       the same in under a minute
 """
 
@@ -19,8 +20,10 @@ from liftplace_jax.experiment.configuration import experiment_config, optimizer_
 def get_config(arg=None):
     """The config; see the module's text for `arg`."""
     config, args = experiment_config(
-        arg, "digits", method="lift_place", ratio=0.9, normalisation="published"
-    )
+        arg, "digits", method="lift_place", ratio=0.9, normalisation="published",
+        others={"process": "gaussian"},
+    )  # fmt: skip
+    config.process.kind = args.process
     config.model.update(image_size=8, ch=32, ch_mult=(1, 2), num_groups=8)
     config.teacher.steps = 2400
     config.teacher.ema_decay = 0.998

@@ -10,6 +10,7 @@ Arguments after a colon, for example `--config=configs/digits_dit.py:method=outp
     method    no_kd, output_kd, output_feature_kd, lift_place, lift_place_feature_kd, ..., or all
     depth     blocks that the student keeps (2)
     layers    which: uniform, similarity, loss, learned, or their numbers, 1+6
+    process   gaussian, or flow: rectified flow, which has no variance to learn
     seed      of teacher and student (0); seeds=0+1+2 trains several students
     runlocal  the same in about a minute
 """
@@ -20,8 +21,13 @@ from liftplace_jax.experiment.presets import family_config
 
 def get_config(arg=None):
     """The config; see the module's text for `arg`."""
-    config, args = family_config(arg, "digits_dit", "dit", depth=2, layers="uniform")
+    config, args = family_config(
+        arg, "digits_dit", "dit", depth=2, layers="uniform", others={"process": "gaussian"}
+    )
     config.model.update(image_size=8, patch_size=2, hidden_size=64, depth=8, num_heads=4)
+    config.process.kind = args.process
+    if args.process == "flow":
+        config.process.variance, config.model.learn_sigma = "fixed", False
     config.teacher.steps = 4000
     config.distill.steps = 4000
     for run in (config.teacher, config.distill):

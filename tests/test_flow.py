@@ -216,21 +216,20 @@ def test_a_transformer_whose_channels_do_not_fit_is_told_which_field(tmp_path):
 
 COMMANDS = {
     "unet": [
-        "--config=configs/digits.py:runlocal", "--config.model.ch=8",
+        "--config=configs/digits.py:runlocal", "--config.process.kind=flow", "--config.model.ch=8",
         "--config.compress.importance=taylor", "--config.compress.taylor_batch_size=4",
         "--config.compress.ratio=0.5", "--config.process.timesteps=logit_normal",
         "--config.process.shift=2.0",
     ],
     "dit": [
-        "--config=configs/digits_dit.py:runlocal,layers=loss,method=output_feature_kd",
+        "--config=configs/digits_dit.py:runlocal,process=flow,layers=loss,method=output_feature_kd",
         "--config.model.hidden_size=16", "--config.model.num_heads=2",
-        "--config.process.variance=fixed", "--config.model.learn_sigma=False",
         "--config.evaluation.sampler=heun", "--config.evaluation.skip_type=diffusers",
         "--config.compress.score_batches=1", "--config.compress.score_batch_size=8",
     ],
 }  # fmt: skip
 SMALL = [
-    "--config.process.kind=flow", "--config.process.num_timesteps=6",
+    "--config.process.num_timesteps=6",
     "--config.evaluation.sample_steps=3", "--config.evaluation.num_samples=64",
     "--config.evaluation.batch_size=64", "--config.evaluation.allow_few=True",
     *(f"--config.{room}.{field}={value}" for room in ("teacher", "distill")
@@ -296,10 +295,11 @@ def test_a_flow_goes_on_to_the_same_bits(jobs):
     shutil.move(home / "unet", whole)
     shutil.copytree(whole, home / "unet")
     student = Path("student/lift_place/seed0")
-    for file in ("teacher/model.safetensors", student / "model.safetensors"):
+    for file in ("teacher/model.safetensors", student / "model.safetensors", "report.json"):
         (home / "unet" / file).unlink()
     for folder in ("teacher", student):
         shutil.rmtree(home / "unet" / folder / "checkpoints" / "4")
+        assert (home / "unet" / folder / "checkpoints" / "2").is_dir()
         (home / "unet" / folder / "evaluation.json").unlink()
     run("unet")
     for file in ("teacher/model.safetensors", student / "model.safetensors"):
