@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from liftplace_jax.data.captions import find_metadata, read_captions
 from liftplace_jax.data.pictures import MODES, SUFFIXES, mode_name, read_header, read_pixels
 from liftplace_jax.host.buckets import on_this_machine
 
@@ -70,7 +71,8 @@ class ImageFolder:
             raise ValueError(f"a folder of images has 1 or 3 channels, not {channels}")
         self._mode = MODES[channels]
         self._root, self._remarks = _split_folder(root, split)
-        self._files, left_out, folders = _find(self._root)
+        self._top = root
+        self._files, left_out, folders = _find(self._root, find_metadata(self._root, root))
         if not self._files:
             raise ValueError(
                 f"no images ({', '.join(SUFFIXES)}) in {self._root}"
@@ -141,6 +143,14 @@ class ImageFolder:
         file = self._root / self._files[index]
         label = self.classes.index(Path(self._files[index]).parts[0]) if self.classes else 0
         return {"image": read_pixels(file, self._mode), "label": label, "file": str(file)}
+
+    def captions(self):
+        """A caption of each image, a list of str; see `read_captions`.
+
+        Raises:
+          ValueError: there are none, or some are missing, broken or doubtful.
+        """
+        return read_captions(self._root, self._top, self._files)
 
     def note(self, crop=None, image_size=None):
         """One line of all that was guessed or left out and will be converted; empty if nothing.
@@ -287,10 +297,11 @@ def _some(names):
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED:,} others"
 
 
-def _find(root):
+def _find(root, metadata):
     """(images, what is left out in words, folders): paths relative to `root`.
 
-    The images are sorted strings: millions of them must fit.
+    The images are sorted strings: millions of them must fit. The file `metadata` is not left out:
+    it has the captions; without it the name.txt beside name.jpg are not.
     """
 
     def unreadable(error):
@@ -308,14 +319,18 @@ def _find(root):
         below += [relative(folder)] if folder != os.fspath(root) else []
         hidden += [name for name in (*folders, *files) if name.startswith(".")]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        stems = {os.path.splitext(name)[0] for name in files if _is_image(name)}
         for name in files:
-            if name.startswith("."):
+            stem, suffix = os.path.splitext(name)
+            if name.startswith(".") or metadata == Path(folder, name):
+                continue
+            if suffix == ".txt" and metadata is None and stem in stems:
                 continue
             file = relative(os.path.join(folder, name))
             if _is_image(name):
                 found.append(file)
                 continue
-            suffix = os.path.splitext(name)[1].lower() or "no suffix"
+            suffix = suffix.lower() or "no suffix"
             others[suffix] += 1
             example[suffix] = min(file, example.get(suffix, file))
     left_out = [f"{n:,} of {suffix} ({example[suffix]})" for suffix, n in sorted(others.items())]

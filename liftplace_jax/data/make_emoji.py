@@ -3,8 +3,8 @@
 python -m liftplace_jax.data.make_emoji FONT NAMES [--output DIR]
 
 FONT is NotoColorEmoji.ttf with bitmaps (CBDT), as Debian 12's package fonts-noto-color-emoji
-2.042-0+deb12u1 has it; NAMES is en/data.json of the npm package emojibase-data 17.0.0, whose names,
-groups and keywords are Unicode CLDR's. The same files and Pillow give the same bytes. Half a minute.
+2.042-0+deb12u1 has it; NAMES is en/data.json of the npm package emojibase-data 17.0.0, whose names
+are Unicode CLDR's. The same files and the same Pillow give the same bytes, in half a minute.
 
 Left out, and counted: what the font has no picture of, letters of flags (no group), and a second
 name of a picture that is there already, such as flags that several territories share.

@@ -1,10 +1,12 @@
-"""Data sets by name: TFDS's, the embedded digits, and folders of images."""
+"""Data sets by name: TFDS's, the embedded ones, and folders of images."""
 
+import importlib
 import importlib.util
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
+from liftplace_jax.data.captions import caption_feature, record_captions
 from liftplace_jax.data.folder import ImageFolder
 from liftplace_jax.data.pipeline import MEMORY_MB, Source
 from liftplace_jax.host import processes
@@ -13,6 +15,8 @@ from liftplace_jax.host.buckets import as_path, cached, fetched, is_in_bucket, l
 # Published crop of CelebA, centre (89, 121) +- 64: left, upper, right, lower
 # (Diff_Pruning datasets/__init__.py, after DDIM).
 _CROPS = {"celeb_a": (25, 57, 153, 185)}
+# Name -> module of this folder and the builder in it: data that ship with a package.
+EMBEDDED = {"digits": ("digits", "Digits"), "emoji": ("emoji", "Emoji")}
 _FORMAT = "array_record"  # TFDS's format with random access
 # What often fails, and the way around it.
 _BY_HAND = {
@@ -32,8 +36,8 @@ def load_source(
     Of a folder, one line on stderr counts what is left out, converted, cropped or guessed.
 
     Args:
-      name: "folder", "digits" (embedded, needs no network) or any TFDS image data set, such as
-        "cifar10", "celeb_a" (published crop to 128x128 first) or "lsun/bedroom".
+      name: "folder", "digits" or "emoji" (embedded, need no network), or any TFDS image data set,
+        such as "cifar10", "celeb_a" (published crop to 128x128 first) or "lsun/bedroom".
       split: TFDS split, such as "train", "test" or "train[:90%]"; for a folder see `ImageFolder`.
       data_dir: directory of prepared data; default $TFDS_DATA_DIR or ~/tensorflow_datasets. In a
         bucket (gs://...) the data must be prepared already; the split's files are copied to this
@@ -66,6 +70,7 @@ def load_source(
             classes=records.classes, memory_mb=memory_mb, fingerprint=records.fingerprint,
         )  # fmt: skip
         source.without_classes = records.without_classes
+        source.read_captions = records.captions
         source.note = records.note(crop, image_size)
         if source.note:
             processes.say_once(source.note)
@@ -89,7 +94,7 @@ def load_source(
             f"data set {name} in {data_dir} was prepared in a format without random access; "
             f"prepare it in another directory: {_command(name, '<directory>')}"
         ) from error
-    return Source(
+    source = Source(
         f"{name} ({split})",
         records,
         image_shape=features["image"].shape,
@@ -103,6 +108,9 @@ def load_source(
         # Its version says what TFDS prepares; the files need not be the same everywhere.
         fingerprint=lambda: {"data": builder.info.full_name},
     )
+    if text := caption_feature(features):
+        source.read_captions = lambda: record_captions(name, builder, split, text)
+    return source
 
 
 def _fetch(name, split, data_dir, cache_dir):
@@ -136,15 +144,16 @@ def _builder(name, data_dir):
     import tensorflow_datasets as tfds
 
     try:
-        if name == "digits":
-            from liftplace_jax.data.digits import Digits
-
-            return Digits(data_dir=data_dir)
+        embedded, _, variant = name.partition("/")
+        if embedded in EMBEDDED:
+            module, kind = EMBEDDED[embedded]
+            builder = getattr(importlib.import_module(f"liftplace_jax.data.{module}"), kind)
+            return builder(data_dir=data_dir, config=variant or None)
         return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(
             f"TFDS knows no data set {name!r}; tensorflow_datasets.list_builders() lists them, "
-            "'digits' is embedded, and 'folder' is a folder of images"
+            f"{' and '.join(map(repr, EMBEDDED))} are embedded, and 'folder' is a folder of images"
         ) from error
 
 

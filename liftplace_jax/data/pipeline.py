@@ -40,12 +40,14 @@ class Source(Columned):
       columns: what `get` gives beside the images: "label", and what `with_column` added.
       unpack: pure (batch, key or None) -> batch as a network sees it, as `unpack_images`; the key
         is that of what a network must see anew each time.
+      read_captions: () -> a caption of each image, a sequence of str; None: there are none.
     """
 
     check_labels = False
     without_classes = note = ""
     unpack = staticmethod(unpack_images)
     _own_columns = {LABEL: jax.ShapeDtypeStruct((), np.int32)}
+    read_captions = None
 
     def __init__(
         self,
@@ -125,6 +127,15 @@ class Source(Columned):
 
     def __len__(self):
         return len(self._records)
+
+    @functools.cached_property
+    def captions(self):
+        """A caption of each image, a sequence of str, or None; read when first asked for.
+
+        Raises:
+          ValueError: captions that are missing, broken or doubtful; names file and line.
+        """
+        return None if self.read_captions is None else self.read_captions()
 
     def fingerprint(self):
         """What tells the stored images from others, as JSON types; how many at the least."""

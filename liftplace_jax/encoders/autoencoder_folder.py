@@ -15,7 +15,7 @@ from flax import nnx
 from liftplace_jax import weights
 from liftplace_jax.diffusion.scaling import from_latents
 from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
-from liftplace_jax.host.buckets import as_path
+from liftplace_jax.encoders.shipped import find_shipped
 from liftplace_jax.host.outside import cut, shown
 from liftplace_jax.nn import building, frozen
 from liftplace_jax.nn.network import Network, from_tensors, read_network
@@ -102,16 +102,16 @@ def load_autoencoder(path: str | os.PathLike, entry: str | None = None) -> Autoe
     """An autoencoder from its folder.
 
     Args:
-      path: a folder of diffusers' `AutoencoderKL`, or of a pipeline with one in "vae"; its
-        weights as of `read_weights`, attention also under its names before diffusers 0.12. Or a
-        folder of ours (model.safetensors and config.json).
+      path: a name of SHIPPED; a folder of diffusers' `AutoencoderKL`, or of a pipeline with one
+        in "vae"; its weights as of `read_weights`, attention also under its names before
+        diffusers 0.12. Or a folder of ours (model.safetensors and config.json).
       entry: which of the folders in it ("vae_ema"), which variant of the weights ("fp16"), or both.
 
     Raises:
       ValueError: no such folder, it holds another network, or files that do not fit; names the
         path and every misfit.
     """
-    folder = as_path(path)
+    folder = find_shipped(path)
     found = choose_folder(folder, entry, ("vae",), _is_autoencoder)
     if found is None:
         raise ValueError(f"{path}: no config.json of an autoencoder there, or in vae/")
@@ -187,6 +187,15 @@ def config_from_diffusers(fields: Mapping[str, Any]) -> AutoencoderConfig:
     values["shift_factor"] = values["shift_factor"] or 0.0
     values["sample_size"] = size[0] if isinstance(size, list | tuple) and size else size
     return AutoencoderConfig(**values)
+
+
+def config_to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
+    """The content of an `AutoencoderKL`'s config.json; the opposite of `config_from_diffusers`."""
+    fields = {name: getattr(config, name) for name in _DEFAULTS}
+    fields["block_out_channels"] = list(config.block_out_channels)
+    levels = len(config.block_out_channels)
+    blocks = {name: levels * [block] for name, block in _BLOCKS.items()}
+    return {"_class_name": "AutoencoderKL", "act_fn": "silu", **fields, **blocks}
 
 
 def write_random_autoencoder(

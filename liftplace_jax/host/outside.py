@@ -57,8 +57,6 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     path = as_path(path)
     try:
         return _read_json(path)
-    except RecursionError as error:
-        raise ValueError(f"{path}: cannot be read: its brackets are nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
     except OSError as error:
@@ -79,17 +77,30 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(EMPTY)
     if len(content) > MAX_JSON_BYTES:
         raise ValueError(f"it is longer than {MAX_JSON_BYTES:,} bytes, so it is something else")
-    found = json.loads(
-        content, object_pairs_hook=_object, parse_constant=_refuse_number, parse_float=_number,
-        parse_int=_whole,
-    )  # fmt: skip
-    if not isinstance(found, dict):
-        raise ValueError(f"it is no JSON object but a {type(found).__name__}")
+    found = parse_object(content)
     level = [found]
     for _ in range(MAX_JSON_DEPTH):
         level = [item for part in level for item in _items(part)]
     if level:
         raise ValueError(f"its brackets are nested more than {MAX_JSON_DEPTH} deep")
+    return found
+
+
+def parse_object(content: str | bytes) -> dict[str, Any]:
+    """The object that a JSON text is.
+
+    Raises:
+      ValueError: it is none, or not JSON of finite numbers whose keys are all different.
+    """
+    try:
+        found = json.loads(
+            content, object_pairs_hook=_object, parse_constant=_refuse_number, parse_float=_number,
+            parse_int=_whole,
+        )  # fmt: skip
+    except RecursionError as error:
+        raise ValueError("its brackets are nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"it is no JSON object but a {type(found).__name__}")
     return found
 
 

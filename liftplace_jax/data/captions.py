@@ -1,0 +1,293 @@
+"""Captions of pictures: of a folder (metadata.csv, metadata.jsonl, name.txt) and of TFDS.
+
+A caption is one line: its white space is single spaces. An empty one is allowed; it is what a
+network is told where it is told nothing. What is empty or very long is counted and said; what
+cannot be right is refused: a picture without a caption, a caption without its picture, a picture
+named twice or outside the folder, bytes that are no UTF-8.
+"""
+
+import csv
+import hashlib
+import io
+import os
+import posixpath
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+from liftplace_jax.host import processes
+from liftplace_jax.host.outside import parse_object, shown
+
+METADATA = ("metadata.csv", "metadata.jsonl")
+FILE, TEXT = "file_name", "text"  # columns of metadata, as Hugging Face's folders have them
+NONE = f"neither {METADATA[0]}, {METADATA[1]} (columns {FILE}, {TEXT}) nor name.txt beside name.jpg"
+MOST_CHARACTERS = 131_072  # of a caption; what is longer is something else
+_LONG = 1_000  # characters, that no known tokenizer keeps all of
+_THREADS = 16  # for disks that answer late
+_FEATURES = ("text", "caption", "captions")  # of TFDS data sets; the last has several each
+
+
+def digest(captions: Iterable[str]) -> str:
+    """What tells captions from others, as 16 hexadecimal digits."""
+    found = hashlib.sha256()
+    for text in captions:
+        found.update(text.encode("utf-8", "surrogatepass") + b"\n")
+    return found.hexdigest()[:16]
+
+
+def find_metadata(folder: Path, root: Path) -> Path | None:
+    """The file of captions of a split's folder: in it, or in the folder of all splits.
+
+    Raises:
+      ValueError: there are two in one folder.
+    """
+    for place in dict.fromkeys((folder, root)):
+        found = [place / name for name in METADATA if (place / name).exists()]
+        if len(found) > 1:
+            raise ValueError(f"{place} has both {' and '.join(METADATA)}: keep one")
+        if found:
+            return found[0]
+    return None
+
+
+def read_captions(folder: Path, root: Path, files: Sequence[str]) -> list[str]:
+    """The captions of a folder's pictures; counts on stderr what is empty or very long.
+
+    Args:
+      folder: where the pictures are; its metadata.csv or metadata.jsonl names them relative to it.
+      root: of all splits, whose metadata names the pictures of each relative to it; or `folder`.
+      files: the pictures, relative to `folder`, sorted.
+
+    Returns:
+      A caption of each of `files`.
+
+    Raises:
+      ValueError: captions that are missing, broken or doubtful; names the file and its line.
+    """
+    metadata = find_metadata(folder, root)
+    if metadata is None:
+        captions, where, remarks = _beside(folder, files), "the .txt files beside them", []
+    else:
+        found, remarks = _of_metadata(metadata, folder)
+        captions, where = _matched(metadata, found, files), metadata.name
+    for what, chosen in (
+        ("empty", lambda text: not text),
+        (f"longer than {_LONG:,} characters, of which a tokenizer keeps the beginning",
+         lambda text: len(text) > _LONG),
+    ):  # fmt: skip
+        named = [file for file, text in zip(files, captions, strict=True) if chosen(text)]
+        if named:
+            remarks.append(f"{len(named):,} {what} ({_first(named)})")
+    if remarks:
+        processes.say_once(f"{folder}: captions of {where}: {'; '.join(remarks)}")
+    return captions
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"the first is {names[0]}"
+
+
+def _clean(text: str) -> str:
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(
+            f"the caption has {len(text):,} characters, so it is something else (at most "
+            f"{MOST_CHARACTERS:,})"
+        )
+    return " ".join(text.replace("\0", " ").split())
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"line {line}: byte {content[error.start]:#04x} is no UTF-8: save it as UTF-8"
+        ) from error
+
+
+def _beside(folder: Path, files: Sequence[str]) -> list[str]:
+    """Of name.jpg what is in name.txt."""
+    stems = [os.path.splitext(file)[0] for file in files]
+    for (one, stem), (other, next_stem) in pairwise(sorted(zip(files, stems, strict=True), key=_by_stem)):
+        if stem == next_stem:
+            raise ValueError(
+                f"{folder / stem}.txt may be the caption of {one} or of {other}: rename one"
+            )
+    lacking = [file for file, stem in zip(files, stems, strict=True)
+               if not (folder / f"{stem}.txt").exists()]  # fmt: skip
+    if len(lacking) == len(files):
+        raise ValueError(f"{folder} has no captions: {NONE}")
+    if lacking:
+        raise ValueError(_without(lacking, folder, f"no {Path(lacking[0]).stem}.txt beside it"))
+
+    def read(stem: str) -> str:
+        path = folder / f"{stem}.txt"
+        try:
+            if not path.is_file():
+                raise ValueError("it is no regular file")  # reading a pipe would wait for ever
+            if path.stat().st_size > 4 * MOST_CHARACTERS:
+                raise ValueError(f"it has {path.stat().st_size:,} bytes, so it is no caption")
+            return _clean(_decoded(path.read_bytes()))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"cannot read caption {path}: {_reason(error)}") from error
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(read, stems))
+
+
+def _by_stem(pair: tuple[str, str]) -> str:
+    return pair[1]
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+def _without(lacking: Sequence[str], folder: Path, why: str) -> str:
+    others = f" (and {len(lacking) - 1:,} others have none)" if len(lacking) > 1 else ""
+    return f"{folder / lacking[0]} has no caption: {why}{others}: add it, or take the picture away"
+
+
+def _matched(
+    metadata: Path, found: dict[str, tuple[int, str]], files: Sequence[str]
+) -> list[str]:  # fmt: skip
+    """Captions in the order of the pictures; every one has its picture, and the other way round."""
+    folder = metadata.parent
+    known = {file.replace(os.sep, "/") for file in files}
+    strange = [name for name in found if name not in known]
+    if strange:
+        line, _ = found[strange[0]]
+        others = f" (nor of {len(strange) - 1:,} others that it names)" * (len(strange) > 1)
+        raise ValueError(f"{metadata}, line {line}: there is no picture {shown(strange[0])}{others}")
+    lacking = [file for file in files if file.replace(os.sep, "/") not in found]
+    if lacking:
+        raise ValueError(_without(lacking, folder, f"{metadata.name} does not name it"))
+    return [found[file.replace(os.sep, "/")][1] for file in files]
+
+
+def _of_metadata(metadata: Path, folder: Path) -> tuple[dict[str, tuple[int, str]], list[str]]:
+    """({name relative to `folder`: (line, caption)}, remarks) of a metadata file.
+
+    Those of other folders, which the metadata of all splits names too, are not in it.
+    """
+    place = folder.relative_to(metadata.parent).as_posix()
+    found: dict[str, tuple[int, str]] = {}
+    ignored: set[str] = set()
+    try:
+        if not metadata.is_file():
+            raise ValueError("it is no regular file")
+        text = _decoded(metadata.read_bytes())
+        rows = _csv_rows(text) if metadata.suffix == ".csv" else _json_rows(text)
+        for line, name, caption, others in rows:
+            ignored.update(others)
+            try:
+                name, caption = _inside(name), _clean(caption)
+            except ValueError as error:
+                raise ValueError(f"line {line}: {error}") from error
+            if place != ".":
+                if not name.startswith(f"{place}/"):
+                    continue
+                name = name.removeprefix(f"{place}/")
+            if name in found:
+                raise ValueError(
+                    f"lines {found[name][0]} and {line} both are of {shown(name)}: keep one"
+                )
+            found[name] = line, caption
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{metadata}: {_reason(error)}") from error
+    return found, [f"columns not read: {', '.join(sorted(ignored))}"] if ignored else []
+
+
+def _inside(name: str) -> str:
+    """A picture's path in its one form."""
+    if not name:
+        raise ValueError(f"{FILE} is empty")
+    plain = posixpath.normpath(name)
+    if plain.startswith(("/", "../")) or plain in (".", "..") or "\0" in name:
+        raise ValueError(f"{FILE} {shown(name)} is outside the folder")
+    return plain
+
+
+Row = tuple[int, str, str, Iterable[str]]  # line, picture, caption, names of what is not read
+
+
+def _csv_rows(text: str) -> Iterator[Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    try:
+        header = next(reader, [])
+        if header.count(FILE) != 1 or header.count(TEXT) != 1:
+            raise ValueError(
+                f"line 1: the header is {shown(','.join(header))}; it must have {FILE} and {TEXT}, "
+                "once each, separated by commas"
+            )
+        file, caption = header.index(FILE), header.index(TEXT)
+        others = [name for name in header if name not in (FILE, TEXT)]
+        line = reader.line_num + 1
+        for row in reader:
+            if len(row) not in (0, len(header)):
+                raise ValueError(
+                    f"line {line}: has {len(row)} fields, the header has {len(header)}: put a "
+                    "caption with commas into double quotes"
+                )
+            if row:
+                yield line, row[file], row[caption], others
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"line {line}: {error}") from error
+
+
+def _json_rows(text: str) -> Iterator[Row]:
+    for line, content in enumerate(text.split("\n"), 1):
+        if not content.strip():
+            continue
+        try:
+            fields = parse_object(content)
+            for name in (FILE, TEXT):
+                if not isinstance(fields.get(name), str):
+                    fault = f"is {shown(fields[name])}, no text" if name in fields else "is missing"
+                    raise ValueError(f"{name} {fault}")
+        except ValueError as error:
+            raise ValueError(f"line {line}: {error}") from error
+        yield line, fields[FILE], fields[TEXT], fields.keys() - {FILE, TEXT}
+
+
+class RecordCaptions(Sequence[str]):
+    """Captions of a TFDS split, read as they are asked for."""
+
+    def __init__(self, name: str, feature: str, records: Sequence):
+        """Takes records of this feature alone; the name is for error messages."""
+        self._name, self._feature, self._records = name, feature, records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        value = self._records[int(index)][self._feature]
+        try:
+            if not isinstance(value, bytes | str):  # several
+                value = value["text"] if isinstance(value, dict) else value
+                value = value[0] if len(value) else b""
+            return _clean(_decoded(value) if isinstance(value, bytes) else str(value))
+        except ValueError as error:
+            raise ValueError(f"data set {self._name}, example {index}: caption: {error}") from error
+
+
+def record_captions(name: str, builder, split: str, feature: str) -> RecordCaptions:
+    """The captions of a split of a prepared TFDS builder; images are not decoded for them."""
+    import tensorflow_datasets as tfds
+
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    return RecordCaptions(name, feature, builder.as_data_source(split, decoders=decoders))
+
+
+def caption_feature(features) -> str | None:
+    """Which feature of a TFDS data set has the captions, if any: "text", "caption" or "captions".
+
+    Of several captions of a picture ("captions", as of coco_captions) the first is meant.
+    """
+    return next((name for name in _FEATURES if name in features), None)
