@@ -9,9 +9,10 @@ named twice or outside the folder, bytes that are no UTF-8.
 import csv
 import hashlib
 import io
+import json
 import os
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ NONE = f"neither {METADATA[0]}, {METADATA[1]} (columns {FILE}, {TEXT}) nor name.
 MOST_CHARACTERS = 131_072  # of a caption; what is longer is something else
 _LONG = 1_000  # characters, that no known tokenizer keeps all of
 _THREADS = 16  # for disks that answer late
-_FEATURES = ("text", "caption", "captions")  # of TFDS data sets; the last has several each
+_FEATURES = ("text", "caption", "captions")  # of TFDS data sets
 
 
 def digest(captions: Iterable[str]) -> str:
@@ -36,19 +37,16 @@ def digest(captions: Iterable[str]) -> str:
     return found.hexdigest()[:16]
 
 
-def find_metadata(folder: Path, root: Path) -> Path | None:
-    """The file of captions of a split's folder: in it, or in the folder of all splits.
+def find_metadata(folder: Path, root: Path) -> list[Path]:
+    """The files of captions of a split's folder: in it, or in the folder of all splits.
 
-    Raises:
-      ValueError: there are two in one folder.
+    There should be one at most; `read_captions` refuses two.
     """
-    for place in dict.fromkeys((folder, root)):
+    for place in (folder, root):
         found = [place / name for name in METADATA if (place / name).exists()]
-        if len(found) > 1:
-            raise ValueError(f"{place} has both {' and '.join(METADATA)}: keep one")
         if found:
-            return found[0]
-    return None
+            return found
+    return []
 
 
 def read_captions(folder: Path, root: Path, files: Sequence[str]) -> list[str]:
@@ -66,11 +64,13 @@ def read_captions(folder: Path, root: Path, files: Sequence[str]) -> list[str]:
       ValueError: captions that are missing, broken or doubtful; names the file and its line.
     """
     metadata = find_metadata(folder, root)
-    if metadata is None:
-        captions, where, remarks = _beside(folder, files), "the .txt files beside them", []
+    if len(metadata) > 1:
+        raise ValueError(f"{metadata[0].parent} has both {' and '.join(METADATA)}: keep one")
+    if metadata:
+        found, remarks = _of_metadata(metadata[0], folder)
+        captions, where = _matched(metadata[0], folder, found, files), metadata[0].name
     else:
-        found, remarks = _of_metadata(metadata, folder)
-        captions, where = _matched(metadata, found, files), metadata.name
+        captions, where, remarks = _beside(folder, files), "the .txt files beside them", []
     for what, chosen in (
         ("empty", lambda text: not text),
         (f"longer than {_LONG:,} characters, of which a tokenizer keeps the beginning",
@@ -110,10 +110,12 @@ def _decoded(content: bytes) -> str:
 def _beside(folder: Path, files: Sequence[str]) -> list[str]:
     """Of name.jpg what is in name.txt."""
     stems = [os.path.splitext(file)[0] for file in files]
-    for (one, stem), (other, next_stem) in pairwise(sorted(zip(files, stems, strict=True), key=_by_stem)):
-        if stem == next_stem:
+    order = sorted(range(len(files)), key=lambda place: stems[place])
+    for one, other in pairwise(order):
+        if stems[one] == stems[other]:
             raise ValueError(
-                f"{folder / stem}.txt may be the caption of {one} or of {other}: rename one"
+                f"{folder / stems[one]}.txt may be the caption of {files[one]} or of "
+                f"{files[other]}: rename one"
             )
     lacking = [file for file, stem in zip(files, stems, strict=True)
                if not (folder / f"{stem}.txt").exists()]  # fmt: skip
@@ -137,10 +139,6 @@ def _beside(folder: Path, files: Sequence[str]) -> list[str]:
         return list(pool.map(read, stems))
 
 
-def _by_stem(pair: tuple[str, str]) -> str:
-    return pair[1]
-
-
 def _reason(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
@@ -151,16 +149,17 @@ def _without(lacking: Sequence[str], folder: Path, why: str) -> str:
 
 
 def _matched(
-    metadata: Path, found: dict[str, tuple[int, str]], files: Sequence[str]
-) -> list[str]:  # fmt: skip
+    metadata: Path, folder: Path, found: Mapping[str, tuple[int, str]], files: Sequence[str]
+) -> list[str]:
     """Captions in the order of the pictures; every one has its picture, and the other way round."""
-    folder = metadata.parent
     known = {file.replace(os.sep, "/") for file in files}
     strange = [name for name in found if name not in known]
     if strange:
         line, _ = found[strange[0]]
         others = f" (nor of {len(strange) - 1:,} others that it names)" * (len(strange) > 1)
-        raise ValueError(f"{metadata}, line {line}: there is no picture {shown(strange[0])}{others}")
+        raise ValueError(
+            f"{metadata}: line {line}: there is no picture {shown(strange[0])} in {folder}{others}"
+        )
     lacking = [file for file in files if file.replace(os.sep, "/") not in found]
     if lacking:
         raise ValueError(_without(lacking, folder, f"{metadata.name} does not name it"))
@@ -249,6 +248,8 @@ def _json_rows(text: str) -> Iterator[Row]:
                 if not isinstance(fields.get(name), str):
                     fault = f"is {shown(fields[name])}, no text" if name in fields else "is missing"
                     raise ValueError(f"{name} {fault}")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {line}, column {error.colno}: {error.msg}") from error
         except ValueError as error:
             raise ValueError(f"line {line}: {error}") from error
         yield line, fields[FILE], fields[TEXT], fields.keys() - {FILE, TEXT}
@@ -257,8 +258,8 @@ def _json_rows(text: str) -> Iterator[Row]:
 class RecordCaptions(Sequence[str]):
     """Captions of a TFDS split, read as they are asked for."""
 
-    def __init__(self, name: str, feature: str, records: Sequence):
-        """Takes records of this feature alone; the name is for error messages."""
+    def __init__(self, name: str, feature: str, records: Sequence[Mapping]):
+        """Takes the records of a split and the name of their feature; `name` is for errors."""
         self._name, self._feature, self._records = name, feature, records
 
     def __len__(self) -> int:
@@ -267,27 +268,33 @@ class RecordCaptions(Sequence[str]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        value = self._records[int(index)][self._feature]
+        index = range(len(self))[index]  # raises an IndexError beyond the end, as iteration needs
+        value = self._records[index][self._feature]
+        if isinstance(value, Mapping):
+            value = value[TEXT]
+        if not isinstance(value, bytes):  # several
+            value = value[0] if len(value) else b""
         try:
-            if not isinstance(value, bytes | str):  # several
-                value = value["text"] if isinstance(value, dict) else value
-                value = value[0] if len(value) else b""
-            return _clean(_decoded(value) if isinstance(value, bytes) else str(value))
+            return _clean(_decoded(value))
         except ValueError as error:
             raise ValueError(f"data set {self._name}, example {index}: caption: {error}") from error
 
 
-def record_captions(name: str, builder, split: str, feature: str) -> RecordCaptions:
-    """The captions of a split of a prepared TFDS builder; images are not decoded for them."""
+def record_captions(name: str, builder, split: str) -> RecordCaptions | None:
+    """The captions of a split of a prepared TFDS builder; no image is decoded for them.
+
+    They are the feature "text" or "caption", or the first of "captions", as coco_captions has them:
+    a sequence of texts, or of dictionaries with a "text". None: it has none of these.
+    """
     import tensorflow_datasets as tfds
 
-    decoders = {"image": tfds.decode.SkipDecoding()}
-    return RecordCaptions(name, feature, builder.as_data_source(split, decoders=decoders))
-
-
-def caption_feature(features) -> str | None:
-    """Which feature of a TFDS data set has the captions, if any: "text", "caption" or "captions".
-
-    Of several captions of a picture ("captions", as of coco_captions) the first is meant.
-    """
-    return next((name for name in _FEATURES if name in features), None)
+    features = builder.info.features
+    for feature in _FEATURES:
+        kind = features[feature] if feature in features else None
+        kind = kind.feature if isinstance(kind, tfds.features.Sequence) else kind
+        kind = kind.get(TEXT) if isinstance(kind, tfds.features.FeaturesDict) else kind
+        if isinstance(kind, tfds.features.Text):
+            decoders = {"image": tfds.decode.SkipDecoding()}
+            records = builder.as_data_source(split, decoders=decoders)
+            return RecordCaptions(f"{name} ({split})", feature, records)
+    return None

@@ -72,7 +72,8 @@ class ImageFolder:
         self._mode = MODES[channels]
         self._root, self._remarks = _split_folder(root, split)
         self._top = root
-        self._files, left_out, folders = _find(self._root, find_metadata(self._root, root))
+        metadata = find_metadata(self._root, root)
+        self._files, left_out, folders, texts = _find(self._root, metadata)
         if not self._files:
             raise ValueError(
                 f"no images ({', '.join(SUFFIXES)}) in {self._root}"
@@ -81,6 +82,10 @@ class ImageFolder:
         if self._root == root and split != "all":
             _check_no_splits_below(root, folders)
         self._remarks += [f"left out: {', '.join(left_out)}"] if left_out else []
+        if metadata:
+            self._remarks.append(f"captions in {' and '.join(path.name for path in metadata)}")
+        elif texts:
+            self._remarks.append(f"captions in {texts:,} .txt files beside them")
         self.classes, self.without_classes = self._classes(folders)
         self._look()
         self.image_shape = self[0]["image"].shape
@@ -298,16 +303,17 @@ def _some(names):
 
 
 def _find(root, metadata):
-    """(images, what is left out in words, folders): paths relative to `root`.
+    """(images, what is left out in words, folders, number of captions): paths relative to `root`.
 
-    The images are sorted strings: millions of them must fit. The file `metadata` is not left out:
-    it has the captions; without it the name.txt beside name.jpg are not.
+    The images are sorted strings: millions of them must fit. Files of captions are not left out:
+    `metadata`, and where there is none, name.txt beside name.jpg.
     """
 
     def unreadable(error):
         raise ValueError(f"cannot read folder {error.filename}: {error.strerror}")
 
-    found, visited, below = [], set(), []
+    found, visited, below, texts = [], set(), [], 0
+    captions = {os.fspath(path) for path in metadata}
     others, example, hidden, again = Counter(), {}, [], []
     relative = functools.partial(os.path.relpath, start=root)
     for folder, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
@@ -322,9 +328,10 @@ def _find(root, metadata):
         stems = {os.path.splitext(name)[0] for name in files if _is_image(name)}
         for name in files:
             stem, suffix = os.path.splitext(name)
-            if name.startswith(".") or metadata == Path(folder, name):
+            if name.startswith(".") or (captions and os.path.join(folder, name) in captions):
                 continue
-            if suffix == ".txt" and metadata is None and stem in stems:
+            if suffix == ".txt" and stem in stems and not captions:
+                texts += 1
                 continue
             file = relative(os.path.join(folder, name))
             if _is_image(name):
@@ -336,4 +343,4 @@ def _find(root, metadata):
     left_out = [f"{n:,} of {suffix} ({example[suffix]})" for suffix, n in sorted(others.items())]
     left_out += [f"{len(hidden):,} hidden ({_some(sorted(hidden))})"] if hidden else []
     left_out += [f"{len(again):,} links to folders that are read ({_some(again)})"] if again else []
-    return sorted(found), left_out, sorted(below)
+    return sorted(found), left_out, sorted(below), texts

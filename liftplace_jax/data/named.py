@@ -1,12 +1,13 @@
 """Data sets by name: TFDS's, the embedded ones, and folders of images."""
 
+import functools
 import importlib
 import importlib.util
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from liftplace_jax.data.captions import caption_feature, record_captions
+from liftplace_jax.data.captions import record_captions
 from liftplace_jax.data.folder import ImageFolder
 from liftplace_jax.data.pipeline import MEMORY_MB, Source
 from liftplace_jax.host import processes
@@ -108,8 +109,7 @@ def load_source(
         # Its version says what TFDS prepares; the files need not be the same everywhere.
         fingerprint=lambda: {"data": builder.info.full_name},
     )
-    if text := caption_feature(features):
-        source.read_captions = lambda: record_captions(name, builder, split, text)
+    source.read_captions = functools.partial(record_captions, name, builder, split)
     return source
 
 
@@ -148,6 +148,10 @@ def _builder(name, data_dir):
         if embedded in EMBEDDED:
             module, kind = EMBEDDED[embedded]
             builder = getattr(importlib.import_module(f"liftplace_jax.data.{module}"), kind)
+            variants = list(builder.builder_configs)
+            if variant and variant not in variants:
+                known = f"only {variants}" if variants else "nor any other"
+                raise ValueError(f"data set {embedded} has no variant {variant!r}, {known}")
             return builder(data_dir=data_dir, config=variant or None)
         return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
