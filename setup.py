@@ -20,7 +20,11 @@ setup(
     # comes after the folder one is in, where a checkout of the same name hides the package.
     package_dir={"": "."},
     packages=find_packages(include=["liftplace_jax", "liftplace_jax.*"]),
-    package_data={"liftplace_jax.evaluation": ["*.safetensors"]},
+    package_data={
+        "liftplace_jax.data": ["emoji.png", "emoji.json"],
+        "liftplace_jax.encoders": ["emoji/*.json", "emoji/*/*"],
+        "liftplace_jax.evaluation": ["*.safetensors"],
+    },
     install_requires=[
         "absl-py>=2.0",
         "array-record>=0.6",

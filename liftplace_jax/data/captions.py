@@ -292,7 +292,8 @@ def record_captions(name: str, builder, split: str) -> RecordCaptions | None:
     for feature in _FEATURES:
         kind = features[feature] if feature in features else None
         kind = kind.feature if isinstance(kind, tfds.features.Sequence) else kind
-        kind = kind.get(TEXT) if isinstance(kind, tfds.features.FeaturesDict) else kind
+        if isinstance(kind, tfds.features.FeaturesDict):
+            kind = kind[TEXT] if TEXT in kind else None
         if isinstance(kind, tfds.features.Text):
             decoders = {"image": tfds.decode.SkipDecoding()}
             records = builder.as_data_source(split, decoders=decoders)

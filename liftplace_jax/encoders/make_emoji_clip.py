@@ -11,7 +11,6 @@ interrupted run goes on in the same --workdir.
 
 import argparse
 import itertools
-import json
 import tempfile
 from pathlib import Path
 
@@ -21,8 +20,6 @@ import numpy as np
 import optax
 from flax import nnx
 from ml_collections import ConfigDict
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from tokenizers.trainers import BpeTrainer
 
 from liftplace_jax import weights
 from liftplace_jax.data.emoji import (
@@ -34,6 +31,7 @@ from liftplace_jax.data.emoji import (
 )
 from liftplace_jax.encoders.clip import CLIPTextConfig, CLIPVisionConfig
 from liftplace_jax.encoders.shipped import find_shipped, save_part
+from liftplace_jax.encoders.tokenizer import train_tokenizer
 from liftplace_jax.nn import building
 from liftplace_jax.training.loop import train
 from liftplace_jax.training.optimizer import make_optimizer
@@ -43,10 +41,7 @@ from liftplace_jax.training.step import make_train_step
 SEED, STEPS, BATCH, RATE, EMA = 0, 1500, 64, 1e-3, 0.995
 RUN = 8  # neighbours on the sheet that a batch takes together: tones and genders of one emoji
 VOCABULARY, LENGTH, PROJECTION = 2048, 24, 128
-START, END = "<|startoftext|>", "<|endoftext|>"
 SHIFT = 2  # pixels that a picture is moved by, at most
-# CLIP's: contractions, letters, single digits, and the rest.
-_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 TEXT = CLIPTextConfig(
     vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, num_hidden_layers=2,
     num_attention_heads=4, max_position_embeddings=LENGTH, eos_token_id=VOCABULARY - 1,
@@ -56,77 +51,6 @@ IMAGE = CLIPVisionConfig(
     hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
     image_size=32, patch_size=8, projection_dim=PROJECTION,
 )  # fmt: skip
-
-
-def make_tokenizer(texts):
-    """A tokenizer with the vocabulary of texts, laid out as CLIP's.
-
-    Args:
-      texts: list of str.
-
-    Returns:
-      A `tokenizers.Tokenizer` without padding: 256 bytes, the same at the end of a word, merges,
-      start and end.
-    """
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=ord)
-    ends = [f"{letter}</w>" for letter in letters]
-    trained = _pipeline(models.BPE(end_of_word_suffix="</w>"))
-    trainer = BpeTrainer(
-        vocab_size=VOCABULARY - 2, end_of_word_suffix="</w>", show_progress=False,
-        # Numbered beforehand, or equally frequent pairs are merged in another order each time.
-        initial_alphabet=letters, special_tokens=ends,
-    )  # fmt: skip
-    trained.train_from_iterator(texts, trainer)
-    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    symbols = list(dict.fromkeys(letters + ends + [one + other for one, other in merges]))
-    if len(symbols) != VOCABULARY - 2:
-        raise ValueError(f"the texts give {len(symbols) + 2} tokens, want {VOCABULARY}")
-    vocabulary = {symbol: index for index, symbol in enumerate([*symbols, START, END])}
-    tokenizer = _pipeline(
-        models.BPE(vocabulary, merges, unk_token=END, end_of_word_suffix="</w>",
-                   continuing_subword_prefix="", fuse_unk=False)
-    )  # fmt: skip
-    tokenizer.add_special_tokens([START, END])
-    tokenizer.post_processor = processors.RobertaProcessing(
-        (END, vocabulary[END]), (START, vocabulary[START]), trim_offsets=False,
-        add_prefix_space=False,
-    )  # fmt: skip
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _pipeline(model):
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    return tokenizer
-
-
-def tokenizer_files(tokenizer):
-    """Name -> content of the files of a transformers tokenizer's folder."""
-    model = json.loads(tokenizer.to_str())["model"]
-    merges = "".join(f"{one} {other}\n" for one, other in model["merges"])
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, **special}
-    return {
-        "tokenizer.json": tokenizer.to_str(pretty=False) + "\n", "vocab.json": model["vocab"],
-        "merges.txt": f"#version: 0.2\n{merges}", "tokenizer_config.json": config,
-        "special_tokens_map.json": special,
-    }  # fmt: skip
-
-
-def encode(tokenizer, texts):
-    """(N, LENGTH) int32 token ids, cut and padded with the end token."""
-    tokenizer.enable_truncation(LENGTH)
-    tokenizer.enable_padding(length=LENGTH, pad_id=VOCABULARY - 1, pad_token=END)
-    return np.asarray([found.ids for found in tokenizer.encode_batch(list(texts))], np.int32)
 
 
 def varied(entry, rng):
@@ -158,7 +82,7 @@ def batches(tokenizer, entries, pictures, first):
         size = pictures.shape[1]
         moved = [p[y : y + size, x : x + size] for p, (y, x) in zip(padded, corners, strict=True)]
         texts = [varied(entries[index], rng) for index in chosen]
-        yield {"images": as_floats(np.stack(moved)), "ids": encode(tokenizer, texts)}
+        yield {"images": as_floats(np.stack(moved)), "ids": tokenizer.encode(texts)}
 
 
 def as_floats(pictures):
@@ -243,14 +167,14 @@ def main(argv=None):
     table, pictures = emoji_table(), emoji_pictures()
     seen, held_out = split_indices(table)
     entries = [table[index] for index in seen]
-    tokenizer = make_tokenizer(
-        [caption(entry) for entry in entries]
-        + [word for entry in entries for word in entry["keywords"]]
-    )
-    files = tokenizer_files(tokenizer)
+    texts = [caption(entry) for entry in entries]
+    texts += [word for entry in entries for word in entry["keywords"]]
     with tempfile.TemporaryDirectory() as scratch:
+        vocabulary = Path(scratch, "tokenizer")
+        tokenizer = train_tokenizer(vocabulary, texts, VOCABULARY, LENGTH)
+        files = {path.name: path.read_text("utf-8") for path in vocabulary.iterdir()}
         text_graph, image_graph, pair = train_pair(
-            tokenizer, entries, pictures[seen], args.steps, args.workdir or Path(scratch)
+            tokenizer, entries, pictures[seen], args.steps, args.workdir or Path(scratch, "run")
         )
     stored = {
         name: {key: value.astype(np.float16) for key, value in weights.to_torch(pair[name]).items()}
@@ -258,7 +182,7 @@ def main(argv=None):
     }
     # What is measured is what is written.
     text, image = (weights.from_torch(pair[name], stored[name]) for name in ("text", "image"))
-    ids = encode(tokenizer, [caption(entry) for entry in table])
+    ids = tokenizer.encode([caption(entry) for entry in table])
     texts = project(text_graph, text, ids)
     images = project(image_graph, image, as_floats(pictures))
     quality = {}

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from liftplace_jax.encoders.shipped import find_shipped
 from liftplace_jax.host.buckets import as_path, local_copy, make_folder
 from liftplace_jax.host.files import replacing, write_json
 from liftplace_jax.host.outside import find_fault, lies, read_json, shown
@@ -118,7 +119,7 @@ def load_tokenizer(
     Diffusion 2 pads with "!" by the first, and so "!" in a text is that token.
 
     Args:
-      folder: of a tokenizer, or of a pipeline with one in "tokenizer".
+      folder: of a tokenizer, or of a pipeline with one in "tokenizer"; or a name of SHIPPED.
       entry: which of the folders in it, such as "tokenizer_2".
       length: ids of every text; None: model_max_length of tokenizer_config.json or, where it is
         missing or has no meaning (transformers writes 1e30), `most`.
@@ -130,7 +131,7 @@ def load_tokenizer(
         Or the `tokenizers` library is missing; says what to install.
     """
     _library()  # missing, it is not the folder's fault
-    place = _place(as_path(folder), entry)
+    place = _place(find_shipped(folder), entry)
     config, roles = _read_roles(place)
     if lies(place / "tokenizer.json"):
         backend = _read_whole(place / "tokenizer.json")
@@ -349,7 +350,8 @@ def train_tokenizer(
     counted.post_processor = None
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size - 2, initial_alphabet=alphabet, show_progress=False,
-        end_of_word_suffix=_WORD_END, special_tokens=[],
+        # Numbered beforehand: or pairs that are equally frequent come in another order each time.
+        end_of_word_suffix=_WORD_END, special_tokens=first[len(alphabet) :],
     )  # fmt: skip
     counted.train_from_iterator(texts, trainer)
     merges = json.loads(counted.to_str())["model"]["merges"]

@@ -1,4 +1,4 @@
-"""The feature extractors, by name, and the digit classifier among them."""
+"""The feature extractors, by name, and those among them that ship with this package."""
 
 import functools
 import importlib.resources
@@ -6,8 +6,11 @@ import json
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from safetensors import safe_open
 
+from liftplace_jax.encoders.clip import load_image_encoder
+from liftplace_jax.encoders.shipped import find_shipped, read_record
 from liftplace_jax.evaluation.extractor import Extractor
 from liftplace_jax.evaluation.inception_features import PROTOCOLS, inception_extractor
 
@@ -54,6 +57,27 @@ def _digits():
     )
 
 
+@functools.cache
+def _emoji():
+    folder = find_shipped("emoji")
+    network = load_image_encoder(folder)
+    size, made = network.config.image_size, read_record(folder)["image_encoder"]
+    return Extractor(
+        name="emoji",
+        label="emoji-feature Frechet distance",
+        dim=network.config.hidden_size,
+        image_shape=(size, size, network.config.num_channels),
+        apply=functools.partial(_pooled, network.graphdef),
+        params=network.params,
+        info={name: str(value) for name, value in made.items() if name != "files"},
+    )
+
+
+def _pooled(graphdef, params, images):
+    with jax.default_matmul_precision("highest"):
+        return nnx.merge(graphdef, params)(images).pooled
+
+
 def _without_weights(make):
     """An entry of FEATURES for an extractor that ships with this package."""
 
@@ -66,7 +90,8 @@ def _without_weights(make):
 
 
 # Name -> function (name, file of weights or None) -> Extractor.
-FEATURES = {"digits": _without_weights(_digits)} | dict.fromkeys(PROTOCOLS, inception_extractor)
+_SHIPPED = {"digits": _without_weights(_digits), "emoji": _without_weights(_emoji)}
+FEATURES = _SHIPPED | dict.fromkeys(PROTOCOLS, inception_extractor)
 
 
 def feature_extractor(name, weights=None):

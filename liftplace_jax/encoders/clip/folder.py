@@ -15,6 +15,7 @@ from flax import nnx
 from liftplace_jax import weights
 from liftplace_jax.encoders.clip.config import CLIPTextConfig, CLIPVisionConfig
 from liftplace_jax.encoders.clip.model import Encoded
+from liftplace_jax.encoders.shipped import find_shipped
 from liftplace_jax.host.buckets import as_path, make_folder
 from liftplace_jax.host.files import write_json
 from liftplace_jax.host.outside import shown
@@ -67,7 +68,7 @@ def load_text_encoder(
     Args:
       path: a folder of transformers' `CLIPTextModel`, `CLIPTextModelWithProjection` or `CLIPModel`,
         or of a pipeline with one of them in it; its weights are model.safetensors,
-        pytorch_model.bin or the shards that an index of these names.
+        pytorch_model.bin or the shards that an index of these names. Or a name of SHIPPED.
       entry: which of the folders in it ("text_encoder_2"), which variant of the weights ("fp16"),
         or both.
       dtype: of the computation.
@@ -96,7 +97,7 @@ def load_image_encoder(
 
 
 def _load(path, entry, dtype, config_class, tower: str):
-    folder = as_path(path)
+    folder = find_shipped(path)
     allowed = {*config_class.architectures, _PAIR}
     found = choose_folder(folder, entry, (), lambda fields: _is_one(fields, config_class))
     if found is None:
