@@ -139,6 +139,7 @@ BAD_METADATA = [
     ("jsonl", b'["a.png", "x"]', "line 1: it is no JSON object but a list"),
     ("jsonl", b'{"file_name": "a.png", "text": "x", "text": "y"}', "the key 'text' is there"),
     ("jsonl", json_lines({"a.png": "x" * 140_000}).encode(), "line 1: the caption has 140,000"),
+    ("jsonl", b'{"file_name": "a.png", "text": "\\ud83d"}', "line 1: the caption '.ud83d' has"),
     ("jsonl", b'{"file_name": "a.png", "text": "\xff"}', "line 1: byte 0xff is no UTF-8"),
 ]  # fmt: skip
 

@@ -33,7 +33,7 @@ def digest(captions: Iterable[str]) -> str:
     """What tells captions from others, as 16 hexadecimal digits."""
     found = hashlib.sha256()
     for text in captions:
-        found.update(text.encode("utf-8", "surrogatepass") + b"\n")
+        found.update(text.encode() + b"\n")
     return found.hexdigest()[:16]
 
 
@@ -94,6 +94,10 @@ def _clean(text: str) -> str:
             f"the caption has {len(text):,} characters, so it is something else (at most "
             f"{MOST_CHARACTERS:,})"
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half a character, which JSON can spell
+        raise ValueError(f"the caption {shown(text)} has what is no character") from error
     return " ".join(text.replace("\0", " ").split())
 
 
