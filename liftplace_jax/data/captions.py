@@ -1,4 +1,4 @@
-"""Captions of pictures: of a folder (metadata.csv, metadata.jsonl, name.txt) and of TFDS.
+"""Captions of pictures: of a folder (metadata.csv, metadata.jsonl, name.txt), of tars, of TFDS.
 
 A caption is one line: its white space is single spaces. An empty one is allowed; it is what a
 network is told where it is told nothing. What is empty or very long is counted and said; what
@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
+from liftplace_jax.data.pictures import Member
 from liftplace_jax.host import processes
 from liftplace_jax.host.outside import parse_object, shown
 
@@ -24,6 +25,7 @@ METADATA = ("metadata.csv", "metadata.jsonl")
 FILE, TEXT = "file_name", "text"  # columns of metadata, as Hugging Face's folders have them
 NONE = f"neither {METADATA[0]}, {METADATA[1]} (columns {FILE}, {TEXT}) nor name.txt beside name.jpg"
 MOST_CHARACTERS = 131_072  # of a caption; what is longer is something else
+JSON, JSON_TEXTS = ".json", ("caption", "text")  # of tar files
 _LONG = 1_000  # characters, that no known tokenizer keeps all of
 _THREADS = 16  # for disks that answer late
 _FEATURES = ("text", "caption", "captions")  # of TFDS data sets
@@ -71,6 +73,14 @@ def read_captions(folder: Path, root: Path, files: Sequence[str]) -> list[str]:
         captions, where = _matched(metadata[0], folder, found, files), metadata[0].name
     else:
         captions, where, remarks = _beside(folder, files), "the .txt files beside them", []
+    remarks += _remarks(files, captions)
+    if remarks:
+        processes.say_once(f"{folder}: captions of {where}: {'; '.join(remarks)}")
+    return captions
+
+
+def _remarks(files: Sequence[str], captions: Sequence[str]) -> list[str]:
+    remarks = []
     for what, chosen in (
         ("empty", lambda text: not text),
         (f"longer than {_LONG:,} characters, of which a tokenizer keeps the beginning",
@@ -79,9 +89,41 @@ def read_captions(folder: Path, root: Path, files: Sequence[str]) -> list[str]:
         named = [file for file, text in zip(files, captions, strict=True) if chosen(text)]
         if named:
             remarks.append(f"{len(named):,} {what} ({_first(named)})")
+    return remarks
+
+
+def member_captions(folder: Path, files: Sequence[str], members: Sequence[Member]) -> list[str]:
+    """The captions of pictures in tar files; counts on stderr what is empty or very long.
+
+    Args:
+      folder: of the tar files.
+      files: names of the pictures.
+      members: of each, its text (name.txt), or a JSON object with "caption" or "text" (name.json).
+
+    Raises:
+      ValueError: a caption that is broken; names it.
+    """
+    captions = []
+    for member in members:
+        try:
+            if member.size > 16 * MOST_CHARACTERS:
+                raise ValueError(f"it has {member.size:,} bytes, so it is no caption")
+            text = _decoded(member.read())
+            captions.append(_clean(_json_caption(text) if member.name.endswith(JSON) else text))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"cannot read caption {member}: {_reason(error)}") from error
+    remarks = _remarks(files, captions)
     if remarks:
-        processes.say_once(f"{folder}: captions of {where}: {'; '.join(remarks)}")
+        processes.say_once(f"{folder}: captions of the tar files: {'; '.join(remarks)}")
     return captions
+
+
+def _json_caption(text: str) -> str:
+    fields = parse_object(text)
+    names = [name for name in JSON_TEXTS if name in fields]
+    if len(names) != 1 or not isinstance(fields[names[0]], str):
+        raise ValueError(f"it must have one of {list(JSON_TEXTS)}, a text")
+    return fields[names[0]]
 
 
 def _first(names: Sequence[str]) -> str:

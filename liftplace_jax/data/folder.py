@@ -61,16 +61,8 @@ class ImageFolder:
           ValueError: no such folder or split, several that it may be, no images, or images that
             cannot be read.
         """
-        if path is None:
-            raise ValueError("a folder of images needs its path (config.data.path)")
-        root = on_this_machine(path, "a folder of images")
-        if not root.is_dir():
-            exists = root.exists()
-            raise ValueError(f"{root} is no folder" if exists else f"there is no folder {root}")
-        if channels not in MODES:
-            raise ValueError(f"a folder of images has 1 or 3 channels, not {channels}")
-        self._mode = MODES[channels]
-        self._root, self._remarks = _split_folder(root, split)
+        self._mode = color_mode(channels)
+        root, self._root, self._remarks = find_split(path, split)
         self._top = root
         metadata = find_metadata(self._root, root)
         self._files, left_out, folders, texts = _find(self._root, metadata)
@@ -123,7 +115,7 @@ class ImageFolder:
 
         def look(file):
             try:
-                return read_header(self._root / file)
+                return read_header(self._place(file))
             except ValueError as error:
                 return error
 
@@ -144,8 +136,12 @@ class ImageFolder:
     def __len__(self):
         return len(self._files)
 
+    def _place(self, file):
+        """Where a picture's bytes are."""
+        return self._root / file
+
     def __getitem__(self, index):
-        file = self._root / self._files[index]
+        file = self._place(self._files[index])
         label = self.classes.index(Path(self._files[index]).parts[0]) if self.classes else 0
         return {"image": read_pixels(file, self._mode), "label": label, "file": str(file)}
 
@@ -226,6 +222,32 @@ class ImageFolder:
         return {
             "bytes": total, "names": names.hexdigest()[:16], "content": content.hexdigest()[:16]
         }  # fmt: skip
+
+
+def color_mode(channels):
+    """Pillow's mode of images of 1 or 3 channels.
+
+    Raises:
+      ValueError: another number.
+    """
+    if channels not in MODES:
+        raise ValueError(f"a folder of images has 1 or 3 channels, not {channels}")
+    return MODES[channels]
+
+
+def find_split(path, split):
+    """(the folder, that of a split in it or itself, what was guessed or left out for it).
+
+    Raises:
+      ValueError: as of `ImageFolder`.
+    """
+    if path is None:
+        raise ValueError("a folder of images needs its path (config.data.path)")
+    root = on_this_machine(path, "a folder of images")
+    if not root.is_dir():
+        exists = root.exists()
+        raise ValueError(f"{root} is no folder" if exists else f"there is no folder {root}")
+    return root, *_split_folder(root, split)
 
 
 def _split_folder(root, split):

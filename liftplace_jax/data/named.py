@@ -10,6 +10,7 @@ from pathlib import Path
 from liftplace_jax.data.captions import record_captions
 from liftplace_jax.data.folder import ImageFolder
 from liftplace_jax.data.pipeline import MEMORY_MB, Source
+from liftplace_jax.data.tars import ImageTars, has_tars
 from liftplace_jax.host import processes
 from liftplace_jax.host.buckets import as_path, cached, fetched, is_in_bucket, listed, reaching
 
@@ -32,7 +33,7 @@ def load_source(
     name, split, *, data_dir=None, image_size=None, path=None, channels=3, crop=None,
     resize="bilinear", cache_dir=None, memory_mb=MEMORY_MB,
 ):  # fmt: skip
-    """Opens a split of a TFDS data set, prepared on first use, or of a folder of images.
+    """Opens a split of a TFDS data set, prepared on first use, or of a folder of images or tars.
 
     Of a folder, one line on stderr counts what is left out, converted, cropped or guessed.
 
@@ -44,7 +45,7 @@ def load_source(
         bucket (gs://...) the data must be prepared already; the split's files are copied to this
         machine first, but for those that are there already.
       image_size: optional side to resize and centre-crop to.
-      path: the folder, if that is the name.
+      path: the folder, if that is the name: of images, or of webdataset's tar files.
       channels: of the images of a folder, 1 or 3.
       crop: optional (left, upper, right, lower) in pixels, cut out first; default: the data set's
         published crop, if it has one.
@@ -64,7 +65,8 @@ def load_source(
     if crop and not (len(crop) == 4 and 0 <= crop[0] < crop[2] and 0 <= crop[1] < crop[3]):
         raise ValueError(f"crop must be (left, upper, right, lower) in pixels, got {crop}")
     if name == "folder":
-        records = ImageFolder(path, split, channels)
+        kind = ImageTars if has_tars(path, split) else ImageFolder
+        records = kind(path, split, channels)
         source = Source(
             f"{path} ({split})", records, image_shape=records.image_shape, crop=crop,
             image_size=image_size, num_classes=len(records.classes) or None, resize=resize,

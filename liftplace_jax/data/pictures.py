@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import os
 import stat
 from contextlib import contextmanager
@@ -32,6 +33,39 @@ _SWAPPING = [_UPRIGHT[number] for number in (5, 6, 7, 8)]  # width and height
 
 
 @dataclasses.dataclass(frozen=True)
+class Member:
+    """A picture that is a part of a larger file.
+
+    Attributes:
+      name: for messages.
+      path: the larger file.
+      start: of its first byte there.
+      size: its number of bytes.
+    """
+
+    name: str
+    path: str | os.PathLike
+    start: int
+    size: int
+
+    def __str__(self):
+        return self.name
+
+    def read(self):
+        """Its bytes.
+
+        Raises:
+          OSError: the file cannot be read, or ends before.
+        """
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            content = file.read(self.size)
+        if len(content) < self.size:
+            raise OSError(f"{self.path} ends before it does")
+        return content
+
+
+@dataclasses.dataclass(frozen=True)
 class Header:
     """What can be said of a picture without decoding it.
 
@@ -47,7 +81,7 @@ class Header:
 
 
 def read_header(file):
-    """The `Header` of an image file.
+    """The `Header` of an image file, by its path, or of a `Member`.
 
     Raises:
       ValueError: it cannot be read, or has other than 8 bits a channel; names the file.
@@ -70,7 +104,7 @@ def read_pixels(file, mode):
     """The pixels of an image file, upright, on white where they are transparent.
 
     Args:
-      file: its path.
+      file: its path, or a `Member`.
       mode: "RGB" or "L" (grey).
 
     Returns:
@@ -102,17 +136,26 @@ def mode_name(mode):
 def _opened(file):
     """Whatever goes wrong in the block becomes a ValueError of one line that names the file."""
     try:
-        found = os.stat(file)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("it is no regular file")  # reading a pipe would wait for ever
-        if not found.st_size:
-            raise ValueError("it is empty")
-        with Image.open(file, formats=_formats()) as image:
+        with Image.open(_content(file), formats=_formats()) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"pixels of mode {image.mode}, want 8 bits a channel")
             yield image
     except Exception as error:  # what a broken file raises depends on its format
         raise ValueError(f"cannot read image {file}: {_reason(error)}") from error
+
+
+def _content(file):
+    """What Pillow opens."""
+    if isinstance(file, Member):
+        if not file.size:
+            raise ValueError("it is empty")
+        return io.BytesIO(file.read())
+    found = os.stat(file)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no regular file")  # reading a pipe would wait for ever
+    if not found.st_size:
+        raise ValueError("it is empty")
+    return file
 
 
 def _reason(error):
