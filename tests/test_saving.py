@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -346,6 +347,8 @@ def test_a_full_disk_is_named_whoever_comes_next(tmp_path, gate, disk, ends_by):
 def test_the_loop_raises_what_went_wrong_in_the_background(tmp_path, gate, disk):
     def on_log(step, state):
         if step == 5:
+            while "3" not in names(tmp_path / "checkpoints"):
+                time.sleep(0.01)
             gate.clear()
         if step == 7:
             disk(10_000)
