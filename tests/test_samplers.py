@@ -224,23 +224,28 @@ def test_a_flow_that_is_straight_is_followed_exactly(method, steps):
     np.testing.assert_allclose(sample, path["x0"][-1], atol=1e-6)
 
 
-@pytest.mark.parametrize("process, names", [(EPSILON, SAMPLERS), (Flow(), Flow.samplers)])
-def test_every_sampler_is_one_scan_of_keys(process, names):
+@pytest.mark.parametrize("process, names", [
+    (EPSILON, SAMPLERS), (GaussianDiffusion(BETAS, "x0"), SAMPLERS), (Flow(), Flow.samplers)
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_sampler_is_one_scan_of_keys(process, names, dtype):
     """Images are functions of their keys, in any batch, and one scan is compiled."""
     model = UNetConfig(8, ch=8, ch_mult=(1,), num_groups=4)
     for name in names:
         fields = ConfigDict(
             dict(sampler=name, sample_steps=4, skip_type="uniform", eta=0.0, guidance=1.0,
-                 guidance_channels=None, precision="highest")
+                 guidance_channels=None, dtype=dtype, precision="highest")
         )  # fmt: skip
         traced = []
 
         def apply(params, x, t, *_, traced=traced):
             traced.append(t.dtype)
-            return params * x * jnp.cos(t.astype(jnp.float32) / 500)[:, None, None, None], {}
+            prediction = params * x * jnp.cos(t.astype(jnp.float32) / 500)[:, None, None, None]
+            return prediction.astype(dtype), {}
 
         sample = jax.jit(make_sampler(fields, process, model, apply))
         keys = jax.random.split(jax.random.key(0), 3)
         images = sample(0.1, keys)
         assert len(traced) == 1 and images.shape == (3, *model.shape)
+        assert images.dtype == jnp.float32
         np.testing.assert_allclose(sample(0.1, keys[1:]), images[1:], atol=1e-6)

@@ -269,7 +269,7 @@ def flow_sample(
     def step(carry, c):
         x, before, slope = carry
         batch_t = jnp.full(x.shape[:1], c["s"] * process.num_timesteps)
-        velocity = process.split(predict(x, batch_t))[0]
+        velocity = jnp.asarray(predict(x, batch_t), jnp.float32)
         x0 = x - c["s"] * velocity
         if clip is not None:
             x0 = jnp.clip(x0, -clip, clip)

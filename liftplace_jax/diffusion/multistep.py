@@ -84,7 +84,8 @@ def pndm_sample(
 
     def step(carry, c):
         x, before, history = carry
-        prediction, _ = process.split(predict(x, jnp.full(x.shape[:1], c["t"])))
+        prediction = jnp.asarray(predict(x, jnp.full(x.shape[:1], c["t"])), jnp.float32)
+        prediction, _ = process.split(prediction)
         known = (prediction, *history)
         combined = sum(weight * p for weight, p in zip(c["weights"], known, strict=True))
         origin = jnp.where(c["again"], before, x)
@@ -164,7 +165,7 @@ def dpmpp_2m_sample(
     def step(carry, c):
         x, before = carry
         batch_t = jnp.full(x.shape[:1], c["t"])
-        prediction, _ = process.split(predict(x, batch_t))
+        prediction, _ = process.split(jnp.asarray(predict(x, batch_t), jnp.float32))
         x0 = process.to_x0(prediction, x, batch_t)
         if clip is not None:
             x0 = jnp.clip(x0, -clip, clip)
