@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,8 @@ def _protocol(context: Context, summary: list[dict[str, Any]]) -> list[str]:
         "Output error: mean squared difference to the teacher's prediction on "
         f"{config.data.name} {config.data.test_split}.",
     ]
+    if context.judge.prompts:
+        lines.append(_prompts(context.judge.prompts.identity, evaluation))
     if any(row["images_per_second"] is not None for row in summary):
         lines.append(
             f"Images/s: drawn at batch {evaluation.batch_size}"
@@ -291,6 +294,16 @@ def _sampling(context: Context) -> str:
     read = [name for name in context.process.samplers[fields.sampler] if name != "skip_type"]
     values = {name: fields[name] for name in read} | context.process.sampling(fields)
     return "".join(f"{name} {value}, " for name, value in values.items())
+
+
+def _prompts(identity: Mapping[str, Any], evaluation: Any) -> str:
+    away = f"; guidance leads away from {evaluation.negative_prompt!r}"
+    return (
+        f"Prompts: {identity['count']} of {identity['file']} (SHA-256 {identity['sha256'][:12]}), "
+        f"sample i has prompt i mod {identity['count']}"
+        f"{away if evaluation.negative_prompt else ''}. Text encoder: "
+        f"{identity['text']['encoder']['name']} ({identity['text']['encoder']['sha256'][:12]})."
+    )
 
 
 def _guidance(evaluation: Any) -> str:

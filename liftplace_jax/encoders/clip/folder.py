@@ -196,8 +196,9 @@ def save_clip(
 
 
 def write_random_text_encoder(
-    folder: str | os.PathLike, *, vocab_size: int, width: int = 16, length: int = 16, seed: int = 0
-) -> Path:
+    folder: str | os.PathLike, *, vocab_size: int, width: int = 16, length: int = 16,
+    projection_dim: int | None = None, seed: int = 0,
+) -> Path:  # fmt: skip
     """Writes a tiny text encoder of random weights, for runs in miniature (`runlocal`) and tests.
 
     Args:
@@ -205,6 +206,7 @@ def write_random_text_encoder(
       vocab_size: number of tokens; the last of them is the end token.
       width: of its states.
       length: tokens of the longest text.
+      projection_dim: of the pooled state; None: there is no projection.
       seed: of the weights.
 
     Returns:
@@ -213,7 +215,7 @@ def write_random_text_encoder(
     config = CLIPTextConfig(
         vocab_size=vocab_size, hidden_size=width, intermediate_size=2 * width,
         num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=length,
-        eos_token_id=vocab_size - 1,
+        eos_token_id=vocab_size - 1, projection_dim=projection_dim,
     )  # fmt: skip
     weights.save_model(folder, config.described(), building.create(config, seed)[1])
     return as_path(folder)

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
+from liftplace_jax.conditioning import Text
 from liftplace_jax.host.ranges import SIDE, whole
 from liftplace_jax.nn.model_config import MOST_BLOCKS, MOST_PIXELS, StackConfig
 
@@ -124,6 +125,11 @@ class MMDiTConfig(StackConfig):
     def always_kept(self) -> tuple[int, ...]:
         """See `StackConfig.always_kept`: the last block, which has no output for the text."""
         return (self.depth - 1,)
+
+    @property
+    def conditioning(self) -> Text:
+        """See `DenoiserConfig.conditioning`."""
+        return Text(self.context_dim, self.pooled_dim)
 
     def keep(self, layers: tuple[int, ...]) -> MMDiTConfig:
         """See `StackConfig.keep`; the blocks keep their second attention."""
