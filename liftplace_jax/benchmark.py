@@ -22,6 +22,7 @@ from liftplace_jax.host.buckets import on_this_machine
 from liftplace_jax.host.flags import (
     EXIT_INTERRUPTED,
     REFUSED,
+    given,
     quieten_libraries,
     refuse,
     start,
@@ -97,7 +98,8 @@ def read_options():
     from liftplace_jax.experiment.fields import check_fields
     from liftplace_jax.suites.options import Options
 
-    suite, known = _SUITE.value, SUITES[_SUITE.value]
+    suite = given(_SUITE)
+    known = SUITES[suite]
     for name in {name for names in SUITES.values() for name in names} - set(known):
         if flags.FLAGS[name].present:
             raise ValueError(f"--{name} is not for --suite={suite}")

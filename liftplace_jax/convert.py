@@ -17,7 +17,7 @@ from __future__ import annotations
 from absl import flags
 
 from liftplace_jax.experiment.config_flag import define_config_flag
-from liftplace_jax.host.flags import REFUSED, quieten_libraries, refuse, start
+from liftplace_jax.host.flags import REFUSED, given, quieten_libraries, refuse, start
 
 FORMATS = ("published", "diffusers")
 
@@ -67,7 +67,7 @@ def convert() -> str:
 
     if _PIPELINE.value is not None and _TO.value != "diffusers":
         raise ValueError(f"--pipeline is for --to=diffusers, not --to={_TO.value}")
-    path, out = as_path(_MODEL.value), on_this_machine(_OUT.value, "--out")
+    path, out = as_path(given(_MODEL)), on_this_machine(given(_OUT), "--out")
     config = None
     if _CONFIG.value is not None:
         check_fields(_CONFIG.value)

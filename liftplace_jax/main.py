@@ -15,6 +15,7 @@ from liftplace_jax.experiment.config_flag import define_config_flag
 from liftplace_jax.host.flags import (
     EXIT_INTERRUPTED,
     define_runtime_flags,
+    given,
     quieten_libraries,
     refuse,
     running,
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
         from liftplace_jax.training.loop import Interrupted
 
         try:
-            run(_CONFIG.value, as_path(_WORKDIR.value), _MODE.value)
+            run(_CONFIG.value, as_path(given(_WORKDIR)), _MODE.value)
         except Interrupted as stop:
             print(f"\n{stop}: saved. The same command goes on from there.", file=sys.stderr)
             sys.exit(EXIT_INTERRUPTED)

@@ -730,8 +730,12 @@ def test_classes_that_differ_by_case_are_said(tmp_path):
 def test_the_upper_bits_of_16_are_taken(tmp_path):
     """Colours, as every viewer does; grey ones keep all, and are refused."""
     values = np.array([[0x1234, 0xFFFF, 0x80FF]], ">u2")
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(  # noqa: E731
-        ">I", zlib.crc32(kind + data))  # fmt: skip
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
     header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
     (tmp_path / "x.png").write_bytes(
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)

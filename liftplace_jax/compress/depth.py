@@ -8,14 +8,27 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-Config = TypeVar("Config")
+
+class Layered(Protocol):
+    """What is asked of a model's config."""
+
+    @property
+    def depth(self) -> int: ...
+
+    @property
+    def kept_layers(self) -> Sequence[int] | None: ...
+
+    def replace(self, **changes: Any) -> Self: ...
+
+
+Config = TypeVar("Config", bound=Layered)
 
 
 def read_layers(text: str) -> tuple[int, ...]:
@@ -109,7 +122,7 @@ def prune_depth(
       ValueError: see `pruned_depth_config`.
     """
     student = pruned_depth_config(config, kept)
-    new = {str(layer): number for number, layer in enumerate(student.kept_layers)}
+    new = {str(layer): number for number, layer in enumerate(kept)}
     result = {}
     for name, tensor in tensors.items():
         block = re.match(rf"{config.STACK}\.(\d+)\.", name)
@@ -120,7 +133,7 @@ def prune_depth(
     return student, result
 
 
-def block_influence(model: nnx.Module, x: jax.Array, t: jax.Array, cond: jax.Array, target=None):
+def block_influence(model: Any, x: jax.Array, t: jax.Array, cond: jax.Array, target=None):
     """1 - cosine similarity of each block's input and output tokens, averaged: (depth,) float32.
 
     Source: block influence of Men et al. 2024, "ShortGPT", equation 1. Arguments as of
@@ -136,7 +149,7 @@ def block_influence(model: nnx.Module, x: jax.Array, t: jax.Array, cond: jax.Arr
 
 
 def drop_loss_change(
-    model: nnx.Module, x: jax.Array, t: jax.Array, cond: jax.Array, target: jax.Array
+    model: Any, x: jax.Array, t: jax.Array, cond: jax.Array, target: jax.Array
 ) -> jax.Array:
     """How much the diffusion loss grows when each block alone is skipped: (depth,) float32.
 

@@ -176,7 +176,8 @@ def merge_lora(
     """Parameters with W + scale * a @ b in place of each W that `lora` has."""
 
     def merged(path, leaf):
-        if (layer := _linear(path)) not in lora:
+        layer = _linear(path)
+        if layer is None or layer not in lora:
             return leaf
         return leaf + scale * (lora[layer]["a"] @ lora[layer]["b"])
 

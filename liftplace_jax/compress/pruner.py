@@ -22,9 +22,14 @@ Tensors = Mapping[str, np.ndarray]
 class TeacherNetwork(Protocol):
     """What a pruner sees of a teacher: `nn.network.Network`."""
 
-    config: Any
-    graphdef: nnx.GraphDef
-    params: Any
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def graphdef(self) -> nnx.GraphDef: ...
+
+    @property
+    def params(self) -> Any: ...
 
 
 class Student(NamedTuple):
@@ -65,19 +70,24 @@ class Tools(Protocol):
       seed: of the experiment.
     """
 
-    seed: int
+    @property
+    def seed(self) -> int: ...
 
     def tensors(self, params: Any) -> Tensors:
         """Parameters by published name."""
+        ...
 
     def noised(self, count: int, batch_size: int) -> Iterator[tuple[jax.Array, ...]]:
         """`count` batches of noised training data, (x, t, condition, target), on the mesh."""
+        ...
 
     def gradients(self, teacher: TeacherNetwork, batch_size: int, threshold: float) -> Tensors:
         """Gradients of the diffusion loss, see `taylor_gradients`, by published name."""
+        ...
 
     def search(self, search: Search) -> Any:
         """Trains, or goes on; returns the averaged parameters, as NumPy arrays."""
+        ...
 
 
 class Pruner(Protocol):
@@ -88,8 +98,11 @@ class Pruner(Protocol):
       ranges: dotted field -> range, of its numbers but those of trainings.
     """
 
-    name: str
-    ranges: Mapping[str, Range]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def ranges(self) -> Mapping[str, Range]: ...
 
     def defaults(self, training: Callable[..., ConfigDict]) -> ConfigDict:
         """The pruner's fields of config.compress, with their defaults.
@@ -97,9 +110,11 @@ class Pruner(Protocol):
         Args:
           training: `configuration.training_config`, for fields that are trainings.
         """
+        ...
 
     def trainings(self, fields: Any) -> tuple[str, ...]:
         """Names of the fields of config.compress that are trainings which will run."""
+        ...
 
     def predict(self, fields: Any, teacher: Any) -> Any:
         """The student's config, as far as it can be known from the teacher's alone.
@@ -107,6 +122,8 @@ class Pruner(Protocol):
         Raises:
           ValueError: a field does not fit; names it.
         """
+        ...
 
     def prune(self, fields: Any, teacher: TeacherNetwork, tools: Tools) -> Student:
         """Makes the student."""
+        ...

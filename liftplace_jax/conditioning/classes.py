@@ -45,7 +45,7 @@ class Classes:
         if not self.dropout:
             return condition
         dropped = jax.random.bernoulli(key, self.dropout, condition.shape)
-        return jnp.where(dropped, self.null_label, condition)
+        return jnp.where(dropped, self.null(condition), condition)
 
     def null(self, condition: jax.Array) -> jax.Array:
         if self.null_label is None:

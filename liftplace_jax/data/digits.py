@@ -1,5 +1,7 @@
 """The embedded data set: scikit-learn's 1,797 real 8x8 digits as a TFDS builder."""
 
+from typing import Any
+
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
@@ -55,11 +57,12 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        train, test = split_indices(load_digits().target)
+        digits: Any = load_digits()
+        train, test = split_indices(digits.target)
         return {"train": self._generate_examples(train), "test": self._generate_examples(test)}
 
     def _generate_examples(self, indices):
-        digits = load_digits()
+        digits: Any = load_digits()
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
         for index in indices:
             yield int(index), {"image": images[index], "label": int(digits.target[index])}

@@ -115,13 +115,14 @@ class ImageFolder:
 
         def look(file):
             try:
-                return read_header(self._place(file))
+                return read_header(self._place(file)), None
             except ValueError as error:
-                return error
+                return None, error
 
         with ThreadPoolExecutor(_THREADS) as pool:
-            headers = list(pool.map(look, files))
-        bad = [header for header in headers if isinstance(header, ValueError)]
+            found = list(pool.map(look, files))
+        headers = [header for header, _ in found if header]
+        bad = [error for _, error in found if error]
         if bad:
             others = f" (and {len(bad) - 1:,} other images cannot be read)" * (len(bad) > 1)
             raise ValueError(f"{bad[0]}{others}: mend it or take it away")

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from liftplace_jax.data.captions import record_captions
 from liftplace_jax.data.folder import ImageFolder
@@ -84,10 +85,10 @@ def load_source(
     if is_in_bucket(data_dir):
         data_dir = _fetch(name, split, as_path(data_dir), cache_dir)
     data_dir = os.fspath(Path(data_dir).expanduser())
-    builder = _prepared_builder(name, data_dir)
-    features = builder.info.features
+    builder: Any = _prepared_builder(name, data_dir)
+    features: Any = builder.info.features  # of a split of pictures, a mapping
     if not isinstance(features, dict | tfds.features.FeaturesDict) or "image" not in features:
-        raise ValueError(f"data set {name} has no feature 'image', only {sorted(features)}")
+        raise ValueError(f"data set {name} has no feature 'image', only {features}")
     label = features["label"] if "label" in features else None
     try:
         with _known_split(name, builder, split):

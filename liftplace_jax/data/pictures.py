@@ -96,7 +96,8 @@ def read_header(file):
             "of several frames, of which the first is taken": getattr(image, "is_animated", False),
             "with 16 bits a channel, of which the upper 8 are taken": _has_16_bits(image),
         }
-        size = image.size[::-1] if swapped else image.size
+        width, height = image.size
+        size = (height, width) if swapped else (width, height)
         return Header(size, image.mode, tuple(text for text, is_so in found.items() if is_so))
 
 

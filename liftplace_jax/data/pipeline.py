@@ -11,6 +11,7 @@ import functools
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,7 +56,7 @@ class Source(Columned):
         records,
         *,
         image_shape,
-        dtype=np.uint8,
+        dtype: Any = np.uint8,
         num_classes=None,
         crop=None,
         image_size=None,

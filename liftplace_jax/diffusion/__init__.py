@@ -1,5 +1,6 @@
 """Processes between data and noise, the variational bound, samplers and guidance."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from liftplace_jax.diffusion.flow import Flow, flow_sample
@@ -28,7 +29,7 @@ from liftplace_jax.diffusion.variational import (
     vb_loss,
 )
 
-PROCESSES: dict[str, type[Process]] = {
+PROCESSES: Mapping[str, type[Process]] = {
     process.kind: process for process in (GaussianDiffusion, Flow)
 }
 """config.process.kind -> the process."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -41,7 +41,7 @@ class GaussianDiffusion:
       ValueError: betas is empty or out of range, or prediction, variance or timesteps unknown.
     """
 
-    betas: tuple[float, ...]
+    betas: Sequence[float] | np.ndarray
     prediction: str = "epsilon"
     variance: str = "fixed"
     timesteps: str = "antithetic"
@@ -136,7 +136,8 @@ class GaussianDiffusion:
                 f"a network with learned variance has twice the data's channels, its prediction "
                 f"has shape {prediction.shape}"
             )
-        return tuple(jnp.split(prediction, 2, axis=-1))
+        mean, spread = jnp.split(prediction, 2, axis=-1)
+        return mean, spread
 
     def _signal_and_noise(self, x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         """sqrt(a_t) and sqrt(1 - a_t), float32, broadcastable to x."""

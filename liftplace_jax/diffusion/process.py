@@ -6,7 +6,7 @@ A new process is one file beside this one, and one line in `diffusion.PROCESSES`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -33,31 +33,50 @@ class Process(Protocol):
     kind: ClassVar[str]
     fields: ClassVar[tuple[str, ...]]
     samplers: ClassVar[Mapping[str, tuple[str, ...]]]
-    outputs: int
+
+    @classmethod
+    def from_config(cls, fields: Any) -> Self:
+        """The process of config.process.
+
+        Raises:
+          ValueError: a field is out of its range.
+        """
+        ...
+
+    @property
+    def outputs(self) -> int: ...
 
     def draw_t(self, key: jax.Array, batch: int) -> jax.Array:
         """(batch,): the t of a training batch."""
+        ...
 
     def at(self, level: jax.Array | float) -> jax.Array:
         """t at levels in [0, 1), from the data to the noise: for scoring, reports, importances."""
+        ...
 
     def sweep(self) -> np.ndarray:
         """(N,) t from the data to the noise, evenly, for what looks at all of them."""
+        ...
 
     def add_noise(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
         """x_t."""
+        ...
 
     def target(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
         """What the network should predict at x_t; of x0's shape."""
+        ...
 
     def weight(self, t: jax.Array) -> jax.Array | None:
         """(B,) factor of each example's loss on data; None: 1."""
+        ...
 
     def split(self, prediction: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """A network's output as (what compares with `target`, the rest or None)."""
+        ...
 
     def to_x0(self, prediction: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
         """The data that a prediction (the first part of `split`) amounts to."""
+        ...
 
     def bound(
         self,
@@ -68,6 +87,7 @@ class Process(Protocol):
         teacher: jax.Array | None = None,
     ) -> jax.Array | None:
         """(B,) loss of the rest of `split`, from data or from a teacher; None: there is none."""
+        ...
 
     def sampling(self, fields: Any) -> dict[str, Any]:
         """What else there is to say of a sampler: its evaluations of the network, and more.
@@ -81,6 +101,7 @@ class Process(Protocol):
         Raises:
           ValueError: a field does not fit.
         """
+        ...
 
     def sampler(self, fields: Any, clip: float | None = None) -> Callable[..., jax.Array]:
         """(predict, x_T, noise=) -> samples, one compiled scan.
@@ -96,6 +117,7 @@ class Process(Protocol):
         Raises:
           ValueError: a field does not fit (some when the sampler is called).
         """
+        ...
 
 
 def count_evaluations(sample: Callable[..., Any], outputs: int = 1) -> int:

@@ -173,7 +173,7 @@ def _scan(update, t, predict, x_T, process, key, noise, clip, return_trajectory)
     if noisy and key is None and noise is None:
         raise ValueError("this sampler is random: give key or noise")
     drawn = noise is not None and not callable(noise)
-    if drawn and noise.shape != (len(t), *x_T.shape):
+    if noise is not None and not callable(noise) and noise.shape != (len(t), *x_T.shape):
         raise ValueError(f"noise must have shape {(len(t), *x_T.shape)}, not {noise.shape}")
 
     def step(x, c):
@@ -193,7 +193,7 @@ def _scan(update, t, predict, x_T, process, key, noise, clip, return_trajectory)
             following += sigma * c["noise"]
         elif noisy and noise is not None:
             following += sigma * noise(c["index"])
-        elif noisy:
+        elif noisy and key is not None:
             step_key = jax.random.fold_in(key, c["index"])
             following += sigma * jax.random.normal(step_key, x.shape)
         return following, {"x": following, "x0": x0} if return_trajectory else None

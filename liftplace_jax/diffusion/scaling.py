@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 
-def to_latents(mean: Any, shift: float, scale: float) -> Any:
+
+def to_latents(mean: Any, shift: float | np.floating, scale: float | np.floating) -> Any:
     """What a network sees of what an encoder gives: (mean - shift) * scale."""
     return (mean - shift) * scale
 

@@ -84,7 +84,7 @@ class ReverseSteps(NamedTuple):
         """
         first = self.variance[1:2] if len(self.variance) > 1 else self.beta
         lower = np.append(first, self.variance[1:])
-        return tuple(np.log(np.maximum(bound, 1e-20)) for bound in (lower, self.beta))
+        return np.log(np.maximum(lower, 1e-20)), np.log(np.maximum(self.beta, 1e-20))
 
 
 def reverse_steps(now: np.ndarray, after: np.ndarray) -> ReverseSteps:

@@ -152,7 +152,9 @@ def vb_kd_loss(
 def _split(process, prediction):
     if process.variance != "learned_range":
         raise ValueError("the process must have variance='learned_range'")
-    return process.split(prediction)
+    mean, spread = process.split(prediction)
+    assert spread is not None
+    return mean, spread
 
 
 def _bound(process, target, prediction, x0, x_t, t):

@@ -42,7 +42,7 @@ def digit_logits(params, images):
 
 @functools.cache
 def _digits():
-    resource = importlib.resources.files(__package__) / DIGIT_WEIGHTS
+    resource = importlib.resources.files("liftplace_jax.evaluation") / DIGIT_WEIGHTS
     with importlib.resources.as_file(resource) as path, safe_open(path, "numpy") as file:
         params = {name: file.get_tensor(name) for name in file.keys()}
         info = json.loads(file.metadata()["info"])

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+from scipy.linalg.lapack import dpotrf  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 from threadpoolctl import threadpool_limits
 
 SOLVE_THREADS = 2
@@ -192,7 +193,7 @@ def _is_positive(matrix, slack):
     shifted = (matrix + matrix.T) / 2
     shifted[np.diag_indices(len(shifted))] += slack or 1  # all zeros is a covariance, too
     with threadpool_limits(SOLVE_THREADS, user_api="blas"):
-        return scipy.linalg.lapack.dpotrf(shifted, overwrite_a=True)[1] == 0
+        return dpotrf(shifted, overwrite_a=True)[1] == 0
 
 
 def frechet_from_moments(a, b, *, allow_few=False):

@@ -6,7 +6,7 @@ weights load by the one rule of `liftplace_jax.weights`. Source of the structure
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -35,7 +35,7 @@ def _convs(prefix: str, *layers: tuple) -> list[Conv]:
 
 ONE, THREE, FIVE, ROW, COLUMN = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1)
 # A branch is a sequence of steps: a Conv, a pooling, or a list of Convs side by side.
-Branch = list[Conv | str | list[Conv]]
+Branch = Sequence[Conv | str | list[Conv]]
 
 
 def _block_a(pool_width: int) -> list[Branch]:
@@ -212,7 +212,7 @@ class Inception(nnx.Module):
             yield name, x
         for name in BLOCKS:
             if name == "Mixed_6d":
-                yield "spatial", self.Mixed_6d.branch1x1(x)[..., :SPATIAL_CHANNELS]
+                yield "spatial", getattr(self, name).branch1x1(x)[..., :SPATIAL_CHANNELS]
             x = getattr(self, name)(x)
             yield name, x
 

@@ -88,7 +88,7 @@ def accuracy(params, source):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data_dir", help="where TFDS keeps prepared data")
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).with_name(DIGIT_WEIGHTS), help="file to write"

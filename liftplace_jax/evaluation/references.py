@@ -152,6 +152,7 @@ def shapes(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...], np.dtype
     """
     found = {}
     with _npz(path) as file:
+        assert file.zip is not None
         for member in file.zip.namelist():
             with file.zip.open(member) as stream:
                 version = np.lib.format.read_magic(stream)

@@ -1,5 +1,7 @@
 """Comparison of generated samples with real ones, or with a reference file."""
 
+from typing import Any
+
 import numpy as np
 
 from liftplace_jax.evaluation.frechet import Moments, frechet_distance, statistics
@@ -83,7 +85,7 @@ def _with_rows(real, generated, k):
     rows = [features[:NEIGHBOUR_ROWS] for features in (real, generated)]
     subset = min(KID_SUBSET, *map(len, rows))
     return {
-        **precision_recall(*rows, k), "k": k,
+        **precision_recall(rows[0], rows[1], k), "k": k,
         **kernel_distance(real, generated, subset_size=subset), "kid_subset": subset,
     }  # fmt: skip
 
@@ -118,5 +120,7 @@ def moments_of(samples):
         return samples.moments
     mean, covariance = samples.statistics["features"]
     shift = mean.astype(np.float32)
-    rest = [(mean - shift).astype(np.float32), covariance.astype(np.float32)]
-    return Moments(np.int32(2), shift, *rest, np.zeros_like(rest[1]))
+    scatter = covariance.astype(np.float32)
+    off = (mean - shift).astype(np.float32)
+    parts: Any = np.int32(2), shift, off, scatter, np.zeros_like(scatter)
+    return Moments(*parts)

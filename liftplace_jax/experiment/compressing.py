@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 
 from liftplace_jax import data, weights
 from liftplace_jax.compress import Search, taylor_gradients
-from liftplace_jax.compress.pruner import Tensors
+from liftplace_jax.compress.pruner import TeacherNetwork, Tensors
 from liftplace_jax.evaluation.samples import replicated
 from liftplace_jax.experiment.configuration import under
 from liftplace_jax.experiment.context import Context
@@ -144,7 +144,7 @@ class PruningTools:
                 yield noise(context.frozen, next(batches), step)
                 bar.update()
 
-    def gradients(self, teacher: Network, batch_size: int, threshold: float) -> Tensors:
+    def gradients(self, teacher: TeacherNetwork, batch_size: int, threshold: float) -> Tensors:
         """On one batch, timestep after timestep."""
         self._say()
         process, apply = self.context.process, make_apply(teacher.graphdef)
@@ -174,7 +174,7 @@ class PruningTools:
 
             return self.tensors(taylor_gradients(loss_and_gradient, timesteps, threshold)[0])
 
-    def _batches(self, batch_size: int, flip: bool) -> Iterator[dict[str, jax.Array]]:
+    def _batches(self, batch_size: int, flip: bool) -> Generator[dict[str, jax.Array]]:
         """Training data as networks see them, the same in every process.
 
         They are split over as many devices of it as go.

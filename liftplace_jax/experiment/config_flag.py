@@ -95,7 +95,8 @@ def load_module(path: str) -> ModuleType:
     except OSError as error:
         raise ConfigError(f"--config={path} cannot be read: {error.strerror}") from error
     except (SyntaxError, ValueError) as error:
-        where = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
+        number = getattr(error, "lineno", None)
+        where = f", line {number}" if number else ""
         said = getattr(error, "msg", None) or error
         raise ConfigError(f"{path}{where} is no Python: {said}") from error
     module = ModuleType(_MODULE)

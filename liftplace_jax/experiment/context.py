@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ class Context:
         return lambda batch: embed(self.frozen, self.conditioning.of(batch))
 
     @functools.cached_property
-    def sources(self) -> dict[str, data.Source]:
+    def sources(self) -> Mapping[str, data.Source | data.LatentSource]:
         """What networks are trained on and compared on, by use: "train" and "test".
 
         The images, or their latents.
@@ -199,8 +199,7 @@ class Context:
         extractor = self.judge.extractor
         if extractor and not fields.reference:
             check_neighbours(self.config, count)
-        few = extractor and count < extractor.dim and not fields.allow_few
-        if few and not fields.reference:
+        if extractor and count < extractor.dim and not (fields.allow_few or fields.reference):
             raise ValueError(
                 f"{sources['train'].name} has {count} images, too few for the "
                 f"{extractor.dim} features of {extractor.name!r}: set "

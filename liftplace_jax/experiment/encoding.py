@@ -204,6 +204,7 @@ def _encoded(run, source, shard, batch_size, sharding) -> Iterator[np.ndarray]:
             if waiting:
                 yield _records(*waiting, source, shard)
             waiting = under_way
+        assert waiting is not None, "a shard is not empty"
         yield _records(*waiting, source, shard)
     finally:
         batches.close()

@@ -114,7 +114,7 @@ def _check_judging(context: Context) -> None:
         )  # fmt: skip
         params = (None, judge.prompts.frozen) if judge.prompts else None
         latents = jax.eval_shape(sampler, params, keys)
-    if fields.reference and judge.real.features is not None:
+    if fields.reference and judge.real and judge.real.features is not None:
         check_neighbours(context.config, len(judge.real.features))
     if context.decoder:
         jax.eval_shape(context.decoder.decode, context.decoder.params, latents)

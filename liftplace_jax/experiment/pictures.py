@@ -24,6 +24,9 @@ from liftplace_jax.training.metrics_io import read_metrics
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
 
 # Drawn where a method has them; on a logarithmic axis but for the last three.
 CURVES = (
@@ -40,7 +43,7 @@ def columns_for(count: int) -> int:
     return min((MOST_COLUMNS, MOST_COLUMNS - 1), key=lambda columns: -count % columns)
 
 
-def samples_figure(context: Context, rows: list[dict[str, Any]]) -> plt.Figure:
+def samples_figure(context: Context, rows: list[dict[str, Any]]) -> Figure:
     """Teacher and the first student of each method, drawn from the same noise.
 
     Samples as published, and below them, if there are any, those with clipping. The teacher comes
@@ -75,7 +78,7 @@ def samples_figure(context: Context, rows: list[dict[str, Any]]) -> plt.Figure:
     return figure
 
 
-def _show_samples(axis: plt.Axes, folder: Path, suffix: str, side: int) -> None:
+def _show_samples(axis: Axes, folder: Path, suffix: str, side: int) -> None:
     """A square of samples; of a network with conditions a column for each that is shown."""
     samples = read_samples(folder)
     classes = None if suffix else samples.get("classes")
@@ -94,7 +97,7 @@ def _show_samples(axis: plt.Axes, folder: Path, suffix: str, side: int) -> None:
     axis.spines[:].set_visible(False)
 
 
-def _prompts_figure(models: Mapping[str, tuple[dict[str, Any], Path]]) -> plt.Figure:
+def _prompts_figure(models: Mapping[str, tuple[dict[str, Any], Path]]) -> Figure:
     """Rows of prompts, columns of models (title -> its row of the report, and its folder)."""
     samples = {title: read_samples(folder) for title, (_, folder) in models.items()}
     prompts = next(iter(samples.values()))["prompts"]
@@ -118,7 +121,7 @@ def _prompts_figure(models: Mapping[str, tuple[dict[str, Any], Path]]) -> plt.Fi
     return figure
 
 
-def curves_figure(context: Context) -> plt.Figure:
+def curves_figure(context: Context) -> Figure:
     """Every logged term over steps, one line for each method (seed by seed)."""
     metrics = [(run, read_metrics(run.folder)) for run in context.runs]
     names = [name for name in CURVES if any(name in row for _, rows in metrics for row in rows)]
@@ -147,14 +150,14 @@ def curves_figure(context: Context) -> plt.Figure:
         elif name != "weight":
             axis.set_yscale("log")
     # Below the panels, where it hides no curve.
-    handles = [plt.Line2D([], [], color=color, label=name) for name, color in colors.items()]
+    handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8)
     if not names:
         axes[0, 0].set_title("no metrics were logged", fontsize=10)
     return figure
 
 
-def groups_figure(context: Context) -> plt.Figure:
+def groups_figure(context: Context) -> Figure:
     """Error map and group map of the paper's PLACE figure, on held-out images.
 
     Where one group holds a whole channel there is nothing to map: that is said instead.
@@ -225,12 +228,12 @@ def grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
     return np.concatenate([np.concatenate(list(row), axis=1) for row in tiles], axis=0)
 
 
-def show(axis: plt.Axes, image: np.ndarray) -> None:
+def show(axis: Axes, image: np.ndarray) -> None:
     """Shows a uint8 picture (H, W, C), grey for one channel."""
     axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
 
 
-def save_figure(figure: plt.Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Saves as PNG, whole or not at all, and closes."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
@@ -247,7 +250,7 @@ def draw_search(folder: Path, kept: Sequence[int]) -> None:
     """Writes search.png: the probability of each block to stay, over the steps."""
     rows = read_metrics(folder)
     probabilities = keep_probabilities(rows)
-    figure = plt.Figure(figsize=(6, 1.5 + 0.15 * len(probabilities)), layout="constrained")
+    figure = Figure(figsize=(6, 1.5 + 0.15 * len(probabilities)), layout="constrained")
     axis = figure.subplots()
     mesh = axis.pcolormesh(
         [row["step"] for row in rows], range(len(probabilities)), probabilities, vmin=0, vmax=1,

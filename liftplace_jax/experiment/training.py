@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from liftplace_jax import data, weights
@@ -51,7 +52,7 @@ def train_teacher(context: Context) -> None:
     )  # fmt: skip
     state = run_training(
         context, fields, objective, {"student": params}, {}, seed, folder, "teacher",
-        Network(context.model, graphdef, None),
+        Network(context.model, graphdef, {}),
     )  # fmt: skip
     save_trained(folder, context.model, state)
 
@@ -136,12 +137,12 @@ def run_training(
     curve = context.judge.curve(network) if every and network else None
 
     def on_log(step: int, state: TrainState) -> dict[str, float]:
-        values = {"learning_rate": float(run.schedule(step - 1))}
+        values = {"learning_rate": float(np.asarray(run.schedule(step - 1)))}
         if curve and step % every == 0:
             values["frechet_float32"] = curve(state.ema)
         return values
 
-    def make_batches(first: int) -> Iterator[Any]:
+    def make_batches(first: int) -> Generator[Any]:
         batches = data.train_batches(
             source, batch_size=fields.batch_size, seed=seed, start_step=first,
             flip=config.data.flip, prefetch=config.input_threads,

@@ -176,8 +176,9 @@ def load_checkpoint(
     """
     path = as_path(path)
     if path.is_dir():
-        if find_folder(path, entry):
-            network = from_tensors(*read_diffusers(path, entry), path, dtype)
+        name = None if entry is None else str(entry)
+        if find_folder(path, name):
+            network = from_tensors(*read_diffusers(path, name), path, dtype)
         elif entry is not None:
             raise ValueError(
                 f"{path} is a folder, only a file has an entry {entry!r}, or a folder of diffusers"

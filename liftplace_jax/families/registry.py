@@ -33,7 +33,7 @@ def family_of(config: DenoiserConfig) -> Family:
     Raises:
       ValueError: it has none.
     """
-    found = FAMILIES.get(getattr(config, "model", None))
+    found = FAMILIES.get(getattr(config, "model", ""))
     if found is None:
         raise ValueError(f"{type(config).__name__} is of no family; known: {sorted(FAMILIES)}")
     return found

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 # Otherwise etils takes TensorFlow's file systems wherever TensorFlow is installed: seconds to
 # import, and with errors of their own.
@@ -53,7 +53,7 @@ def as_path(path: str | os.PathLike) -> Path:
 
     # Another host may have written since.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-    return epath.Path(text)
+    return cast(Path, epath.Path(text))  # which has pathlib's methods
 
 
 def is_in_bucket(path: str | os.PathLike) -> bool:

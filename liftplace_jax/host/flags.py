@@ -11,9 +11,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from absl import app, flags, logging
+
+T = TypeVar("T")
 
 # A fault of the program itself is 1. What is neither is worth another try; 134 is also the status
 # of a process that JAX ends itself.
@@ -102,6 +104,12 @@ def start(main: Callable[[list[str]], None], required: Sequence[str] = ()) -> No
         flags.mark_flags_as_required(required)
     module = sys.modules[main.__module__]
     app.run(main, flags_parser=functools.partial(parse_flags, module=module))
+
+
+def given(flag: flags.FlagHolder[T | None]) -> T:
+    """The value of a flag that `start` requires."""
+    assert flag.value is not None, f"--{flag.name} is required"
+    return flag.value
 
 
 def parse_flags(argv: list[str], module: ModuleType) -> list[str]:

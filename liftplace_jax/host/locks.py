@@ -53,7 +53,7 @@ def locked(folder: Path) -> Iterator[bool]:
             raise error or UnreachableError(f"process 0 cannot reach {folder}, and says why")
         raise error or ValueError(f"process 0 cannot use {folder}, and says why")
     try:
-        yield processes.told_by_first(lambda: lock.is_certain)
+        yield processes.told_by_first(lambda: lock is not None and lock.is_certain)
     finally:
         if lock:
             lock.release()

@@ -107,6 +107,7 @@ def _check_flags(coordinator: str | None, num_processes: int | None, process_id:
         raise ValueError(
             f"--coordinator, --num_processes and --process_id go together: {missing} not given"
         )
+    assert coordinator is not None and num_processes is not None and process_id is not None
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"--coordinator must be HOST:PORT, got {coordinator!r}")
@@ -185,7 +186,8 @@ def log_to(folder: Path) -> None:
     if index == 0 or is_in_bucket(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     _State.terminal = os.dup(2)
     with (folder / f"process{index}.log").open("a") as log:
         # Of the process, not of Python: JAX's own messages come from C++.
@@ -325,5 +327,6 @@ def leave(status: int, error: BaseException | None = None) -> NoReturn:
         time.sleep(_State.heartbeat_timeout + _LAST_WORDS)
     elif _State.index == 0:
         time.sleep(_LAST_WORDS)
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)

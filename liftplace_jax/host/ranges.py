@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import numbers
 from typing import Any, NamedTuple
 
@@ -55,15 +56,18 @@ class Range(NamedTuple):
             for index, item in enumerate(value):
                 one.check(f"{name}[{index}]", item)
         elif self.many or not self._holds(value):
-            number = isinstance(value, numbers.Real)
-            why = f" ({self.why})" if self.why and number and value > self.high else ""
-            if number and self.kind is float and self._spans(value):
+            number: Any = value if isinstance(value, numbers.Real) else math.nan
+            why = f" ({self.why})" if self.why and number > self.high else ""
+            if self.kind is float and self._spans(number):
                 why = ", also when rounded to float32"
             raise ValueError(f"{name} must be {self}{why}, got {value!r}")
 
     def _holds(self, value: Any) -> bool:
         kind = numbers.Integral if self.kind is int else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, kind) or not self._spans(value):
+        if isinstance(value, bool) or not isinstance(value, kind):
+            return False
+        exact: Any = value  # a whole number may be larger than any float
+        if not self._spans(exact):
             return False
         # What is computed with is rounded: a decay of 1 - 1e-9 is 1, a rate of 1e-50 is 0.
         return self.kind is int or self._spans(ctypes.c_float(float(value)).value)
@@ -74,10 +78,12 @@ class Range(NamedTuple):
 
 
 def _text(value: float) -> str:
-    return {INT32: "2^31 - 1"}.get(value, f"{value:g}" if isinstance(value, float) else str(value))
+    if value == INT32:
+        return "2^31 - 1"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def whole(low: int = 1, high: int = INT32, **options: Any) -> Range:
+def whole(low: int = 1, high: float = INT32, **options: Any) -> Range:
     """A whole number."""
     if high == INT32:
         options.setdefault("why", "counted in 32 bits")

@@ -7,7 +7,7 @@ Parameters follow regular expressions on their names; what no rule matches is re
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,11 +17,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
+Device = Any  # `jax.Device`, which is no type to those that check types
 Rules = Sequence[tuple[str, Sequence[str | None]]]
 Batch = Mapping[str, np.ndarray]
 
 
-def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(shape: Mapping[str, int], devices: Sequence[Device] | None = None) -> Mesh:
     """A mesh with axes "data" and "fsdp".
 
     Args:
@@ -48,7 +49,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(np.array(by_process(devices)).reshape(sizes), AXES, axis_types=types)
 
 
-def by_process(devices: Sequence[jax.Device]) -> list[jax.Device]:
+def by_process(devices: Sequence[Device]) -> list[Device]:
     """In the order of processes: each reads a contiguous part of every batch (see `data`).
 
     A TPU pod's devices are numbered across its hosts.
@@ -177,12 +178,12 @@ def gathered(tree: Any) -> Any:
     )  # fmt: skip
 
 
-def global_batches(batches: Iterable[Batch], mesh: Mesh) -> Iterator[Any]:
+def global_batches(batches: Iterable[Batch], mesh: Mesh) -> Generator[Any]:
     """As `placed_ahead`, over all devices of a mesh."""
     return placed_ahead(batches, batch_sharding(mesh))
 
 
-def placed_ahead(batches: Iterable[Batch], sharding: NamedSharding) -> Iterator[Any]:
+def placed_ahead(batches: Iterable[Batch], sharding: NamedSharding) -> Generator[Any]:
     """Each process's part of every batch as global arrays, one batch ahead.
 
     While a batch is in use, a thread waits for the next one and puts it on the devices. Its

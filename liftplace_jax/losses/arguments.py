@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -34,7 +35,7 @@ def whole_number(name: str, value: Any, low: int, high: int, what: str = "") -> 
         except TypeError:
             pass  # also for traced values, whose number is not known yet
     if number is None or not low <= number <= high:
-        known = " known when the program is traced" if isinstance(value, jax.core.Tracer) else ""
+        known = " known when the program is traced" if isinstance(value, Tracer) else ""
         raise ValueError(
             f"{name} must be a whole number{known} in {low}..{high}{what}, got {value!r}"
         )
@@ -56,7 +57,7 @@ def real_number(
     Raises:
       ValueError: it is not.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         fits = value.shape == () and jnp.issubdtype(value.dtype, jnp.number)
         if traced and fits and not jnp.issubdtype(value.dtype, jnp.complexfloating):
             return value

@@ -78,7 +78,7 @@ def feature_kd_loss(
     layer_map = {name: name for name in student} if layer_map is None else layer_map
     if not layer_map:
         raise ValueError("feature_kd_loss needs at least one layer")
-    total = 0.0
+    total = jnp.zeros((), jnp.float32)
     for student_name, teacher_name in layer_map.items():
         for side, features, name in (
             ("student", student, student_name), ("teacher", teacher, teacher_name)
@@ -147,12 +147,12 @@ def mask_outliers(x: jax.Array, sigma: float) -> jax.Array:
             "mask_sigma needs floating-point features (batch, ...) with two values or more a "
             f"sample, got {x.dtype} of shape {x.shape}"
         )
-    sigma = jnp.asarray(sigma, x.dtype)
+    width = jnp.asarray(sigma, x.dtype)
     axes = tuple(range(1, x.ndim))
     frozen = jax.lax.stop_gradient(x)
     mean = jnp.mean(frozen, axis=axes, keepdims=True)
     spread = jnp.std(frozen, axis=axes, keepdims=True, ddof=1)
-    return jnp.where(jnp.abs(frozen - mean) < sigma * spread, x, 0)
+    return jnp.where(jnp.abs(frozen - mean) < width * spread, x, 0)
 
 
 def _adapt(features, adapters, name):

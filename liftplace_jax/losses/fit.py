@@ -54,7 +54,9 @@ def least_squares_fit(student, teacher, mask, eps: float, normalize: str) -> Fit
 def _fit_forward(student, teacher, mask, eps, normalize):
     if mask is None:
         count = student.shape[-1]
-        average = functools.partial(jnp.mean, axis=-1, keepdims=True)
+
+        def average(values):
+            return jnp.mean(values, axis=-1, keepdims=True)
     else:
         mask = jnp.broadcast_to(mask, student.shape).astype(student.dtype)
         count = jnp.sum(mask, axis=-1, keepdims=True)
@@ -84,7 +86,9 @@ def _fit_forward(student, teacher, mask, eps, normalize):
 @least_squares_fit.defjvp
 def _fit_jvp(eps, normalize, primals, tangents):
     """Written so that its transposition is the closed form of the gradient, on_y y + on_x x + c."""
-    fit, (x, y, mask, mean_s, slope, denominator, count) = _fit_forward(*primals, eps, normalize)
+    student, teacher, mask = primals
+    fit, residuals = _fit_forward(student, teacher, mask, eps, normalize)
+    x, y, mask, mean_s, slope, denominator, count = residuals
     change = tangents[0]
     if mask is not None:
         change = change * mask

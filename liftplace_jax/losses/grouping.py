@@ -29,7 +29,7 @@ class Groups(NamedTuple):
 
     student: jax.Array
     teacher: jax.Array
-    mask: np.ndarray | None
+    mask: np.ndarray | jax.Array | None
 
 
 def rows_per_channel(x: jax.Array) -> jax.Array:
@@ -65,9 +65,9 @@ def by_space(student: jax.Array, teacher: jax.Array, patch: Sequence[int]) -> Gr
     Patches at the far border are smaller where `patch` does not divide the space.
     """
     space = student.shape[1:-1]
-    mask = _patches(np.ones((1, *space, 1), np.float32), patch)[0, 0]
-    student, teacher = _patches(student, patch), _patches(teacher, patch)
-    return Groups(student, teacher, None if mask.all() else mask)
+    mask = np.asarray(_patches(np.ones((1, *space, 1), np.float32), patch)[0, 0])
+    cut = jnp.asarray(_patches(student, patch)), jnp.asarray(_patches(teacher, patch))
+    return Groups(*cut, None if mask.all() else mask)
 
 
 def error_order(student: jax.Array, teacher: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import llvmlite.binding
@@ -49,13 +50,17 @@ HELPER = "liftplace_jax_help"
 # Where what is registered lives on if this module is reloaded: XLA keeps its address for ever.
 KEPT = "_liftplace_jax_registered"
 
+# Numba's own types know neither what it hands to an intrinsic nor what compiling makes of one.
+_intrinsic: Any = intrinsic
+_carray: Any = numba.carray  # pyright: ignore[reportPrivateImportUsage] (as numba documents it)
+_cfunc: Any = numba.cfunc
 _compile = numba.njit(nogil=True, error_model="numpy", boundscheck=False)
 _malloc = ExternalFunction("malloc", intp(intp))
 _free = ExternalFunction("free", numba.void(intp))
 _yield = ExternalFunction("sched_yield", int32())
 
 
-@intrinsic
+@_intrinsic
 def _pointer(typing, address):
     def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
@@ -63,7 +68,7 @@ def _pointer(typing, address):
     return numba.types.voidptr(intp), generate
 
 
-@intrinsic
+@_intrinsic
 def _call(typing, function, argument):
     """function(argument), both addresses."""
 
@@ -75,7 +80,7 @@ def _call(typing, function, argument):
     return intp(intp, intp), generate
 
 
-@intrinsic
+@_intrinsic
 def _add(typing, address, amount):
     """Adds to a word that threads share; returns what it held."""
 
@@ -86,7 +91,7 @@ def _add(typing, address, amount):
     return intp(intp, intp), generate
 
 
-@intrinsic
+@_intrinsic
 def _stack(typing):
     """Address of eight words on the stack of the function that asks."""
 
@@ -97,7 +102,7 @@ def _stack(typing):
     return intp(), generate
 
 
-@intrinsic
+@_intrinsic
 def _helper_address(typing):
     def generate(context, builder, signature, arguments):
         kind = ir.FunctionType(ir.IntType(64), [ir.IntType(64)])
@@ -109,7 +114,7 @@ def _helper_address(typing):
 
 @_compile
 def _words(address):
-    return numba.carray(_pointer(address), HEADER, intp)
+    return _carray(_pointer(address), HEADER, intp)
 
 
 @_compile
@@ -182,17 +187,17 @@ def _order_row(keys, order, a, b, counts):
 def _sort(job, scratch, row):
     elements, channels = job[ELEMENTS], job[CHANNELS]
     start = row // channels * channels * elements + row % channels
-    student = numba.carray(_pointer(job[FIRST] + 4 * start), elements * channels, float32)
-    teacher = numba.carray(_pointer(job[FIRST + 1] + 4 * start), elements * channels, float32)
+    student = _carray(_pointer(job[FIRST] + 4 * start), elements * channels, float32)
+    teacher = _carray(_pointer(job[FIRST + 1] + 4 * start), elements * channels, float32)
     there = 4 * row * elements
-    student_out = numba.carray(_pointer(job[FIRST + 2] + there), elements, float32)
-    teacher_out = numba.carray(_pointer(job[FIRST + 3] + there), elements, float32)
-    order = numba.carray(_pointer(job[FIRST + 4] + there), elements, int32)
-    a = numba.carray(_pointer(scratch), elements, uint64)
-    b = numba.carray(_pointer(scratch + 8 * elements), elements, uint64)
-    error = numba.carray(_pointer(scratch + 16 * elements), elements, float32)
-    keys = numba.carray(_pointer(scratch + 16 * elements), elements, uint32)
-    counts = numba.carray(_pointer(scratch + 20 * elements), COUNTERS, uint32)
+    student_out = _carray(_pointer(job[FIRST + 2] + there), elements, float32)
+    teacher_out = _carray(_pointer(job[FIRST + 3] + there), elements, float32)
+    order = _carray(_pointer(job[FIRST + 4] + there), elements, int32)
+    a = _carray(_pointer(scratch), elements, uint64)
+    b = _carray(_pointer(scratch + 8 * elements), elements, uint64)
+    error = _carray(_pointer(scratch + 16 * elements), elements, float32)
+    keys = _carray(_pointer(scratch + 16 * elements), elements, uint32)
+    counts = _carray(_pointer(scratch + 20 * elements), COUNTERS, uint32)
     for i in range(elements):
         error[i] = abs(teacher[i * channels] - student[i * channels])
     for i in range(elements):
@@ -209,9 +214,9 @@ def _move(job, row, back):
     start = row // channels * channels * elements + row % channels
     there = 4 * row * elements
     samples, rows = (job[FIRST + 2], job[FIRST]) if back else (job[FIRST], job[FIRST + 2])
-    sample = numba.carray(_pointer(samples + 4 * start), elements * channels, float32)
-    order = numba.carray(_pointer(job[FIRST + 1] + there), elements, int32)
-    row_ = numba.carray(_pointer(rows + there), elements, float32)
+    sample = _carray(_pointer(samples + 4 * start), elements * channels, float32)
+    order = _carray(_pointer(job[FIRST + 1] + there), elements, int32)
+    row_ = _carray(_pointer(rows + there), elements, float32)
     if back:
         for i in range(elements):
             sample[intp(order[i]) * channels] = row_[i]
@@ -329,14 +334,14 @@ def _answer(address, kind):
     rank = shape[RANK]
     if rank < 2:
         return _error(frame, NO_FIT, INVALID)
-    dims = numba.carray(_pointer(shape[DIMS]), rank, intp)
+    dims = _carray(_pointer(shape[DIMS]), rank, intp)
     size = intp(1)
     for dim in dims:
         size *= dim
     for number in range(2 + results):
         buffer = _buffer(frame, number, 2)
         other = intp(1)
-        for dim in numba.carray(_pointer(buffer[DIMS]), buffer[RANK], intp):
+        for dim in _carray(_pointer(buffer[DIMS]), buffer[RANK], intp):
             other *= dim
         if other != size or buffer[DTYPE] & 0xFFFFFFFF != PATTERNS[kind, number]:
             return _error(frame, NO_FIT, INVALID)
@@ -382,12 +387,12 @@ def _helper(job):
     return _help(job)
 
 
-def _native(function: Callable) -> ctypes._CFuncPtr:
+def _native(function: Callable) -> Any:
     """C's kind of the function; it lives as long as the process."""
     try:
-        compiled = numba.cfunc(intp(intp), nopython=True, cache=True, **OPTIONS)(function)
+        compiled = _cfunc(intp(intp), nopython=True, cache=True, **OPTIONS)(function)
     except (RuntimeError, OSError):  # no folder in which to keep it
-        compiled = numba.cfunc(intp(intp), nopython=True, **OPTIONS)(function)
+        compiled = _cfunc(intp(intp), nopython=True, **OPTIONS)(function)
     # XLA's threads may be in it when the interpreter ends: its memory must outlive all objects.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(compiled))
     return compiled.ctypes

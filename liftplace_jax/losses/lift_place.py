@@ -204,10 +204,11 @@ def lift_terms(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("terms", terms, TERMS)
     eps = _checked_eps(eps, student.dtype)
+    factor = None
     if coarse_scale is not None:
         if reduction != "sum":
             raise ValueError(f"coarse_scale goes with reduction='sum', got reduction={reduction!r}")
-        coarse_scale = jnp.asarray(real_number("coarse_scale", coarse_scale, 0), student.dtype)
+        factor = jnp.asarray(real_number("coarse_scale", coarse_scale, 0), student.dtype)
     adaptive = isinstance(weight, str) and weight == "adaptive"
     if not adaptive:
         weight = real_number("weight must be 'adaptive' or a number: it", weight, 0)
@@ -228,10 +229,10 @@ def lift_terms(
     fine = jnp.sum(fit.residual, axis=(1, 2)) / (rows * elements)
 
     if reduction == "sum":
-        if coarse_scale is None:
+        if factor is None:
             coarse = jnp.mean(coarse) * (rows * elements)
         else:
-            coarse = jnp.mean(jnp.sum(distance, axis=(1, 2))) * coarse_scale
+            coarse = jnp.mean(jnp.sum(distance, axis=(1, 2))) * factor
         fine = jnp.mean(fine) * (rows * elements)
     elif reduction == "mean":
         coarse, fine = jnp.mean(coarse), jnp.mean(fine)

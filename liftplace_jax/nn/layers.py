@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
-_ZEROS = {
+_ZEROS: dict[str, Any] = {
     "kernel_init": nnx.initializers.zeros_init(),
     "bias_init": nnx.initializers.zeros_init(),
 }
@@ -205,7 +205,7 @@ def check_remat(policy: str | None) -> None:
         raise ValueError(f"remat must be None or one of {list(REMAT_POLICIES)}, not {policy!r}")
 
 
-def remat(module: nnx.Module, policy: str | None) -> Callable[..., jax.Array]:
+def remat(module: Any, policy: str | None) -> Callable[..., jax.Array]:
     """A module as a function whose intermediate values are recomputed for the gradient.
 
     Args:
@@ -233,7 +233,7 @@ def check_images(x: jax.Array, t: jax.Array, config: Any) -> None:
         raise ValueError(f"t must have shape {x.shape[:1]}, one per sample, not {t.shape}")
 
 
-def nest(modules: Mapping[str, nnx.Module]) -> nnx.Dict | nnx.List:
+def nest(modules: Mapping[str, nnx.Module]) -> Any:
     """Nests modules by their dotted names; children numbered from 0 become a list."""
     children: dict[str, dict[str, nnx.Module]] = {}
     for name, module in modules.items():
@@ -245,7 +245,7 @@ def nest(modules: Mapping[str, nnx.Module]) -> nnx.Dict | nnx.List:
     return nnx.Dict(nested)
 
 
-def find(module: nnx.Module, name: str) -> nnx.Module:
+def find(module: nnx.Module, name: str) -> Any:
     """The submodule of a dotted name, such as "down.0.block.1"."""
 
     def child(parent, key):

@@ -15,6 +15,7 @@ from liftplace_jax.host.ranges import Range
 _MOST_UNCHECKED = 64
 
 
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A frozen dataclass that defines a model; hashable and JSON friendly.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib
 import tqdm
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from liftplace_jax.experiment import stages
@@ -42,22 +43,23 @@ def run(options: Options) -> Result:
     Raises:
       ValueError: a work directory of another config, or a config without Frechet distance.
     """
-    options.need("capacity_gap", "model.ch", "compress.ratio")
-    if not options.config.evaluation.features:
+    base, workdir = options.need("capacity_gap", "model.ch", "compress.ratio"), options.workdir
+    assert workdir is not None, "suite capacity_gap takes --workdir"
+    if not base.evaluation.features:
         raise ValueError("capacity_gap compares Frechet distances: set config.evaluation.features")
-    if options.config.teacher.checkpoint:
+    if base.teacher.checkpoint:
         raise ValueError("capacity_gap trains its teachers: leave config.teacher.checkpoint out")
     widths = WIDTHS[:2] if options.quick else WIDTHS
-    folders = [options.workdir / f"ch{round(options.config.model.ch * w)}" for w in widths]
+    folders = [workdir / f"ch{round(base.model.ch * w)}" for w in widths]
     for width in widths:  # before hours of training
-        with under(f"model, teacher of width {width} x {options.config.model.ch}: "):
-            fields = _config(options.config, width, None).model.to_dict()
+        with under(f"model, teacher of width {width} x {base.model.ch}: "):
+            fields = _config(base, width, None).model.to_dict()
             registry.config_from_dict(fields, partial=True)
     for width, folder in tqdm.tqdm(
         list(zip(widths, folders, strict=True)), desc="capacity_gap", unit="teacher"
     ):
         student = None if folder == folders[0] else folders[0] / "pruned"
-        stages.run(_config(options.config, width, student), folder, "all")
+        stages.run(_config(base, width, student), folder, "all")
     reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
     reports.sort(key=lambda report: report["rows"][0]["parameters"])
     rows = [row for report in reports for row in _rows(report)]
@@ -72,8 +74,8 @@ def run(options: Options) -> Result:
         "notes": [
             "frechet: mean +- standard deviation over seeds; _each: every seed. "
             "frechet_clipped: predicted data clipped to the image range while sampling.",
-            f"Every student starts from the teacher of width {options.config.model.ch}, pruned by "
-            f"{options.config.compress.ratio:.0%}.",
+            f"Every student starts from the teacher of width {base.model.ch}, pruned by "
+            f"{base.compress.ratio:.0%}.",
         ],
         "figures": {"capacity_gap.png": figure(rows, scores, student["parameters"])},
     }  # fmt: skip
@@ -108,7 +110,7 @@ def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def figure(rows: list[dict[str, Any]], scores: list[str], parameters: int) -> plt.Figure:
+def figure(rows: list[dict[str, Any]], scores: list[str], parameters: int) -> Figure:
     """Frechet distance over the teacher's parameters: every seed, mean and range of each method."""
     picture, axes = plt.subplots(
         1, len(scores), figsize=(5 * len(scores), 3.8), layout="constrained", squeeze=False
@@ -126,7 +128,8 @@ def figure(rows: list[dict[str, Any]], scores: list[str], parameters: int) -> pl
             axis.plot([s for s, v in points for _ in v], [y for _, v in points for y in v], ".",
                       color=colour, alpha=0.6, ms=4)  # fmt: skip
             last[method] = means[-1]
-        for method, align in zip(sorted(last, key=last.get), ("top", "bottom"), strict=True):
+        ranked = sorted(last, key=lambda method: last[method])
+        for method, align in zip(ranked, ("top", "bottom"), strict=True):
             axis.annotate(method, (x[-1], last[method]), xytext=(7, 0), va=align,
                           textcoords="offset points", color=COLOURS[method])  # fmt: skip
         axis.set_xscale("log")

@@ -56,7 +56,8 @@ def collectives(compiled: Any) -> list[Sent]:
 def sorted_shapes(compiled: Any) -> list[tuple[int, ...]]:
     """Shapes on one device of all that a compiled program sorts."""
     lines = re.findall(r"= (\(.*?\)|\S+) sort\(", compiled.as_text())
-    return [tuple(map(int, _ARRAY.search(line)[3].split(","))) for line in lines]
+    arrays = [found for line in lines if (found := _ARRAY.search(line))]
+    return [tuple(map(int, found[3].split(","))) for found in arrays]
 
 
 def total_bytes(sent: list[Sent], wanted: Callable[[Sent], bool] = lambda _: True) -> int:

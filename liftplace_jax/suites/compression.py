@@ -105,7 +105,9 @@ def _measure(context, teacher, ratios, options) -> tuple[list[Measured], list[Me
                 bar.update()
             if not config:
                 bar.update(len(names))
-    return tuple(sorted(rows, key=lambda row: row["ratio"]) for rows in (networks, training))
+    for rows in (networks, training):
+        rows.sort(key=lambda row: row["ratio"])
+    return networks, training
 
 
 def _network_row(context, teacher, ratio, options) -> tuple[Any, Measured]:
@@ -192,6 +194,8 @@ def _notes(context: Context, options: Options, quality: bool) -> list[str]:
     if steps < fields.sample_steps:
         sampler += f", of which {steps} were run and the time scaled up"
     devices = context.mesh.size
+    # An attribute that JAX makes when it is imported.
+    cache = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     return [
         "ratio: share of channels removed; 0 is the teacher, for which training is its own, "
         "without distillation. Weights are random. Times are medians, with quartiles in the JSON. "
@@ -207,8 +211,7 @@ def _notes(context: Context, options: Options, quality: bool) -> list[str]:
         "tflops: 2 x MACs of all network evaluations per second; a training step counts three "
         "evaluations of the student and one of a teacher, where it has one. of_peak: share of the "
         f"devices' dense bfloat16 peak (\"-\": not known for {jax.devices()[0].device_kind}).",
-        "Compilation may have been shortened by the persistent cache."
-        if jax.config.jax_compilation_cache_dir else "",
+        "Compilation may have been shortened by the persistent cache." if cache else "",
         "Quality: read from " + ", ".join(map(str, options.workdirs)) + "; spread: standard "
         "deviation over seeds." if quality else "",
         f"Quick: {len(QUICK_METHODS)} of {len(BASIC_METHODS)} methods and at most {QUICK_STEPS} "

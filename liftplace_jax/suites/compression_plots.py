@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -116,7 +116,7 @@ def _figure(lines: int, columns: int, size: tuple[float, float], **options: Any)
         "font.size": 10, "axes.titlesize": 11, "axes.spines.top": False,
         "axes.spines.right": False,
     }  # fmt: skip
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(cast(Any, style)):
         figure = Figure(figsize=size, layout="constrained")
         return figure, figure.subplots(lines, columns, squeeze=False, **options)
 

@@ -75,7 +75,8 @@ def _measure_features(batch: int, repeats: int, peer: bool) -> dict[str, Any]:
     shape = (batch, IMAGE_SIZE, IMAGE_SIZE, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     features, ours = _our_call(extractor, images)
-    calls, row = {"ours": ours}, {"images": "x".join(map(str, shape))}
+    calls: dict[str, Any] = {"ours": ours}
+    row: dict[str, Any] = {"images": "x".join(map(str, shape))}
     if peer:
         theirs, calls["torch"] = _torch_call(tensors, images)
         row["difference"] = float(np.abs(features - theirs).max() / np.abs(theirs).max())
@@ -152,7 +153,8 @@ def _measure_solve(dim: int, count: int, repeats: int) -> dict[str, Any]:
         found["ours"] = frechet_distance(*moments)
 
     def sqrtm():
-        trace = np.trace(sigma1 + sigma2 - 2 * scipy.linalg.sqrtm(sigma1 @ sigma2).real)
+        root: Any = scipy.linalg.sqrtm(sigma1 @ sigma2)
+        trace = np.trace(sigma1 + sigma2 - 2 * root.real)
         found["sqrtm"] = np.sum((mu1 - mu2) ** 2) + trace
 
     times = time_side_by_side({"ours": ours, "sqrtm": sqrtm}, repeats)

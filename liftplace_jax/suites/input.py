@@ -34,7 +34,7 @@ MEGA = 1e6
 class Repeated(Sequence):
     """A few records as a long data set."""
 
-    def __init__(self, records: Sequence[Any], length: int):
+    def __init__(self, records: Any, length: int):
         self._records, self._length = records, length
 
     def __len__(self):

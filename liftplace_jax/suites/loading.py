@@ -53,8 +53,8 @@ def run(options: Options) -> Result:
                     "over_plain": ".2f"},
         "rows": rows,
         "notes": [
-            f"A DiT of {config.depth} blocks of width {config.hidden_size}, float32, in a folder "
-            "of ours; each case in a process of its own, the file in the system's cache.",
+            f"A DiT of {sizes['depth']} blocks of width {sizes['hidden_size']}, float32, in a "
+            "folder of ours; each case in a process of its own, the file in the system's cache.",
             "host_gb: the most memory that the process had of its own while loading, without what "
             "it had before and without the arrays on the devices, which on accelerators are "
             "elsewhere. Pages of the mapped file are the system's cache and not counted.",
@@ -118,6 +118,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
 def _own_memory() -> int:
     """Bytes of this process that are not of files."""
     found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
     return 1024 * int(found[1])
 
 

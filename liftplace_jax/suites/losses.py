@@ -31,13 +31,14 @@ def run(options: Options) -> Result:
     rows = [_measure(*case, options.repeats, peer) for case in cases]
     columns = ["shape", "dtype", "loss", "group", "ours_ms", "torch_ms", "ratio", "sort_share",
                "temporaries"]  # fmt: skip
-    return {"title": "Losses: value and gradient", "columns": columns, "rows": rows, "notes": [
+    notes = [
         "ours_ms, torch_ms: median and quartiles of one call; ratio: torch / ours, of the medians.",
         "sort_share: time of the sort alone, which writes student, teacher and their order / time "
         "of the loss with its gradient.",
         "temporaries: memory beside arguments and results, in arrays of the output's size.",
         "" if peer else "PyTorch is not installed: no ratios.",
-    ]}  # fmt: skip
+    ]
+    return {"title": "Losses: value and gradient", "columns": columns, "rows": rows, "notes": notes}
 
 
 def _cases(quick: bool) -> Iterator[tuple[tuple[int, ...], str, str, int | None]]:
@@ -62,6 +63,7 @@ def our_loss(name: str, group_size: int | None) -> Callable[[jax.Array, jax.Arra
         return output_kd_loss
     if name == "lift":
         return lambda s, t: lift_loss(s, t).loss
+    assert group_size is not None, "a case of PLACE has one"
     return lambda s, t: place_loss(s, t, group_size=group_size).loss
 
 
@@ -81,14 +83,15 @@ def _measure(shape, dtype, name, group_size, repeats, peer) -> dict[str, Any]:
     times = time_side_by_side(calls, repeats, rounds=3)
     ours = times["ours"]
     size = int(np.prod(shape)) * student.dtype.itemsize
-    temporary = compiled.memory_analysis().temp_size_in_bytes / size
+    plan = compiled.memory_analysis()
+    temporary = None if plan is None else plan.temp_size_in_bytes / size
     return {
         "shape": "x".join(map(str, shape)), "dtype": dtype, "loss": name,
         "group": group_size if name == "place" else "-",
         "ours_ms": milliseconds(ours), "torch_ms": _maybe(times.get("torch"), milliseconds),
         "ratio": _maybe(times.get("torch"), lambda t: f"{t.median / ours.median:.2f}"),
         "sort_share": _maybe(times.get("sort"), lambda t: f"{t.median / ours.median:.0%}"),
-        "temporaries": f"{temporary:.1f}",
+        "temporaries": "-" if temporary is None else f"{temporary:.1f}",
         "seconds": {key: timing._asdict() for key, timing in times.items()},
     }  # fmt: skip
 

@@ -137,11 +137,14 @@ def measure_training(
     timing = time_side_by_side({method: call}, repeats)[method]
     after = device_peak(context)
     macs = 3 * count_macs(config) + (count_macs(teacher.config) if needs_teacher else 0)
+    planned, peak = planned_bytes(step), None
+    if after is not None and before is not None and after > before:
+        peak = after / MEGA
     return {
         "step_ms": timing.median * 1e3,
         "examples_per_s": fields.batch_size / timing.median,
-        "memory_mb": planned_bytes(step) / MEGA,
-        "device_peak_mb": after / MEGA if after is not None and after > before else None,
+        "memory_mb": None if planned is None else planned / MEGA,
+        "device_peak_mb": peak,
         "step_compile_s": compile_seconds,
         **_speed(2 * macs * fields.batch_size / timing.median, context.mesh.size),
         "seconds": timing._asdict(),

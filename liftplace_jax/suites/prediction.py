@@ -130,7 +130,7 @@ def seconds_to_gather(pod: Pod, nbytes: float) -> float:
     linked = pod.count if device.network is None else min(pod.count, device.per_host)
     link = device.link * LINK_SHARE * (1 if pod.wraps else 0.5)
     seconds = nbytes * (1 - 1 / linked) / link
-    if pod.count > linked:
+    if device.network is not None and pod.count > linked:
         hosts = pod.count / linked
         seconds += nbytes / linked * (1 - 1 / hosts) / (device.network * LINK_SHARE)
     return seconds

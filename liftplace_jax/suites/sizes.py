@@ -82,13 +82,14 @@ def _row(name: str, ratio: float) -> dict[str, Any]:
 def _dit_row(name: str) -> dict[str, Any]:
     dits = published("dit")
     config = dits[name]
+    fields = config.to_dict()
     parameters = config_parameters(config)
     pruned = name.startswith("DiT-D") or name == "DiT-XL/2"
     teacher = config_parameters(dits["DiT-XL/2"])
     printed = PAPER_DITS.get(name, (None, None))
     return {
-        "model": name, "depth": config.depth, "width": config.hidden_size,
-        "patch": config.patch_size, "parameters": parameters, "macs": count_macs(config),
+        "model": name, "depth": fields["depth"], "width": fields["hidden_size"],
+        "patch": fields["patch_size"], "parameters": parameters, "macs": count_macs(config),
         "compression": teacher / parameters if pruned else None,
         "paper_parameters": printed[0], "paper_macs": printed[1],
     }  # fmt: skip

@@ -63,6 +63,7 @@ class Worker:
         self._answer()
 
     def _answer(self) -> str:
+        assert self._process.stdout is not None, "a pipe, as was asked for"
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()

@@ -1,5 +1,8 @@
 """Event files for TensorBoard, written with TensorBoard's own formats and without TensorFlow."""
 
+# Protobuf makes the names of its modules when they are imported.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import os

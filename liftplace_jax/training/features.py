@@ -51,9 +51,12 @@ def match_features(
       ValueError: a layer of the map does not exist, or shapes do not fit.
     """
     features = [_feature_shapes(network) for network in (student, teacher)]
-    if layer_map is None:
-        layer_map = student.config.layer_map(teacher.config) or {name: name for name in features[0]}
-    for s, t in layer_map.items():
+    pairs: Mapping[str, str] = {name: name for name in features[0]}
+    if layer_map is not None:
+        pairs = layer_map
+    elif published := student.config.layer_map(teacher.config):
+        pairs = published
+    for s, t in pairs.items():
         for side, name, known in (("student", s, features[0]), ("teacher", t, features[1])):
             if name not in known:
                 raise ValueError(
@@ -68,7 +71,7 @@ def match_features(
                 + ("only widths may differ" if adapters else
                    "without config.distill.feature.adapters they must be equal")
             )  # fmt: skip
-    return {s: (t, features[0][s][-1], features[1][t][-1]) for s, t in layer_map.items()}
+    return {s: (t, features[0][s][-1], features[1][t][-1]) for s, t in pairs.items()}
 
 
 def _feature_shapes(network: Network) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def train(
     step_fn: Callable[[TrainState, Any, Any], tuple[TrainState, Mapping[str, jax.Array]]],
     state: TrainState,
     frozen: Any,
-    make_batches: Callable[[int], Iterator[Any]],
+    make_batches: Callable[[int], Generator[Any]],
     *,
     total_steps: int,
     folder: Path,

@@ -217,6 +217,7 @@ def make_objective(
         total = task.scale * total
         if not method.needs_teacher:
             return total, metrics
+        assert teacher_apply is not None, "the method needs a teacher"
         teacher, teacher_features = jax.lax.stop_gradient(
             teacher_apply(frozen["teacher"], x_t, t, method.feature, None, cond)
         )
@@ -231,8 +232,9 @@ def make_objective(
             total = total + scale * terms.loss
             metrics |= _lift_metrics(terms)
         if method.output is not None and bound is not None:
-            bound = process.bound(prediction, images, x_t, t, teacher)
-            metrics["vb_kd"] = bits * jnp.mean(bound)
+            taught = process.bound(prediction, images, x_t, t, teacher)
+            assert taught is not None, "there is one from data"
+            metrics["vb_kd"] = bits * jnp.mean(taught)
             total = total + scale * metrics["vb_kd"]
         if method.feature:
             metrics["feature_kd"] = feature_kd_loss(

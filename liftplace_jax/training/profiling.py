@@ -46,10 +46,10 @@ def keep_compiled(folder: str | None) -> None:
         $JAX_COMPILATION_CACHE_DIR says.
     """
     if folder:
-        folder = as_path(folder)
-        if not is_in_bucket(folder):
-            folder = folder.absolute()
-        jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+        path = as_path(folder)
+        if not is_in_bucket(path):
+            path = path.absolute()
+        jax.config.update("jax_compilation_cache_dir", os.fspath(path))
         compilation_cache.reset_cache()  # or what was compiled before decides that there is none
 
 
@@ -130,7 +130,7 @@ class _Trace:
             self._running = True
 
     def after(self, result: Any) -> None:
-        if self._running and self._number == self._steps[1]:
+        if self._running and self._steps and self._number == self._steps[1]:
             jax.block_until_ready(result)
             self.stop()
 

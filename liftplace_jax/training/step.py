@@ -24,7 +24,7 @@ def make_train_step(
     *,
     ema_decay: float,
     accumulation: int = 1,
-    shardings: TrainState | None = None,
+    shardings: Any = None,
     precision: str = "default",
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
     """Compiles `step(state, frozen, batch) -> (state, metrics)`; the state is donated.
@@ -67,7 +67,7 @@ def make_train_step(
             )
         grads = split(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = optax.incremental_update(params["student"], state.ema, 1.0 - decay)
         metrics["grad_norm"] = optax.tree.norm(grads)

@@ -39,7 +39,7 @@ def find_state_dict(path: Path, content: Any, entry: str | int | None) -> dict[s
     hint = ""
     if isinstance(content, list | tuple):
         hint = " (in the published DDPM checkpoints, 0 is the model and -1 its EMA)"
-        entry = int(entry) if re.fullmatch(r"-?\d{1,9}", str(entry)) else entry
+        entry = int(str(entry)) if re.fullmatch(r"-?\d{1,9}", str(entry)) else entry
     places = _places(content)
     chosen = content if entry is None else _at(content, str(entry))
     if chosen is None and len(places) == 1:  # a part of the only one there is

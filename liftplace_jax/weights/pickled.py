@@ -8,7 +8,7 @@ import types
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -27,6 +27,7 @@ def read_torch(path: Path) -> Any:
     """
     try:
         import torch
+        from torch.torch_version import TorchVersion
     except ImportError as error:
         raise WeightFileError(
             f"{path}: PyTorch reads {path.suffix} files and is not installed: pip install torch, "
@@ -34,7 +35,7 @@ def read_torch(path: Path) -> Any:
         ) from error
     if zipfile.is_zipfile(path):
         check_growth(path)
-    safe = [argparse.Namespace, types.SimpleNamespace, torch.torch_version.TorchVersion, *_SAFE]
+    safe = [argparse.Namespace, types.SimpleNamespace, TorchVersion, *_SAFE]
     with torch.serialization.safe_globals(safe), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a pickle's version; what fails is said by its error
         return torch.load(path, weights_only=True, map_location="cpu")
@@ -109,7 +110,7 @@ class _Dtype:
             raise _NoNumbersError(
                 f"it holds a NumPy array of {self._name!r}, no plain numbers: save it without"
             )
-        return np.dtype(self._name).newbyteorder(self._order)
+        return np.dtype(self._name).newbyteorder(cast(Any, self._order))
 
 
 class _Array:
@@ -132,7 +133,7 @@ def _from_bytes(content: bytes | str, dtype: _Dtype) -> np.ndarray:
     return np.frombuffer(content, made).astype(made.newbyteorder("="))
 
 
-def _scalar(dtype: _Dtype, content: Any = None) -> np.generic | None:
+def _scalar(dtype: _Dtype, content: Any = None) -> Any:
     if not dtype.is_number:  # a text or a date; no weight in any case
         return None
     return _from_bytes(content, dtype).reshape(())[()]

@@ -115,7 +115,8 @@ _CHECKSUMS = "crc32"  # in a file's header, of each tensor; files of others have
 def _checksum(value: np.ndarray) -> str:
     """Of the values, and of what the header says they are."""
     start = zlib.crc32(f"{value.dtype.name} {list(value.shape)}".encode())
-    return f"{zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8), start):08x}"
+    content: Any = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    return f"{zlib.crc32(content, start):08x}"
 
 
 def _stored_checksums(path: Path, file: Any) -> dict[str, str] | None:

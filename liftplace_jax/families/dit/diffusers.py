@@ -101,7 +101,7 @@ def config_from_diffusers(fields: Mapping[str, Any]) -> DiTConfig:
     old = _OLD_DEFAULTS if fields.get("_class_name") == _OLD else {}
     fixed = {name: (old.get(name, value), (value,)) for name, value in _FIXED.items()}
     problems = find_problems(fields, fixed, {*_DEFAULTS, *_IGNORED})
-    values = _DEFAULTS | old | fields
+    values = {**_DEFAULTS, **old, **fields}
     for name in sorted(_DEFAULTS.keys() - {"norm_eps", "out_channels"}):
         if not is_count(values[name]):
             problems.append(f"{name} {shown(values[name])}: must be a number above 0")

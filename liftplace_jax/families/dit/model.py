@@ -5,12 +5,14 @@ Same function and same names as "TinyFusion_EXP/models.py" (the published PyTorc
 
 import functools
 from collections import OrderedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype
+from jax.core import Tracer
 
 from liftplace_jax.families.dit.config import DiTConfig
 from liftplace_jax.nn import layers
@@ -62,7 +64,7 @@ class LabelEmbedder(nnx.Module):
         return self.embedding_table(labels)
 
 
-def _condition(module: nnx.Module, t: jax.Array, labels: jax.Array) -> jax.Array:
+def _condition(module: Any, t: jax.Array, labels: jax.Array | None) -> jax.Array:
     """Timestep and label as one vector (B, D), by the embedders of the model or of a block."""
     return module.t_embedder(t) + module.y_embedder(labels)
 
@@ -285,7 +287,7 @@ class DiT(nnx.Module):
                 f"cond must be integer labels of shape {t.shape}, one per sample, not {found}: "
                 "this model is class-conditional"
             )
-        if not isinstance(cond, jax.core.Tracer):
+        if not isinstance(cond, Tracer):
             labels = np.asarray(cond)
             wrong = labels[(labels < 0) | (labels >= config.num_labels)]
             if wrong.size:

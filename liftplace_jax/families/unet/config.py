@@ -85,12 +85,13 @@ class UNetConfig(DenoiserConfig):
     ch: int = 128
     ch_mult: tuple[int, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
-    attn_resolutions: tuple[int, ...] | None = None
+    # None is what __post_init__ replaces.
+    attn_resolutions: tuple[int, ...] = None  # pyright: ignore[reportAssignmentType]
     dropout: float = 0.0
     resamp_with_conv: bool = True
     num_groups: int = 32
     min_channels_per_group: int = 1
-    widths: tuple[tuple[str, int], ...] | None = None
+    widths: tuple[tuple[str, int], ...] = None  # pyright: ignore[reportAssignmentType]
 
     model: ClassVar[str] = "unet"
     RANGES: ClassVar = {

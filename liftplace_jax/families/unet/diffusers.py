@@ -102,20 +102,20 @@ def _sizes(
     fields: Mapping[str, Any], problems: list[str]
 ) -> tuple[int, tuple[int, ...], tuple[bool, ...]]:
     """(image size, width of each level, whether a level has attention); adds to `problems`."""
-    size = fields.get("sample_size")
+    size: Any = fields.get("sample_size")
     if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
     layers = fields.get("layers_per_block", 2)
     if not is_count(layers):
         problems.append(f"layers_per_block {shown(layers)}: must be a number above 0")
-    widths = fields.get("block_out_channels", (224, 448, 672, 896))
+    widths: Any = fields.get("block_out_channels", (224, 448, 672, 896))
     if not is_count(size):
         problems.append(f"sample_size {shown(size)}: must be the height and width of square images")
         size = 0
     if not isinstance(widths, list | tuple) or not widths or not all(map(is_count, widths)):
         problems.append(f"block_out_channels {shown(widths)}: must be widths")
         widths = ()
-    attention = []
+    attention: list[tuple[bool, ...]] = []
     for field, name, default in (
         ("down_block_types", "DownBlock2D", ("DownBlock2D", *3 * ("AttnDownBlock2D",))),
         ("up_block_types", "UpBlock2D", (*3 * ("AttnUpBlock2D",), "UpBlock2D")),
@@ -134,7 +134,7 @@ def _sizes(
     if all(attention) and attention[0] != attention[1][::-1]:
         problems.append("up_block_types: must have attention where down_block_types has it")
     _check_attention(fields, widths, attention[0], problems)
-    return size, tuple(widths), attention[0]
+    return int(size), tuple(widths), attention[0]
 
 
 def _check_attention(fields, widths, attention, problems):

@@ -15,7 +15,11 @@ from liftplace_jax.families.unet.channels import View
 
 def magnitude(views: list[View]) -> np.ndarray:
     """Sum of squared weights over all coupled layers but the normalisations."""
-    return sum(np.square(v.weight, dtype=np.float64).sum(axis=1) for v in views if not v.is_norm)
+    weights = [v.weight for v in views if not v.is_norm]
+    return sum(
+        (np.square(w, dtype=np.float64).sum(axis=1) for w in weights),
+        start=np.zeros(len(views[0].weight)),
+    )
 
 
 def taylor(views: list[View]) -> np.ndarray:
@@ -23,7 +27,7 @@ def taylor(views: list[View]) -> np.ndarray:
 
     Source: Diff_Pruning_EXP/torch_pruning importance "taylor". Needs gradients.
     """
-    total = 0.0
+    total = np.zeros(len(views[0].weight))
     for view in views:
         if view.gradient is None:
             raise ValueError("importance 'taylor' needs gradients of the diffusion loss")

@@ -6,6 +6,7 @@ NHWC. `UNetConfig` says every width, so a channel-pruned student is an ordinary 
 
 import functools
 from collections import OrderedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,10 @@ class UNet(nnx.Module):
       ValueError: unknown policy.
     """
 
+    temb: Any
+    norm_out: Any
+    conv_out: Any
+
     def __init__(
         self,
         config: UNetConfig,
@@ -95,7 +100,7 @@ class UNet(nnx.Module):
         conv = functools.partial(layers.conv, rngs=rngs, dtype=dtype)
         linear = functools.partial(layers.linear, rngs=rngs, dtype=dtype)
         temb_widths = widths["temb.dense.0"], widths["temb.dense.1"]
-        modules = {
+        modules: dict[str, nnx.Module] = {
             "temb.dense.0": linear(config.ch, temb_widths[0]),
             "temb.dense.1": linear(*temb_widths),
         }
@@ -157,7 +162,8 @@ class UNet(nnx.Module):
         outputs = {}
         for index, node in enumerate(config.block_plan()):
             inputs = [outputs[name] for name in node.inputs] or [x.astype(self.dtype)]
-            key = jax.random.fold_in(rngs, index) if train and config.dropout > 0 else None
+            drops = train and config.dropout > 0
+            key = jax.random.fold_in(rngs, index) if drops and rngs is not None else None
             h = self._run(node, jnp.concatenate(inputs, axis=-1), temb, key)
             outputs[node.name] = h
         prediction = self.conv_out(nnx.swish(self.norm_out(h))).astype(jnp.float32)
