@@ -60,6 +60,8 @@ setup(
             "ipykernel>=6.29",
             "nbclient>=0.10",
             "nbformat>=5.10",
+            # A newer one finds more. With the Node.js that runs it, from the index as all else.
+            "pyright[nodejs]==1.1.414",
             "pytest>=8",
             "pytest-xdist>=3.7",
             "pytorch-fid>=0.3,<0.4",

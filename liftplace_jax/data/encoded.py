@@ -97,7 +97,7 @@ def described_columns(
             raise ValueError(f"column {name!r} is of {spec.dtype}, which shards cannot hold")
     return {
         name: {"shape": list(spec.shape), "dtype": np.dtype(spec.dtype).name}
-        | ({"identity": identities[name]} if name in (identities or {}) else {})
+        | ({"identity": identities[name]} if identities and name in identities else {})
         for name, spec in sorted(columns.items())
     }
 

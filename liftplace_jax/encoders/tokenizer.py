@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -144,9 +144,9 @@ def load_tokenizer(
     if length is None:
         said = config.get("model_max_length")
         whole = isinstance(said, int | float) and 1 <= said <= _MOST_LENGTH
-        length = int(said) if whole else most or LENGTH
+        length = int(cast(float, said)) if whole else most or LENGTH
         length = min(length, most or length)
-    sides = tuple(_side(config, f"{what}_side", place) for what in ("truncation", "padding"))
+    sides = _side(config, "truncation_side", place), _side(config, "padding_side", place)
     least = backend.num_special_tokens_to_add(False)
     if length <= least:
         raise ValueError(f"{place}: {length} tokens are too few, {least} of them are special")

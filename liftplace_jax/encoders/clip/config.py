@@ -33,6 +33,11 @@ class _TowerConfig(ModelConfig):
 
     architectures: ClassVar[tuple[str, str]]  # without a projection, and with it
     model_type: ClassVar[str]
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str
+    projection_dim: int | None
     RANGES: ClassVar = {
         "hidden_size": _WIDTH,
         "intermediate_size": _WIDTH,
@@ -78,7 +83,7 @@ class _TowerConfig(ModelConfig):
         """
         known = {field.name for field in dataclasses.fields(cls)} - {"projection_dim"}
         found = {name: value for name, value in fields.items() if name in known}
-        return cls(**found, projection_dim=projection_dim)
+        return cls(**found | {"projection_dim": projection_dim})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +121,8 @@ class CLIPTextConfig(_TowerConfig):
     model: ClassVar[str] = "clip_text"
     architectures: ClassVar = ("CLIPTextModel", "CLIPTextModelWithProjection")
     model_type: ClassVar[str] = "clip_text_model"
-    RANGES: ClassVar = _TowerConfig.RANGES | {
+    RANGES: ClassVar = {
+        **_TowerConfig.RANGES,
         "vocab_size": whole(1, _MOST_TOKENS),
         "max_position_embeddings": whole(1, SIDE),
         "eos_token_id": whole(0, INT32),
@@ -158,7 +164,8 @@ class CLIPVisionConfig(_TowerConfig):
     model: ClassVar[str] = "clip_vision"
     architectures: ClassVar = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
     model_type: ClassVar[str] = "clip_vision_model"
-    RANGES: ClassVar = _TowerConfig.RANGES | {
+    RANGES: ClassVar = {
+        **_TowerConfig.RANGES,
         "image_size": whole(1, MOST_PIXELS),
         "patch_size": whole(1, MOST_PIXELS),
         "num_channels": _WIDTH,

@@ -269,5 +269,5 @@ def _draw_weights(model: nnx.Module, config, key: jax.Array) -> None:
         elif isinstance(module, nnx.Linear | nnx.Conv | nnx.Embed):
             is_table = isinstance(module, nnx.Embed)
             variables.append(module.embedding if is_table else module.kernel)
-            scales.append(deviations.get(path[-1], _DEVIATION))
+            scales.append(deviations.get(str(path[-1]), _DEVIATION))
     layers.draw(key, variables, scales, "normal")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +84,8 @@ class MLPLayer(nnx.Module):
 class Block(nnx.Module):
     """Attention, then MLP."""
 
+    layer: Any
+
     def __init__(self, config: T5Config, index: int, *, rngs, dtype):
         make = {"rngs": rngs, "dtype": dtype}
         self.layer = nnx.List(
@@ -133,7 +136,7 @@ class T5(nnx.Module):
             if isinstance(module, nnx.Linear | nnx.Embed):
                 is_table = isinstance(module, nnx.Embed)
                 variables.append(module.embedding if is_table else module.kernel)
-                scales.append(deviations[path[-1]])
+                scales.append(deviations[str(path[-1])])
         layers.draw(key, variables, scales, "normal")
 
     def __call__(self, ids: jax.Array) -> jax.Array:

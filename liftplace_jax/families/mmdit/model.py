@@ -210,6 +210,7 @@ class Block(nnx.Module):
         x = x + gate2[:, None] * self.ff(_modulate(self._norm(x), shift2, scale2))
         if self.last:
             return x, context
+        assert text is not None, "of all blocks but the last"
         gate, shift, scale, mlp_gate = others
         context = context + gate[:, None] * text
         modulated = _modulate(self._norm(context), shift, scale)
@@ -266,7 +267,7 @@ class MMDiT(nnx.Module):
         for block in self.transformer_blocks:
             drawn += [
                 module.kernel for path, module in nnx.iter_modules(block)
-                if isinstance(module, nnx.Linear) and not path[0].startswith("norm")
+                if isinstance(module, nnx.Linear) and not str(path[0]).startswith("norm")
             ]  # fmt: skip
         keys = jax.random.split(key)
         layers.draw(keys[0], drawn, [layers.xavier_bound(v) for v in drawn])
@@ -306,6 +307,7 @@ class MMDiT(nnx.Module):
         """
         self._check_inputs(x, t, cond, gates)
         h = self.embed(x)
+        assert cond is not None, "as was checked"
         c = self.time_text_embed(t, cond["pooled"])
         context = self.context_embedder(cond["context"].astype(self.dtype))
         outputs = OrderedDict()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -134,7 +134,7 @@ def _sizes(
     if all(attention) and attention[0] != attention[1][::-1]:
         problems.append("up_block_types: must have attention where down_block_types has it")
     _check_attention(fields, widths, attention[0], problems)
-    return int(size), tuple(widths), attention[0]
+    return cast(int, size), tuple(widths), attention[0]
 
 
 def _check_attention(fields, widths, attention, problems):
