@@ -256,7 +256,8 @@ def test_batches_are_checked_by_the_stage_that_needs_them(tmp_path):
      "layer_map: the teacher has no feature 'up.9'"),
     (dict(method="feature_kd", model__ch_mult=(1, 2),
           distill__layer_map='{"mid.block_1": "down.0.block.0"}'),
-     r"layer_map: 'mid.block_1' is \(4, 4, .*'down.0.block.0' \(8, 8, .*only widths may differ"),
+     r"layer_map: 'mid.block_1' is \(4, 4, "
+     r".*'down.0.block.0' \(8, 8, .*only widths may differ"),
 ])  # fmt: skip
 def test_fields_that_do_not_go_together_are_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):

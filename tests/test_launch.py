@@ -157,7 +157,8 @@ sbatch --job-name=liftplace --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --cp
          ["gcloud compute tpus queued-resources delete a --zone=z --force --quiet"]),
         (["xpk.sh", "--cluster=c", "--list"], ["xpk workload list --cluster=c"]),
         (["xpk.sh", "--cluster=c", "--name=a", "--logs"],
-         ["kubectl logs --selector=jobset.sigs.k8s.io/jobset-name=a --all-containers --prefix "
+         ["kubectl logs --selector=jobset.sigs.k8s.io/jobset-name=a "
+          "--all-containers --prefix "
           "--tail=20"]),
         (["xpk.sh", "--cluster=c", "--name=a", "--delete"],
          ["xpk workload delete --cluster=c --workload=a --force"]),
