@@ -185,6 +185,7 @@ def _all_moments(number, mean, squares) -> Moments:
 
 def _normalised(layer: nnx.GroupNorm, x: jax.Array, moments: Moments) -> jax.Array:
     """As the layer itself, which takes the moments of x."""
+    assert layer.scale is not None and layer.bias is not None, "an affine layer"
     x, scale, bias = layer.promote_dtype((x, layer.scale[...], layer.bias[...]), dtype=layer.dtype)
     mean, variance = (jnp.repeat(m, layer.group_size, axis=1)[:, None, None] for m in moments)
     y = (x - mean) * (jax.lax.rsqrt(variance + layer.epsilon) * scale) + bias

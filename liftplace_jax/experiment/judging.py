@@ -112,6 +112,7 @@ class Judge:
 
     @functools.cached_property
     def _decoder_params(self) -> Any:
+        assert self.decoder is not None, "asked for where there is one"
         return self._everywhere(self.decoder.params)
 
     @functools.cached_property

@@ -36,6 +36,10 @@ def kept(program: Callable[..., Any], params: Any, *inputs: Any) -> Any:
     ])  # fmt: skip
 
 
+def _dtype(variable: Any) -> Any:
+    return variable.aval.dtype
+
+
 def cast(params: Any, kept: Any) -> Any:
     """Parameters as `kept` says; what is of its dtype stays the same array."""
     return jax.tree.map(lambda x, k: x if x.dtype == k.dtype else x.astype(k.dtype), params, kept)
@@ -52,10 +56,10 @@ def _dtypes(jaxpr: Jaxpr) -> list[set[np.dtype]]:
             if equation.primitive.name == "convert_element_type":
                 found[var].add(np.dtype(equation.params["new_dtype"]))
             else:
-                found[var] |= inner[place] if inner else {var.aval.dtype}
+                found[var] |= inner[place] if inner else {_dtype(var)}
     for var in jaxpr.outvars:
         if not isinstance(var, Literal) and var in found:
-            found[var].add(var.aval.dtype)
+            found[var].add(_dtype(var))
     return [found[var] for var in jaxpr.invars]
 
 

@@ -98,11 +98,12 @@ def _dit_row(name: str) -> dict[str, Any]:
 def _sd_row(name: str) -> dict[str, Any]:
     networks = published("sd_unet")
     config, parameters = networks[name], config_parameters(networks[name])
+    fields = config.to_dict()
     teacher = "sd-1.4" if name.startswith("bk-v1") else "sd-2.1-base"
     printed = PAPER_SD_UNETS.get(name, (None, None))
     return {
-        "model": name, "widths": "+".join(map(str, config.widths)),
-        "layers": "+".join(map(str, config.layers)), "parameters": parameters,
+        "model": name, "widths": "+".join(map(str, fields["widths"])),
+        "layers": "+".join(map(str, fields["layers"])), "parameters": parameters,
         "macs": count_macs(config), "compression": (
             config_parameters(networks[teacher]) / parameters if name.startswith("bk-") else None
         ), "paper_parameters": printed[0], "paper_macs": printed[1],

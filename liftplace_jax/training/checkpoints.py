@@ -148,8 +148,10 @@ class Checkpoints:
             yield
         except Exception as error:
             self._writing = None
-            if isinstance(error.__cause__, jax.errors.JaxRuntimeError):
-                raise error.__cause__ from None  # another process is gone, and not the disk
+            cause = error.__cause__
+            if isinstance(cause, jax.errors.JaxRuntimeError):
+                # Another process is gone, and not the disk. JAX has no types for its error.
+                raise cause from None  # pyright: ignore[reportGeneralTypeIssues]
             if not (isinstance(error, OSError | ValueError) or is_of_bucket(error)):
                 raise
             with contextlib.suppress(Exception):  # a bucket that is away cannot be cleaned either

@@ -7,6 +7,7 @@ every width, so a student by blocks is an ordinary config.
 
 import functools
 from collections import OrderedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +175,7 @@ class Resample(nnx.Module):
 def _modules(block: Block, config: SDUNetConfig, *, rngs, dtype) -> dict[str, nnx.Module]:
     """The modules of a block, by the published names."""
     make = {"rngs": rngs, "dtype": dtype}
-    found = {
+    found: dict[str, Any] = {
         f"{block.name}.resnets.{layer}": ResnetBlock(sum(inputs), block.width, config, **make)
         for layer, inputs in enumerate(block.inputs)
     }
@@ -255,6 +256,7 @@ class SDUNet(nnx.Module):
           ValueError: wrong shapes, or no text states.
         """
         self._check_inputs(x, t, cond)
+        assert cond is not None, "as was checked"
         context = cond.astype(self.dtype)
         temb = self.time_embedding(t)
         h = self.conv_in(x.astype(self.dtype))

@@ -121,6 +121,7 @@ def _by_block(kept: Sequence[str], way: str) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
     for name in kept:
         match = _NAME.fullmatch(name)
+        assert match is not None, "names of the network itself"
         if match[2] == way:
             found.setdefault(int(match[3]), []).append(int(match[4]))
     return found
@@ -182,7 +183,7 @@ def copied_from(
       channels that it takes stay; None: all). Only the student's first layer on the way up can
       take fewer, where the levels below it are gone: of the channels from there the first stay.
     """
-    found = {
+    found: dict[str, tuple[str, np.ndarray | None]] = {
         name: (name, None)
         for name in ("conv_in", "time_embedding", "conv_norm_out", "conv_out")
     }  # fmt: skip
@@ -224,7 +225,9 @@ def prune_blocks(
     student = student_config(teacher, kept)
     modules: dict[str, list[str]] = {}
     for name in tensors:
-        modules.setdefault(_MODULE.match(name)[0], []).append(name)
+        match = _MODULE.match(name)
+        assert match is not None, "every name has a module"
+        modules.setdefault(match[0], []).append(name)
     result, cuts = {}, []
     for module, (source, stay) in copied_from(student, teacher, kept).items():
         if source not in modules:
