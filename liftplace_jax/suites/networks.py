@@ -24,7 +24,7 @@ def small(family: str) -> DenoiserConfig:
     Raises:
       ValueError: there is no such family.
     """
-    return config_from_dict({"model": family, **family_named(family).default_model})
+    return config_from_dict({"model": family, **family_named(family).default_model}, partial=True)
 
 
 def pruned(teacher: DenoiserConfig, **fields: Any) -> DenoiserConfig:
