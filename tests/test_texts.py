@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -14,17 +16,19 @@ from ml_collections import ConfigDict
 from liftplace_jax import data
 from liftplace_jax.conditioning import Text, check_sources
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
+from liftplace_jax.encoders.autoencoder_folder import write_random_autoencoder
 from liftplace_jax.encoders.clip import write_random_text_encoder
 from liftplace_jax.encoders.texts import Texts, load_texts
 from liftplace_jax.encoders.tokenizer import train_tokenizer
 from liftplace_jax.evaluation.sampling import make_sampler
 from liftplace_jax.experiment.configuration import compress_config
 from liftplace_jax.experiment.context import make_context
-from liftplace_jax.experiment.report import write_report
+from liftplace_jax.experiment.encoding import encode_data
 from liftplace_jax.experiment.scoring import read_samples
 from liftplace_jax.experiment.stages import open_experiment, run
 from liftplace_jax.experiment.texts import Prompts, read_prompts, with_captions
 from liftplace_jax.families.registry import family_named
+from liftplace_jax.host import sharding
 from liftplace_jax.training.objective import METHODS, Task, make_objective
 
 WIDTH, POOLED, LENGTH = 16, 8, 6
@@ -204,7 +208,7 @@ def test_teacher_and_student_are_told_the_same_dropped_text(texts):
 
 @pytest.fixture(scope="module")
 def config(pipeline):
-    config = tiny_config.get_config("method=no_kd+lift_place_feature_kd")
+    config = tiny_config.get_config("method=lift_place_feature_kd")
     config.model = ConfigDict(
         dict(model="mmdit", image_size=8, in_channels=1, depth=2, num_heads=2, head_size=8,
              context_dim=WIDTH, pooled_dim=POOLED, position_size=4, context_tokens=LENGTH)
@@ -232,8 +236,8 @@ def captioned(monkeypatch):
 
 def test_from_teacher_to_report(config, pipeline, captioned, tmp_path):
     run(config, tmp_path, "all")
-    folders = [tmp_path / "teacher", *sorted(tmp_path.glob("student/*/seed0"))]
-    assert len(folders) == 3
+    folders = [tmp_path / "teacher", *tmp_path.glob("student/*/seed0")]
+    assert len(folders) == 2
     for folder in folders:
         protocol = json.loads((folder / "evaluation.json").read_text())["protocol"]["prompts"]
         assert (protocol["file"], protocol["count"]) == ("prompts.txt", 3)
@@ -249,8 +253,6 @@ def test_from_teacher_to_report(config, pipeline, captioned, tmp_path):
     )
     # The record of the importances was made with texts.
     assert len(json.loads((tmp_path / "pruned" / "layers.json").read_text())["scores"]) == 2
-    (tmp_path / "report.json").unlink()
-    write_report(open_experiment(config, tmp_path))
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -285,6 +287,39 @@ def test_texts_of_a_network_that_is_told_none(pipeline, tmp_path, field, value, 
     config[room][name] = value or str(pipeline)
     with pytest.raises(ValueError, match=re.escape(message)):
         open_experiment(config, tmp_path / "work")
+
+
+def test_encoded_data_carry_tokens_and_cached_states(config, captioned, tmp_path, monkeypatch):
+    config = config.copy_and_resolve_references()
+    config.model.update(image_size=4, in_channels=4)
+    config.data.train_split, config.data.test_split = "train[:2%]", "test[:3%]"
+    write_random_autoencoder(tmp_path / "vae", channels=1, image_size=8, levels=2)
+    config.latents.update(autoencoder=str(tmp_path / "vae"), path=str(tmp_path / "latents"))
+    config.text.cached = True
+    over = sharding.batch_sharding(sharding.make_mesh({"data": -1}))
+    encode_data(config, over, batch_size=8)
+    monkeypatch.undo()  # from here on the captions are in the shards alone
+    batches = {}
+    for cached in (True, False):
+        config.text.cached = cached
+        context = make_context(config, tmp_path / f"work{cached}", writes=False)
+        source = context.sources["train"]
+        assert {"tokens", "text", "pooled", "label"} <= source.columns.keys()
+        batch = source.get(np.arange(3))
+        batches[cached] = jax.tree.map(np.asarray, context.embed(batch))
+        assert ("params" in context.frozen["text"]) == (not cached)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=4e-3), *batches.values())
+    # Another encoder's states are not these.
+    encoder = Path(config.text.folder) / "text_encoder"
+    other = tmp_path / "other"
+    shutil.copytree(encoder.parent, other)
+    fields = {"vocab_size": 540, "width": WIDTH, "length": LENGTH, "projection_dim": POOLED}
+    write_random_text_encoder(other / "text_encoder", **fields, seed=1)
+    config.text.update(folder=str(other), cached=True)
+    with pytest.raises(ValueError, match="column 'text' was made by .*: encode the data anew"):
+        _ = make_context(config, tmp_path / "new", writes=False).sources
+    config.text.cached = False  # the ids are those of the same tokenizer
+    assert make_context(config, tmp_path / "new", writes=False).sources
 
 
 def test_data_without_captions_are_refused_by_name(config, tmp_path):
