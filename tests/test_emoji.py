@@ -191,7 +191,9 @@ def test_the_autoencoder_is_as_good_as_it_says():
 
 
 def test_diffusers_reads_the_autoencoder():
-    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    import diffusers  # late: seconds
+    import torch
+
     theirs = diffusers.AutoencoderKL.from_pretrained(FOLDER, subfolder="vae").float()
     network = load_autoencoder(FOLDER)
     assert theirs.config.scaling_factor == network.config.scaling_factor
@@ -260,4 +262,4 @@ def test_training_batches_are_functions_of_the_step():
     assert next(one).shape == (make_emoji_autoencoder.BATCH, 32, 32, 3)
 
 
-LEAST_PSNR, LEAST_RETRIEVAL = 28, 0.5
+LEAST_PSNR, LEAST_RETRIEVAL = 30.5, 0.5
