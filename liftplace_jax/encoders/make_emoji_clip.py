@@ -38,8 +38,7 @@ from liftplace_jax.training.optimizer import make_optimizer
 from liftplace_jax.training.state import create_state
 from liftplace_jax.training.step import make_train_step
 
-SEED, STEPS, BATCH, RATE, EMA = 0, 1250, 64, 1e-3, 0.995
-DECAY_STEPS = 1500  # in which the rate would fall to a hundredth; EMA does the rest
+SEED, STEPS, BATCH, RATE, EMA = 0, 1500, 64, 1e-3, 0.995
 RUN = 8  # neighbours on the sheet that a batch takes together: tones and genders of one emoji
 VOCABULARY, LENGTH, PROJECTION = 2048, 24, 128
 SHIFT = 2  # pixels that a picture is moved by, at most
@@ -146,9 +145,9 @@ def train_pair(tokenizer, entries, pictures, steps, folder):
     )
     fields = ConfigDict(
         dict(name="adamw", learning_rate=RATE, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.05,
-             grad_clip=1.0, schedule="cosine", warmup_steps=100, final_scale=0.01)
+             grad_clip=1.0, schedule="cosine", warmup_steps=min(100, steps), final_scale=0.01)
     )  # fmt: skip
-    optimizer, _ = make_optimizer(fields, DECAY_STEPS)
+    optimizer, _ = make_optimizer(fields, steps)
     pair = {"text": text, "image": image, "logit_scale": jnp.log(jnp.float32(1 / 0.07))}
     state = create_state({"student": pair}, optimizer)
     step = make_train_step(make_loss(text_graph, image_graph), optimizer, ema_decay=EMA)
