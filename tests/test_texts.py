@@ -24,7 +24,7 @@ from liftplace_jax.evaluation.sampling import make_sampler
 from liftplace_jax.experiment.configuration import compress_config
 from liftplace_jax.experiment.context import make_context
 from liftplace_jax.experiment.encoding import encode_data
-from liftplace_jax.experiment.scoring import read_samples
+from liftplace_jax.experiment.scoring import protocol, read_samples
 from liftplace_jax.experiment.stages import open_experiment, run
 from liftplace_jax.experiment.texts import Prompts, read_prompts, with_captions
 from liftplace_jax.families.registry import family_named
@@ -320,6 +320,13 @@ def test_encoded_data_carry_tokens_and_cached_states(config, captioned, tmp_path
         _ = make_context(config, tmp_path / "new", writes=False).sources
     config.text.cached = False  # the ids are those of the same tokenizer
     assert make_context(config, tmp_path / "new", writes=False).sources
+
+
+def test_the_protocol_of_networks_without_texts_says_nothing_of_them(tmp_path):
+    config = tiny_config.get_config()
+    config.evaluation.features = None
+    found = protocol(make_context(config, tmp_path, writes=False))
+    assert "guidance" in found and not {"prompts", "negative_prompt"} & found.keys()
 
 
 def test_data_without_captions_are_refused_by_name(config, tmp_path):

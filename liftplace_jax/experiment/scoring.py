@@ -119,6 +119,8 @@ def protocol(context: Context, params: str = "ema") -> dict[str, Any]:
         found |= {name: context.config.latents[name] for name in ("decode_dtype", "tile")}
     if context.judge.prompts:
         found["prompts"] = dict(context.judge.prompts.identity)
+    else:  # as results say that were made before there were texts
+        del found["prompts"], found["negative_prompt"]
     if context.judge.extractor:
         found["extractor"] = dict(context.judge.extractor.info)
     return found
