@@ -161,11 +161,12 @@ class Texts:
             for name, shape, dtype in self.encoding(POOLED in names, cached).columns
         }
 
+        @functools.lru_cache(maxsize=2)  # the columns of a batch are read one after another
+        def made(indices: tuple[int, ...]) -> dict[str, np.ndarray]:
+            return self.values([captions[index] for index in indices], names)
+
         def read(indices: np.ndarray, name: str) -> np.ndarray:
-            wanted = (STATES, POOLED) if name == POOLED else (name,)
-            if name == STATES and POOLED in names:
-                wanted = (STATES, POOLED)  # the state that goes with it
-            return self.values([captions[int(index)] for index in indices], wanted)[name]
+            return made(tuple(map(int, indices)))[name]
 
         return {
             name: Column(specs[name], functools.partial(read, name=name), self._origin(name, names))
