@@ -204,7 +204,8 @@ def test_diffusers_reads_the_autoencoder():
         decoded = theirs.decode(latents).sample.permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(mean, latents.permute(0, 2, 3, 1), atol=1e-4)
     scaled = mean * network.config.scaling_factor
-    np.testing.assert_allclose(network.decode(network.params, scaled), decoded, atol=1e-4)
+    decode, params = network.decoder()
+    np.testing.assert_allclose(decode(params, scaled), decoded, atol=1e-4)
 
 
 def test_the_pair_finds_captions_as_well_as_it_says():
@@ -220,6 +221,27 @@ def test_the_pair_finds_captions_as_well_as_it_says():
     # Two of 337 may change sides by rounding.
     assert min(np.subtract(found, said)) > -0.007 and min(said) > LEAST_RETRIEVAL
     assert record["test_pictures"] == len(pictures)
+
+
+def test_transformers_reads_the_pair():
+    import torch  # late: seconds
+    import transformers
+
+    load = functools.partial(transformers.CLIPTextModelWithProjection.from_pretrained, FOLDER)
+    text, their_text = load_text_encoder("emoji"), load(subfolder="text_encoder").float()
+    load = functools.partial(transformers.CLIPVisionModelWithProjection.from_pretrained, FOLDER)
+    image, their_image = load_image_encoder("emoji"), load(subfolder="image_encoder").float()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(FOLDER, subfolder="tokenizer")
+    pictures, captions = held_out()
+    captions = [*captions[:7], "an Unseen w\u00f6rd, 42!"]
+    ids = load_tokenizer("emoji").encode(captions)
+    assert np.array_equal(tokenizer(captions, padding="max_length")["input_ids"], ids)
+    images = as_floats(pictures[:4])
+    with torch.no_grad():
+        texts = their_text(torch.tensor(ids)).text_embeds.numpy()
+        others = their_image(torch.tensor(images).permute(0, 3, 1, 2)).image_embeds.numpy()
+    np.testing.assert_allclose(text.encode(text.params, ids).projected, texts, atol=1e-4)
+    np.testing.assert_allclose(image.encode(image.params, images).projected, others, atol=1e-4)
 
 
 def test_retrieval_is_right():
