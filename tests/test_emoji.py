@@ -284,4 +284,4 @@ def test_training_batches_are_functions_of_the_step():
     assert next(one).shape == (make_emoji_autoencoder.BATCH, 32, 32, 3)
 
 
-LEAST_PSNR, LEAST_RETRIEVAL = 30.5, 0.5
+LEAST_PSNR, LEAST_RETRIEVAL = 32, 0.5

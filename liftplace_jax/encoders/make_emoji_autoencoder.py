@@ -29,8 +29,7 @@ from liftplace_jax.training.optimizer import make_optimizer
 from liftplace_jax.training.state import create_state, random_key
 from liftplace_jax.training.step import make_train_step
 
-SEED, STEPS, BATCH, RATE, EMA = 0, 2000, 16, 2e-3, 0.995
-DECAY_STEPS = 4000  # in which the rate would fall to a hundredth; EMA does the rest
+SEED, STEPS, BATCH, RATE, EMA = 0, 4000, 16, 2e-3, 0.995
 KL_WEIGHT = 1e-4  # nats a latent element, against the squared error of a pixel
 CONFIG = AutoencoderConfig(
     block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=32,
@@ -95,9 +94,9 @@ def train_parameters(pictures, steps, folder):
     graphdef, params = building.create(CONFIG, SEED)
     fields = ConfigDict(
         dict(name="adam", learning_rate=RATE, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
-             grad_clip=1.0, schedule="cosine", warmup_steps=100, final_scale=0.01)
+             grad_clip=1.0, schedule="cosine", warmup_steps=min(100, steps), final_scale=0.01)
     )  # fmt: skip
-    optimizer, _ = make_optimizer(fields, DECAY_STEPS)
+    optimizer, _ = make_optimizer(fields, steps)
     state = create_state({"student": params}, optimizer)
     step = make_train_step(make_loss(graphdef), optimizer, ema_decay=EMA)
     state = train(
