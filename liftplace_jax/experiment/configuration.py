@@ -172,7 +172,8 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     # Channels that classifier-free guidance acts on; default: all of the mean. DiT published 3.
     config.evaluation.guidance_channels = config_dict.placeholder(int)
     # Of networks that are told texts: a file of one prompt a line, or a table (.csv) with a column
-    # "text". Sample i has prompt i mod their number; guidance leads away from negative_prompt.
+    # "text"; or "captions": those of data.test_split. Sample i has prompt i mod their number;
+    # guidance leads away from negative_prompt.
     config.evaluation.prompts = config_dict.placeholder(str)
     config.evaluation.negative_prompt = ""
     # File of the extractor's weights, where it does not ship with them (the Inception ones).

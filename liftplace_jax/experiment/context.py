@@ -35,7 +35,7 @@ from liftplace_jax.encoders.texts import Texts
 from liftplace_jax.experiment.checks import check_config, check_neighbours
 from liftplace_jax.experiment.configuration import under
 from liftplace_jax.experiment.judging import Judge
-from liftplace_jax.experiment.sources import open_images, open_latents
+from liftplace_jax.experiment.sources import load_split, open_images, open_latents
 from liftplace_jax.experiment.texts import bind, open_prompts, open_texts, with_captions
 from liftplace_jax.experiment.workdir import check_data
 from liftplace_jax.families import registry
@@ -141,8 +141,13 @@ class Context:
         """What samples are drawn, and compared, by."""
         return Judge(
             self.config.evaluation, self.process, self.decoder, self.batch_sharding,
-            lambda: self.images["train"], open_prompts(self.config, self.model, self.texts),
+            lambda: self.images["train"],
+            lambda: open_prompts(self.config, self.model, self.texts, self._held_out),
         )  # fmt: skip
+
+    def _held_out(self) -> data.Source:
+        # Not `images`, which take the work directory.
+        return load_split(self.config, self.config.data.test_split, self.image_shape[2])
 
     @functools.cached_property
     def texts(self) -> Texts | None:

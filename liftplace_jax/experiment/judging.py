@@ -35,7 +35,7 @@ class Judge:
       decoder: of samples; None: they are images.
       batch_sharding: of batches.
       train_images: opens the training images.
-      prompts: what networks of texts are told; None: they are told none.
+      open_prompts: reads what networks of texts are told; None: they are told none.
     """
 
     fields: ConfigDict
@@ -43,7 +43,12 @@ class Judge:
     decoder: Decoder | None
     batch_sharding: jax.sharding.NamedSharding
     train_images: Callable[[], data.Source]
-    prompts: Prompts | None = None
+    open_prompts: Callable[[], Prompts | None]
+
+    @functools.cached_property
+    def prompts(self) -> Prompts | None:
+        """What networks of texts are told; None: they are told none."""
+        return self.open_prompts()
 
     @functools.cached_property
     def extractor(self) -> evaluation.Extractor | None:

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -100,23 +100,41 @@ class Prompts:
         """As of `Conditioning.embed`."""
         return {"text": self.texts.frozen(self.negative, (TOKENS,))}
 
-    @functools.cached_property
-    def _ids(self) -> np.ndarray:
-        return self.texts.tokenizer.encode(self.prompts)
-
     def condition(self, count: int) -> Any:
         """Of samples 0..count - 1, with NumPy arrays."""
-        ids = self._ids[np.arange(count) % len(self.prompts)]
+        places = np.arange(count) % len(self.prompts)
+        return {name: value[places] for name, value in self._all.items()}
+
+    @functools.cached_property
+    def _all(self) -> dict[str, np.ndarray]:
+        ids = self.texts.tokenizer.encode(self.prompts)
         return {name: np.asarray(v) for name, v in self.conditioning.of({TOKENS: ids}).items()}
 
     def shown(self, most: int) -> Shown:
-        """The first of them."""
+        """Some of them, evenly spaced: neighbours of a sorted list are alike."""
         count = min(most, len(self.prompts))
-        return Shown(np.asarray(self.prompts[:count]), self.condition(count), by_row=True)
+        places = np.linspace(0, len(self.prompts), count, endpoint=False).astype(int)
+        condition = {name: value[places] for name, value in self._all.items()}
+        return Shown(np.asarray(self.prompts)[places], condition, by_row=True)
 
 
-def open_prompts(config: ConfigDict, model: DenoiserConfig, texts: Texts | None) -> Prompts | None:
+CAPTIONS = "captions"
+"""config.evaluation.prompts that are the captions of config.data.test_split."""
+
+
+def open_prompts(
+    config: ConfigDict,
+    model: DenoiserConfig,
+    texts: Texts | None,
+    held_out: Callable[[], data.Source],
+) -> Prompts | None:
     """The prompts of config.evaluation.prompts; None if the network is told no texts.
+
+    Args:
+      config: the experiment's.
+      model: the network's config.
+      texts: as of `open_texts`.
+      held_out: opens the images of config.data.test_split.
 
     Raises:
       ValueError: there are none and it is, or the other way round; or the file is no such one.
@@ -132,22 +150,33 @@ def open_prompts(config: ConfigDict, model: DenoiserConfig, texts: Texts | None)
         return None
     if not fields.prompts:
         raise ValueError(
-            "config.evaluation.prompts must be set: a file of one prompt a line, or a table "
-            "(.csv) with a column 'text'"
+            "config.evaluation.prompts must be set: a file of one prompt a line, a table (.csv) "
+            f"with a column 'text', or {CAPTIONS!r}: those of config.data.test_split"
         )
     if fields.negative_prompt and fields.guidance == 1:
         raise ValueError(
             "config.evaluation.negative_prompt needs config.evaluation.guidance, which is 1: none"
         )
     with under("evaluation.prompts: "):
-        prompts = read_prompts(fields.prompts)
+        if fields.prompts == CAPTIONS:
+            file, prompts = config.data.test_split, _captions_of(held_out())
+        else:
+            file, prompts = as_path(fields.prompts).name, read_prompts(fields.prompts)
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     identity = {
-        "file": as_path(fields.prompts).name, "count": len(prompts), "sha256": digest,
+        "file": file, "count": len(prompts), "sha256": digest,
         "text": texts.identity,
     }  # fmt: skip
     conditioning = model.conditioning.bound(texts.encoding)
     return Prompts(tuple(prompts), texts, conditioning, fields.negative_prompt, identity)
+
+
+def _captions_of(source: data.Source) -> list[str]:
+    """A source's captions that are not empty, each once."""
+    found = dict.fromkeys(caption for caption in source.captions or () if caption)
+    if not found:
+        raise ValueError(f"{source.name} has no captions")
+    return list(found)
 
 
 def read_prompts(path: str | os.PathLike) -> list[str]:
