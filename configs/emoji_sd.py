@@ -49,8 +49,10 @@ def get_config(arg=None):
         set_alpha_to_one=True,
     )  # fmt: skip
     if args.runlocal:
-        config.model.update(widths=(16, 32), layers=(2, 2), heads=(2, 2), down_attention=(True, False),
-                            up_attention=(False, True))  # fmt: skip
+        config.model.update(
+            widths=(16, 32), layers=(2, 2), heads=(2, 2), down_attention=(True, False),
+            up_attention=(False, True),
+        )  # fmt: skip
         for run in (config.teacher, config.distill):
             run.steps = 40
             run.batch_size = 16
