@@ -55,7 +55,9 @@ def test_a_teacher_in_bfloat16_takes_half_the_bytes_and_gives_the_same_loss(conf
     batch = {"image": np.random.default_rng(0).normal(size=(4, 8, 8, 2)).astype("f4")}
     batch["label"] = np.array([0, 1, 2, 0])
     loss = jax.jit(objective)
-    first, second = (loss({"student": student[1]}, x.params, batch, 0) for x in (whole, half))
+    first, second = (
+        loss({"student": student[1]}, {"teacher": x.params}, batch, 0) for x in (whole, half)
+    )
     assert first[1]["output_kd"] > 0.1 and first[1]["feature_kd"] > 0.1
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
@@ -99,8 +101,8 @@ def test_distillation_has_its_teacher_in_the_dtype_of_the_config(dtype, tmp_path
         weights.save_model(folder, context.model.described(), random_params(context.model))
     seen = []
 
-    def run_training(context, fields, objective, params, teacher_params, *_):
-        seen.append((params["student"], teacher_params))
+    def run_training(context, fields, objective, params, frozen, *_):
+        seen.append((params["student"], frozen["teacher"]))
 
     monkeypatch.setattr(training, "run_training", run_training)
     monkeypatch.setattr(training, "save_trained", lambda *_: None)

@@ -60,11 +60,37 @@ def conv(
     )
 
 
+class GroupNorm(nnx.GroupNorm):
+    """`nnx.GroupNorm` whose statistics are sums over the pixels of each channel first.
+
+    The same numbers but for rounding: mean, then centred squares, in float32. The pixels of a
+    channel are summed as columns of a matrix, which CPUs do 4 to 5 times as fast as XLA's sums over
+    pixels and channels of a group; what is left is one number a channel.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, ..., C) -> the same, in dtype."""
+        groups, shape = self.num_groups, (x.shape[0], *(x.ndim - 2) * (1,), x.shape[-1])
+        pixels = tuple(range(1, x.ndim - 1))
+        count = math.prod(x.shape[1:]) // groups
+
+        def mean_of_group(x):
+            each = jnp.sum(x, axis=pixels).reshape(len(x), groups, -1)
+            means = jnp.sum(each, axis=-1, keepdims=True) / count
+            return jnp.broadcast_to(means, each.shape).reshape(shape)
+
+        h = x.astype(jnp.float32)
+        h = h - mean_of_group(h)
+        scale, bias = (p[...].astype(self.dtype) for p in (self.scale, self.bias))
+        factor = jax.lax.rsqrt(mean_of_group(jnp.square(h)) + self.epsilon) * scale
+        return (h * factor + bias).astype(self.dtype)
+
+
 def group_norm(
     features: int, groups: int, *, rngs: nnx.Rngs, dtype: Dtype, epsilon: float = 1e-6
 ) -> nnx.GroupNorm:
     """Affine group normalisation; statistics and parameters in float32."""
-    return nnx.GroupNorm(
+    return GroupNorm(
         features, groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs
     )
 
