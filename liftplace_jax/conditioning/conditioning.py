@@ -52,6 +52,7 @@ class Conditioning(Protocol):
           ValueError: the network is told texts and there is no encoding, or it fits the network
             not; or there is one, and the network is told none.
         """
+        ...
 
     def of(self, batch: Mapping[str, jax.Array]) -> Condition:
         """The condition of a batch of data."""

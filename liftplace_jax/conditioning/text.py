@@ -110,6 +110,7 @@ class Text:
             mask = empty.reshape(-1, *(1,) * (values.ndim - 1))
             return jnp.where(mask, jnp.asarray(arrays["null"][name], values.dtype), values)
 
+        assert self.encoding is not None, "`bound` gave it"
         columns = {name: filled(name) for name in self.columns}
         return self.encoding.apply(arrays.get("params"), columns)
 
@@ -125,6 +126,7 @@ class Text:
         del most
 
     def check_data(self, sources: Iterable[Any]) -> None:
+        assert self.encoding is not None, "`bound` gave it"
         for source in sources:
             for name, wanted in self.encoding.origin:
                 found = json.dumps(source.column_identities.get(name), sort_keys=True)

@@ -35,7 +35,7 @@ def emoji_table():
       A list of dicts: "emoji" (the characters), "name" (CLDR's short name, as lower case as it
       is), "group" (of GROUPS), "subgroup" (number), "keywords" (list of strings).
     """
-    text = (importlib.resources.files(__package__) / TABLE).read_text("utf-8")
+    text = (importlib.resources.files("liftplace_jax.data") / TABLE).read_text("utf-8")
     fields, *rows = json.loads(text)
     table = [dict(zip(fields, row, strict=True)) for row in rows]
     return [entry | {"group": GROUPS[entry["group"]]} for entry in table]
@@ -44,7 +44,7 @@ def emoji_table():
 @functools.cache
 def emoji_pictures():
     """(N, 32, 32, 3) uint8, on white, in the order of `emoji_table`; not to be written to."""
-    resource = importlib.resources.files(__package__) / SHEET
+    resource = importlib.resources.files("liftplace_jax.data") / SHEET
     with resource.open("rb") as file, Image.open(file) as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
     rows = pixels.reshape(-1, SIZE, COLUMNS, SIZE, 3).swapaxes(1, 2)
@@ -186,6 +186,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES = {"1.0.0": "Noto Color Emoji 2.042, names of emojibase-data 17.0.0."}
     BUILDER_CONFIGS = _variants()
     DEFAULT_CONFIG_NAME = f"{SIZE}"
+    builder_config: EmojiConfig
     # As of `Digits`.
     code_path = epath.Path(__file__)
 

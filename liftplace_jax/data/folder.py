@@ -236,7 +236,7 @@ def color_mode(channels):
     return MODES[channels]
 
 
-def find_split(path, split):
+def find_split(path, split) -> tuple[Path, Path, list[str]]:
     """(the folder, that of a split in it or itself, what was guessed or left out for it).
 
     Raises:
@@ -248,7 +248,8 @@ def find_split(path, split):
     if not root.is_dir():
         exists = root.exists()
         raise ValueError(f"{root} is no folder" if exists else f"there is no folder {root}")
-    return root, *_split_folder(root, split)
+    folder, remarks = _split_folder(root, split)
+    return root, folder, remarks
 
 
 def _split_folder(root, split):

@@ -56,7 +56,9 @@ def draw(font, text):
 
 def draw_all(font, names):
     """(pictures, their entries, Counter of what was left out, in words)."""
-    unknown, seen = draw(font, UNKNOWN).tobytes(), set()
+    blank = draw(font, UNKNOWN)
+    assert blank is not None, "every font draws what it does not have"
+    unknown, seen = blank.tobytes(), set()
     pictures, kept, left_out = [], [], Counter()
     for item in names:
         picture = draw(font, item["emoji"])
@@ -94,7 +96,7 @@ def write(pictures, kept, folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("font", type=Path, help="NotoColorEmoji.ttf")
     parser.add_argument("names", type=Path, help="en/data.json of emojibase-data")
     parser.add_argument(

@@ -10,6 +10,7 @@ any number of processes sees the same global batch, cut into contiguous slices.
 import functools
 import threading
 from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -48,7 +49,7 @@ class Source(Columned):
     without_classes = note = ""
     unpack = staticmethod(unpack_images)
     _own_columns = {LABEL: jax.ShapeDtypeStruct((), np.int32)}
-    read_captions = None
+    read_captions: Callable[[], Sequence[str] | None] | None = None
 
     def __init__(
         self,

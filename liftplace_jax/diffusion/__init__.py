@@ -29,9 +29,8 @@ from liftplace_jax.diffusion.variational import (
     vb_loss,
 )
 
-PROCESSES: Mapping[str, type[Process]] = {
-    process.kind: process for process in (GaussianDiffusion, Flow)
-}
+_ALL: tuple[type[Process], ...] = (GaussianDiffusion, Flow)
+PROCESSES: Mapping[str, type[Process]] = {process.kind: process for process in _ALL}
 """config.process.kind -> the process."""
 
 

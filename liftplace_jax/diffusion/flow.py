@@ -61,7 +61,12 @@ class Flow:
         "num_timesteps", "timesteps", "shift", "logit_mean", "logit_std", "mode_scale"
     )  # fmt: skip
     samplers: ClassVar[Mapping[str, tuple[str, ...]]] = {name: ("skip_type",) for name in SAMPLERS}
-    outputs: ClassVar[int] = 1
+
+    @property
+    def outputs(self) -> int:
+        """See `Process.outputs`."""
+        return 1
+
 
     @classmethod
     def from_config(cls, fields: Any) -> Flow:

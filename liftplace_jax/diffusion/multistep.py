@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -87,7 +88,8 @@ def pndm_sample(
         prediction = jnp.asarray(predict(x, jnp.full(x.shape[:1], c["t"])), jnp.float32)
         prediction, _ = process.split(prediction)
         known = (prediction, *history)
-        combined = sum(weight * p for weight, p in zip(c["weights"], known, strict=True))
+        terms = (weight * p for weight, p in zip(c["weights"], known, strict=True))
+        combined = functools.reduce(jnp.add, terms)
         origin = jnp.where(c["again"], before, x)
         batch_t = jnp.full(x.shape[:1], c["start"])
         x0 = process.to_x0(combined, origin, batch_t)

@@ -107,7 +107,7 @@ def train_parameters(pictures, steps, folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, default=find_shipped("emoji"), help="folder")
     parser.add_argument("--workdir", type=Path, help="of checkpoints; default: thrown away")
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -111,7 +111,7 @@ def make_loss(text_graph, image_graph):
             for x in (logits, logits.T)
         ]
         accuracy = jnp.mean(jnp.argmax(logits, axis=1) == right)
-        return sum(losses) / 2, {"accuracy": accuracy}
+        return (losses[0] + losses[1]) / 2, {"accuracy": accuracy}
 
     return loss_fn
 
@@ -159,7 +159,7 @@ def train_pair(tokenizer, entries, pictures, steps, folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, default=find_shipped("emoji"), help="folder")
     parser.add_argument("--workdir", type=Path, help="of checkpoints; default: thrown away")
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -29,7 +29,7 @@ def find_shipped(path: str | os.PathLike) -> Path:
       path: one of SHIPPED, or a path; a folder of yours by the same name is "./emoji".
     """
     if str(path) in SHIPPED:
-        return Path(str(importlib.resources.files(__package__) / str(path)))
+        return Path(str(importlib.resources.files("liftplace_jax.encoders") / str(path)))
     return as_path(path)
 
 

@@ -215,5 +215,5 @@ def placed_ahead(batches: Iterable[Batch], sharding: NamedSharding) -> Generator
                 ahead = thread.submit(place)
                 yield ready.pop()  # and keep no hold of it
     finally:
-        if hasattr(batches, "close"):
+        if isinstance(batches, Generator):
             batches.close()

@@ -81,6 +81,7 @@ class GroupNorm(nnx.GroupNorm):
 
         h = x.astype(jnp.float32)
         h = h - mean_of_group(h)
+        assert self.scale is not None and self.bias is not None, "`group_norm` has both"
         scale, bias = (p[...].astype(self.dtype) for p in (self.scale, self.bias))
         factor = jax.lax.rsqrt(mean_of_group(jnp.square(h)) + self.epsilon) * scale
         return (h * factor + bias).astype(self.dtype)

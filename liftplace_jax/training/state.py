@@ -38,7 +38,7 @@ def create_state(params: dict[str, Any], optimizer: optax.GradientTransformation
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
 
 
-def random_key(seed: int, stream: str, step: jax.Array) -> jax.Array:
+def random_key(seed: int, stream: str, step: jax.Array | int) -> jax.Array:
     """The key of a named stream at a step: a pure function, so nothing random is stored."""
     key = jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream))
     return jax.random.fold_in(key, step)
