@@ -9,19 +9,24 @@ of images, or an .npz with uint8 images as `arr_0`; `gen` samples the models of 
 `calc` compares any two of: a folder of images, an .npz of images, a file of `ref`, of pytorch-fid
 or of the ADM evaluator. Results are JSON files that name everything the numbers depend on; one of
 other numbers is replaced with --overwrite alone.
+
+--protocol=bk_sdm sets what the flags from --jpeg_before to --inception_rule do not (see
+`evaluation.handling`); --clip_model and --prompts add the CLIP score of `gen` and `calc`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
+from liftplace_jax.evaluation.handling import BK_SDM, Handling, Look, handling_of
+from liftplace_jax.evaluation.metrics import INCEPTION_RULES
 from liftplace_jax.experiment.fields import EVALUATION
 from liftplace_jax.host.buckets import as_path, is_in_bucket, make_folder, on_this_machine
+from liftplace_jax.host.differences import refuse_other, refuse_other_json
 from liftplace_jax.host.flags import (
     define_runtime_flags,
     quieten_libraries,
@@ -32,13 +37,18 @@ from liftplace_jax.host.flags import (
 from liftplace_jax.host.ranges import INT32, SIDE
 
 # Verb -> flags that it needs, and others that it knows beside COMMON.
+HANDLING = ("protocol", "resize", "jpeg")
+SCORED = ("clip_model", "prompts", "repeat_prompts", "jpeg_before", "inception_rule")
 VERBS = {
-    "ref": (("data", "out"), ("split", "image_size", "num_images", "data_dir", "overwrite")),
+    "ref": (("data", "out"), ("split", "image_size", "num_images", "data_dir", "overwrite",
+                              "squeeze", *HANDLING)),
     "gen": (("workdir", "ref"), ("model", "num_samples", "params", "seed", "guidance", "save_npz",
-                                 "out", "allow_few", "overwrite")),
-    "calc": (("images", "ref"), ("image_size", "out", "allow_few", "overwrite")),
+                                 "out", "allow_few", "overwrite", *HANDLING, *SCORED)),
+    "calc": (("images", "ref"), ("image_size", "out", "allow_few", "overwrite", "squeeze",
+                                 *HANDLING, *SCORED)),
 }  # fmt: skip
 COMMON = ("features", "weights", "batch_size")
+PROTOCOL = ("features", "jpeg_before", "resize", "jpeg", "inception_rule")
 NEIGHBOURS = 5  # of precision and recall, as of `evaluation.score`
 
 _FLAGS = flags.FLAGS
@@ -62,6 +72,21 @@ flags.DEFINE_string("images", None, "calc: a folder of images, or an .npz")
 flags.DEFINE_string("ref", None, "gen, calc: a reference file; calc: or as --images")
 flags.DEFINE_bool("overwrite", False, "replace another result at --out")
 flags.DEFINE_bool("allow_few", False, "gen, calc: accept fewer images than features")
+flags.DEFINE_enum("protocol", None, ("bk_sdm",), "what --features and the next flags do not say")
+flags.DEFINE_integer("jpeg_before", 0, "gen, calc: save samples (--images) as JPEG of this quality "
+                     "first; 0: do not", lower_bound=0, upper_bound=100)  # fmt: skip
+flags.DEFINE_integer("resize", 0, "then squeeze all images to this side, bicubic; 0: do not",
+                     lower_bound=0, upper_bound=SIDE)  # fmt: skip
+flags.DEFINE_integer("jpeg", 0, "then save them as JPEG of this quality; 0: do not",
+                     lower_bound=0, upper_bound=100)  # fmt: skip
+flags.DEFINE_bool("squeeze", None, "ref, calc: real images may be of any sizes, which --resize "
+                  "squeezes (default: with --protocol)")  # fmt: skip
+flags.DEFINE_enum("inception_rule", "adm", INCEPTION_RULES,
+                  "gen, calc: how the Inception Score splits")  # fmt: skip
+flags.DEFINE_string("clip_model", None, "gen, calc: a folder of a CLIPModel, for the CLIP score")
+flags.DEFINE_string("prompts", None, "gen: a file of prompts (default: the config's); calc: a "
+                    "table of --images and their prompts (default: the folder's)")  # fmt: skip
+flags.DEFINE_bool("repeat_prompts", False, "gen, calc: begin again where images outnumber prompts")
 flags.DEFINE_string("out", None, "ref: the .npz; gen: folder of results; calc: file of the result")
 flags.DEFINE_string("features", "inception", "feature extractor")
 flags.DEFINE_string("weights", None, "file of the extractor's weights")
@@ -90,14 +115,36 @@ def check_flags(verb: str) -> None:
     for name in sorted(every - {*needed, *known}):
         if _FLAGS[name].present:
             raise ValueError(f"--{name} is not for {verb}")
+    if verb == "calc" and _FLAGS.prompts and not _FLAGS.clip_model:
+        raise ValueError("--prompts are for a CLIP score: name its --clip_model")
     if _FLAGS["guidance"].present:
         EVALUATION["guidance"].check("--guidance", _FLAGS.guidance)
+
+
+def protocol_fields() -> dict[str, Any]:
+    """What --protocol and its flags say of fields of config.evaluation."""
+    found = dict(BK_SDM) if _FLAGS.protocol else {}
+    found |= {name: _FLAGS[name].value for name in PROTOCOL if _FLAGS[name].present}
+    return found | ({"resize": found["resize"] or None} if "resize" in found else {})
+
+
+def opened() -> tuple[Any, str, Handling, bool]:
+    """(extractor, rule of the Inception Score, handling, whether real images are squeezed)."""
+    from liftplace_jax import evaluation
+
+    fields = {name: _FLAGS[name].value for name in PROTOCOL} | {"resize": None}
+    fields |= protocol_fields()
+    squeeze = _FLAGS.squeeze
+    if squeeze is None:
+        squeeze = bool(_FLAGS.protocol and fields["resize"])
+    extractor = evaluation.feature_extractor(fields["features"], _FLAGS.weights)
+    return extractor, fields["inception_rule"], handling_of(fields), squeeze
 
 
 def make_reference() -> str:
     """The verb ref."""
     from liftplace_jax import data, evaluation
-    from liftplace_jax.evaluation.sides import open_images
+    from liftplace_jax.evaluation.sides import open_images, sizes_of
     from liftplace_jax.host import processes
     from liftplace_jax.host.files import check_writable
     from liftplace_jax.host.versions import versions
@@ -106,30 +153,32 @@ def make_reference() -> str:
     if out.suffix != ".npz" or not (is_in_bucket(out) or out.parent.is_dir()):
         raise ValueError(f"--out must be an .npz file in a folder that exists, got {out}")
     check_writable(out)
-    extractor = evaluation.feature_extractor(_FLAGS.features, _FLAGS.weights)
+    extractor, _, handling, squeeze = opened()
+    handling = handling.of_real
+    sizes = sizes_of(_FLAGS.image_size, handling, squeeze)
     path = on_this_machine(_FLAGS.data, "a folder of images")
     if path.is_dir():
         source = data.load_source(
-            "folder", _FLAGS.split, path=path, image_size=_FLAGS.image_size,
-            channels=extractor.image_shape[2] or 3,
-        )  # fmt: skip
+            "folder", _FLAGS.split, path=path, channels=extractor.image_shape[2] or 3, **sizes
+        )
     elif path.is_file():
-        source = open_images(path, extractor, _FLAGS.image_size)
+        source = open_images(path, extractor, _FLAGS.image_size, handling, squeeze)
     else:
         if _FLAGS.data.startswith(("/", ".", "~")):
             raise ValueError(f"there is no folder {path}")
-        source = data.load_source(
-            _FLAGS.data, _FLAGS.split, data_dir=_FLAGS.data_dir, image_size=_FLAGS.image_size
-        )
+        source = data.load_source(_FLAGS.data, _FLAGS.split, data_dir=_FLAGS.data_dir, **sizes)
     count = min(_FLAGS.num_images or len(source), len(source))
     check_count(count, extractor)
     info = {
         "extractor": extractor.name, **extractor.info, "label": extractor.label, "data": path.name,
-        "split": _FLAGS.split, "image_shape": list(source.image_shape), "count": count,
+        "split": _FLAGS.split, "image_shape": list(handling.shape(source.image_shape)),
+        "count": count,
     }  # fmt: skip
-    refuse_other(out, info, lambda: evaluation.load_reference(out).info)
+    info |= {"handling": handling.identity, "squeeze": squeeze} if handling else {}
+    if not _FLAGS.overwrite:
+        refuse_other(out, info, lambda: evaluation.load_reference(out).info)
     info["versions"] = versions()
-    samples = features_of(source, extractor, count)
+    samples = features_of(source, extractor, count, Look(handling))
     statistics = evaluation.statistics_of(samples)
     if processes.is_first():
         evaluation.save_reference(out, statistics, samples.features, info)
@@ -140,7 +189,7 @@ def make_reference() -> str:
 def generate() -> str:
     """The verb gen: one JSON file for each model."""
     from liftplace_jax import evaluation
-    from liftplace_jax.experiment.scoring import draw, model_folders, protocol
+    from liftplace_jax.experiment.scoring import compared, draw, model_folders, protocol
     from liftplace_jax.experiment.stages import open_experiment
     from liftplace_jax.families.loading import load_network
     from liftplace_jax.host import processes
@@ -149,9 +198,10 @@ def generate() -> str:
     from liftplace_jax.host.versions import versions
 
     workdir = as_path(_FLAGS.workdir)
-    extractor = evaluation.feature_extractor(_FLAGS.features, _FLAGS.weights)
-    check_count(_FLAGS.num_samples, extractor)
-    context = open_experiment(read_config(workdir), workdir, claim=False)
+    config = read_config(workdir)
+    features = config.evaluation.features
+    check_count(_FLAGS.num_samples, evaluation.feature_extractor(features, _FLAGS.weights))
+    context = open_experiment(config, workdir, claim=False)
     folders = model_folders(context)
     if _FLAGS.model is not None:
         if _FLAGS.model not in folders:
@@ -163,7 +213,8 @@ def generate() -> str:
     for title, stem in stems.items():
         for suffix in (".json", ".npz") if _FLAGS.save_npz else (".json",):
             check_writable(out / (stem + suffix))
-        refuse_other_json(out / f"{stem}.json", {"model": title, "protocol": wanted})
+        if not _FLAGS.overwrite:
+            refuse_other_json(out / f"{stem}.json", {"model": title, "protocol": wanted})
     networks = {
         title: load_network(folder, hint="finish the run first", params=_FLAGS.params)
         for title, folder in folders.items()
@@ -174,9 +225,7 @@ def generate() -> str:
         keep = fields.num_samples if _FLAGS.save_npz else 0
         with progress(title, fields.num_samples, unit="image") as bar:
             samples, rate = draw(context, network, bar, clip=fields.clip, keep_images=keep)
-        scores = evaluation.score(
-            context.judge.real, samples, k=fields.neighbours, allow_few=_FLAGS.allow_few
-        )
+        scores = compared(context, samples)
         result = scores | {
             "model": title, "images_per_second": rate, "versions": versions(), "protocol": wanted,
         }  # fmt: skip
@@ -207,7 +256,9 @@ def read_config(workdir: Path):
         "num_samples": _FLAGS.num_samples, "batch_size": _FLAGS.batch_size, "curve_every": 0,
         "clip": None, "allow_few": _FLAGS.allow_few,
     }  # fmt: skip
-    changes |= {name: _FLAGS[name].value for name in ("seed", "guidance") if _FLAGS[name].present}
+    given = ("seed", "guidance", "clip_model", "prompts", "repeat_prompts")
+    changes |= {name: _FLAGS[name].value for name in given if _FLAGS[name].present}
+    changes |= protocol_fields()
     found["evaluation"] |= changes
     # Nothing is trained: any devices will do.
     found["mesh"] = {"data": -1, "fsdp": 1}
@@ -222,30 +273,55 @@ def calculate() -> str:
     from liftplace_jax.host.files import check_writable, write_json
     from liftplace_jax.host.versions import versions
 
-    extractor = evaluation.feature_extractor(_FLAGS.features, _FLAGS.weights)
+    extractor, rule, handling, squeeze = opened()
     if _FLAGS.out:
         check_writable(_FLAGS.out)
-    images, reference = (
-        open_side(path, extractor, _FLAGS.image_size) for path in (_FLAGS.images, _FLAGS.ref)
-    )
+    size = _FLAGS.image_size
+    # What is saved as JPEG first is so before it is squeezed.
+    squeezed = squeeze and not handling.jpeg_before
+    images = open_side(_FLAGS.images, extractor, size, handling, squeezed)
+    reference = open_side(_FLAGS.ref, extractor, size, handling.of_real, squeeze)
     wanted = {
-        "images": Path(_FLAGS.images).name, "image_size": _FLAGS.image_size,
-        "images_of": images.name,
+        "images": Path(_FLAGS.images).name, "image_size": size, "images_of": images.name,
         "protocol": {"extractor": extractor.name, **extractor.info, "reference": reference.name,
-                     "precision": "float32"},
+                     "precision": "float32", "inception_rule": rule},
     }  # fmt: skip
-    if _FLAGS.out:
+    if handling:
+        wanted["protocol"] |= {"handling": handling.identity, "squeeze": squeeze}
+    look = look_at(images, handling)
+    if look.clip:
+        wanted["protocol"] |= {"clip_model": look.clip.identity, "prompts": look.identity}
+    if _FLAGS.out and not _FLAGS.overwrite:
         refuse_other_json(as_path(_FLAGS.out), wanted)
     for side in (images, reference):
         check_side(side, extractor)
-    generated = side_features(images, extractor, generated=True)
-    real = side_features(reference, extractor)
-    scores = evaluation.score(real, generated, allow_few=_FLAGS.allow_few, extractor=extractor)
+    generated = side_features(images, extractor, look, generated=True)
+    real = side_features(reference, extractor, Look(handling.of_real))
+    scores = evaluation.score(
+        real, generated, allow_few=_FLAGS.allow_few, extractor=extractor, inception_rule=rule
+    )
     notes = [side.source.note for side in (images, reference) if side.source and side.source.note]
     result = scores | wanted | {"notes": notes, "versions": versions()}
     if _FLAGS.out and processes.is_first():
         write_json(_FLAGS.out, result)
     return summary(scores)
+
+
+def look_at(side, handling: Handling) -> Look:
+    """How a side's images are looked at: handled, and with --clip_model beside their prompts."""
+    from liftplace_jax import evaluation
+    from liftplace_jax.evaluation.sides import prompts_of
+    from liftplace_jax.experiment.texts import read_prompts
+
+    if not _FLAGS.clip_model:
+        return Look(handling)
+    if side.source is None:
+        raise ValueError(f"{_FLAGS.images} has statistics alone: a CLIP score needs images")
+    clip = evaluation.load_clip(_FLAGS.clip_model)
+    prompts = prompts_of(
+        side.source, _FLAGS.images, _FLAGS.prompts, read_prompts, _FLAGS.repeat_prompts
+    )
+    return Look.of(handling, clip, prompts)
 
 
 def check_side(side, extractor) -> None:
@@ -266,29 +342,29 @@ def check_side(side, extractor) -> None:
         processes.say_once(f"{file}: statistics alone, so there is no precision, recall or KID")
 
 
-def side_features(side, extractor, generated: bool = False):
+def side_features(side, extractor, look: Look, generated: bool = False):
     """`Samples` of a side, or a `Reference`."""
     from liftplace_jax.evaluation.sides import with_rows
 
     if side.source is None:
         return side.statistics
-    samples = features_of(side.source, extractor, len(side.source), generated)
+    samples = features_of(side.source, extractor, len(side.source), look, generated)
     return with_rows(side.statistics, samples) if side.statistics else samples
 
 
-def features_of(source, extractor, limit: int, generated: bool = False):
+def features_of(source, extractor, limit: int, look: Look, generated: bool = False):
     """`Samples` of the images of a `Source`, over all devices, with progress."""
     from liftplace_jax import evaluation
     from liftplace_jax.host import sharding
     from liftplace_jax.host.progress import progress
 
-    extractor.check_shape(source.image_shape)
+    extractor.check_shape(look.handling.shape(source.image_shape))
     bar = progress(source.name, limit, unit="image")
     try:
         return evaluation.reference(
             source, extractor, batch_size=_FLAGS.batch_size, limit=limit,
             sharding=sharding.batch_sharding(sharding.make_mesh({"data": -1})),
-            progress=lambda done: bar.update(done - bar.n), generated=generated,
+            progress=lambda done: bar.update(done - bar.n), generated=generated, look=look,
         )  # fmt: skip
     finally:
         bar.close()
@@ -303,41 +379,14 @@ def check_count(count: int, extractor, where: str = "") -> None:
         )
 
 
-def refuse_other_json(path: Path, wanted: dict[str, Any]) -> None:
-    """`refuse_other` of a JSON file."""
-    refuse_other(path, json.loads(json.dumps(wanted)), lambda: json.loads(path.read_text()))
-
-
-def refuse_other(path: Path, wanted: dict[str, Any], read: Callable[[], Any]) -> None:
-    """Raises a ValueError if a result is there that was made in another way, or anything else.
-
-    Args:
-      path: of the result.
-      wanted: what the new result will say of how it was made.
-      read: what the old one says.
-    """
-    from liftplace_jax.host.differences import differences
-
-    if _FLAGS.overwrite or not path.exists():
-        return
-    advice = "choose another --out, delete it, or add --overwrite"
-    try:
-        found = {key: value for key, value in dict(read()).items() if key in wanted}
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no result of this command: {advice}") from error
-    lines = differences(found, wanted)
-    if lines:
-        raise ValueError(
-            f"{path} holds a result of another protocol ({'; '.join(lines)}): {advice}"
-        )
-
-
 def summary(scores: dict[str, Any]) -> str:
     """A line of the scores."""
     from liftplace_jax.experiment.scoring import SCORES
 
-    named = {"frechet": scores["label"], "sfid": "sFID", "kid": "KID"}
-    shown = [name for name in SCORES if name in scores and not name.endswith("_std")]
+    named = {
+        "frechet": scores["label"], "sfid": "sFID", "kid": "KID", "clip_score": "CLIP score",
+    }  # fmt: skip
+    shown = [name for name in SCORES if name in scores and not name.endswith(("_std", "_error"))]
     values = ", ".join(f"{named.get(name, name)} {scores[name]:.4g}" for name in shown)
     count = scores["num_samples"]
     return f"{values} ({'statistics of a file' if count is None else f'{count:,} images'})"

@@ -138,7 +138,7 @@ def test_files_of_prompts(tmp_path, name, content, expected):
 
 def prompts_of(texts, negative=""):
     conditioning = Text(WIDTH).bound(texts.encoding)
-    return Prompts(tuple(PROMPTS), texts, conditioning, negative, {})
+    return Prompts(tuple(PROMPTS), texts, conditioning, negative, {}, repeats=True)
 
 
 def test_sample_i_has_prompt_i_and_guidance_its_null(texts):
@@ -220,7 +220,7 @@ def config(pipeline):
     config.text.update(folder=str(pipeline), dropout=0.25)
     config.evaluation.update(
         prompts=str(pipeline / "prompts.txt"), guidance=2.0, clip=None, num_samples=8, batch_size=8,
-        sample_steps=2, features=None, negative_prompt="the digit nine",
+        sample_steps=2, features=None, negative_prompt="the digit nine", repeat_prompts=True,
     )  # fmt: skip
     return config
 
@@ -260,6 +260,8 @@ def test_from_teacher_to_report(config, pipeline, captioned, tmp_path):
     ({"text.folder": "/nowhere"}, "config.text.folder: /nowhere: no config.json of a CLIP text"),
     ({"evaluation.prompts": None}, "config.evaluation.prompts must be set"),
     ({"evaluation.prompts": "/nowhere.txt"}, "config.evaluation.prompts: /nowhere.txt: no such"),
+    ({"evaluation.repeat_prompts": False}, "config.evaluation.num_samples 8 is more than the 3 "),
+    ({"evaluation.clip_model": "/nowhere"}, "config.evaluation.clip_model: /nowhere: no config"),
     ({"evaluation.guidance": 1.0}, "config.evaluation.negative_prompt needs config.evaluation.gu"),
     ({"model.context_dim": 12}, "encoder of states of width 16, config.model takes 12"),
     ({"model.pooled_dim": 12}, "encoder of pooled vectors of width 8, config.model takes 12"),
@@ -280,6 +282,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(config, tmp_path, change
     ("text.folder", None, "config.text.folder is for networks that are told texts"),
     ("evaluation.prompts", "prompts.txt", "config.evaluation.prompts is for networks that are"),
     ("evaluation.negative_prompt", "blur", "config.evaluation.negative_prompt is for networks"),
+    ("evaluation.clip_model", "emoji", "config.evaluation.clip_model is for networks that are"),
 ])  # fmt: skip
 def test_texts_of_a_network_that_is_told_none(pipeline, tmp_path, field, value, message):
     config = tiny_config.get_config()

@@ -51,13 +51,16 @@ def find_metadata(folder: Path, root: Path) -> list[Path]:
     return []
 
 
-def read_captions(folder: Path, root: Path, files: Sequence[str]) -> list[str]:
+def read_captions(
+    folder: Path, root: Path, files: Sequence[str], table: Path | None = None
+) -> list[str]:
     """The captions of a folder's pictures; counts on stderr what is empty or very long.
 
     Args:
       folder: where the pictures are; its metadata.csv or metadata.jsonl names them relative to it.
       root: of all splits, whose metadata names the pictures of each relative to it; or `folder`.
       files: the pictures, relative to `folder`, sorted.
+      table: instead, a metadata file that lies elsewhere and names pictures relative to `folder`.
 
     Returns:
       A caption of each of `files`.
@@ -65,11 +68,11 @@ def read_captions(folder: Path, root: Path, files: Sequence[str]) -> list[str]:
     Raises:
       ValueError: captions that are missing, broken or doubtful; names the file and its line.
     """
-    metadata = find_metadata(folder, root)
+    metadata = [table] if table else find_metadata(folder, root)
     if len(metadata) > 1:
         raise ValueError(f"{metadata[0].parent} has both {' and '.join(METADATA)}: keep one")
     if metadata:
-        found, remarks = _of_metadata(metadata[0], folder)
+        found, remarks = _of_metadata(metadata[0], folder, "." if table else None)
         captions, where = _matched(metadata[0], folder, found, files), metadata[0].name
     else:
         captions, where, remarks = _beside(folder, files), "the .txt files beside them", []
@@ -212,12 +215,15 @@ def _matched(
     return [found[file.replace(os.sep, "/")][1] for file in files]
 
 
-def _of_metadata(metadata: Path, folder: Path) -> tuple[dict[str, tuple[int, str]], list[str]]:
+def _of_metadata(
+    metadata: Path, folder: Path, place: str | None = None
+) -> tuple[dict[str, tuple[int, str]], list[str]]:
     """({name relative to `folder`: (line, caption)}, remarks) of a metadata file.
 
-    Those of other folders, which the metadata of all splits names too, are not in it.
+    Those of other folders, which the metadata of all splits names too, are not in it. `place` is
+    how it names the folder, where that is not the way from the one to the other.
     """
-    place = folder.relative_to(metadata.parent).as_posix()
+    place = place or folder.relative_to(metadata.parent).as_posix()
     found: dict[str, tuple[int, str]] = {}
     ignored: set[str] = set()
     try:

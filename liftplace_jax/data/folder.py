@@ -146,20 +146,24 @@ class ImageFolder:
         label = self.classes.index(Path(self._files[index]).parts[0]) if self.classes else 0
         return {"image": read_pixels(file, self._mode), "label": label, "file": str(file)}
 
-    def captions(self):
+    def captions(self, table=None):
         """A caption of each image, a list of str; see `read_captions`.
+
+        Args:
+          table: as of `read_captions`.
 
         Raises:
           ValueError: there are none, or some are missing, broken or doubtful.
         """
-        return read_captions(self._root, self._top, self._files)
+        return read_captions(self._root, self._top, self._files, table)
 
-    def note(self, crop=None, image_size=None):
+    def note(self, crop=None, image_size=None, resize="bilinear"):
         """One line of all that was guessed or left out and will be converted; empty if nothing.
 
         Args:
           crop: as of `Source`.
           image_size: as of `Source`.
+          resize: as of `Source`.
 
         Raises:
           ValueError: images that the crop does not fit, or of mixed sizes that will not become one.
@@ -170,12 +174,12 @@ class ImageFolder:
         if converted:
             said.append(f"converted to {mode_name(self._mode)}: {', '.join(converted)}")
         said += [f"{number:,} {change}" for change, number in sorted(self._changes.items())]
-        said += self._sizes_said(crop, image_size)
+        said += self._sizes_said(crop, image_size, resize)
         if said and self._looked < len(self):
             said.append(f"numbers are of {self._looked:,} that were looked at")
         return f"{self._root}: {len(self):,} images; {'; '.join(said)}" if said else ""
 
-    def _sizes_said(self, crop, image_size):
+    def _sizes_said(self, crop, image_size, resize):
         def check(fits, wanted):
             bad = [(n, size, file) for size, (n, file) in self._sizes.items() if not fits(size)]
             if bad:
@@ -197,7 +201,8 @@ class ImageFolder:
             return []
         oblong = sum(n for (w, h), (n, _) in self._sizes.items() if w != h)
         small = sum(n for size, (n, _) in self._sizes.items() if min(size) < image_size)
-        said = [f"{oblong:,} not square, cropped to the centre"] if oblong else []
+        how = "squeezed" if resize == "squeeze" else "cropped to the centre"
+        said = [f"{oblong:,} not square, {how}"] if oblong else []
         return said + ([f"{small:,} smaller than {image_size}, enlarged"] if small else [])
 
     def fingerprint(self):

@@ -75,7 +75,7 @@ def load_source(
         )  # fmt: skip
         source.without_classes = records.without_classes
         source.read_captions = records.captions
-        source.note = records.note(crop, image_size)
+        source.note = records.note(crop, image_size, resize)
         if source.note:
             processes.say_once(source.note)
         return source

@@ -23,7 +23,10 @@ from liftplace_jax.data.unpacking import unpack_images
 
 MEMORY_MB = 256
 _EPOCHS = threading.Lock()
-RESIZES = {"bilinear": Image.Resampling.BILINEAR, "adm": Image.Resampling.BICUBIC}
+RESIZES = {
+    "bilinear": Image.Resampling.BILINEAR, "adm": Image.Resampling.BICUBIC,
+    "squeeze": Image.Resampling.BICUBIC,
+}  # fmt: skip
 
 
 class Source(Columned):
@@ -78,9 +81,10 @@ class Source(Columned):
           num_classes: number of classes, or None: all labels are then 0.
           crop: optional (left, upper, right, lower) in pixels, cut out first.
           image_size: optional side of the result: the shorter side is resized to it, then the
-            centre is cropped.
+            centre is cropped, unless `resize` squeezes.
           resize: how, of RESIZES: "bilinear" (antialiased), or "adm", as ADM and DiT prepare
-            ImageNet: halved by averaging while twice as large, then bicubic.
+            ImageNet: halved by averaging while twice as large, then bicubic; or "squeeze": nothing
+            is cropped, both sides are resized to it (bicubic, antialiased), as BK-SDM does.
           classes: names of the classes, if known.
           memory_mb: splits that take less decoded, in MiB, are kept in memory.
           fingerprint: optional () -> dict of JSON types that tells these records from others of
@@ -204,6 +208,8 @@ def _crop_and_resize(image, crop, size, resize):
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     if crop:
         picture = picture.crop(crop)
+    if size and resize == "squeeze":
+        picture = picture.resize((size, size), RESIZES[resize])
     if size and picture.size != (size, size):
         while resize == "adm" and min(picture.size) >= 2 * size:
             halved = picture.width // 2, picture.height // 2

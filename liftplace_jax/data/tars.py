@@ -114,12 +114,17 @@ class ImageTars(ImageFolder):
     def _place(self, file):
         return self._places[file]
 
-    def captions(self):
+    def captions(self, table=None):
         """A caption of each image, a list of str.
 
+        Args:
+          table: none: the captions are in the tar files.
+
         Raises:
-          ValueError: there are none, or some are missing or broken.
+          ValueError: there are none, or some are missing or broken; or there is a table.
         """
+        if table:
+            raise ValueError(f"{self._root} has captions in its tar files: leave {table} out")
         lacking = [m for m, text in zip(self._images, self._texts, strict=True) if text is None]
         if lacking:
             others = f" (and {len(lacking) - 1:,} others have none)" if len(lacking) > 1 else ""

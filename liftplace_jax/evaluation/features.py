@@ -12,7 +12,7 @@ from safetensors import safe_open
 from liftplace_jax.encoders.clip import load_image_encoder
 from liftplace_jax.encoders.shipped import find_shipped, read_record
 from liftplace_jax.evaluation.extractor import Extractor
-from liftplace_jax.evaluation.inception_features import PROTOCOLS, inception_extractor
+from liftplace_jax.evaluation.inception_features import BOTH, PROTOCOLS, inception_extractor
 
 DIGIT_WEIGHTS = "digit_features.safetensors"
 
@@ -91,7 +91,7 @@ def _without_weights(make):
 
 # Name -> function (name, file of weights or None) -> Extractor.
 _SHIPPED = {"digits": _without_weights(_digits), "emoji": _without_weights(_emoji)}
-FEATURES = _SHIPPED | dict.fromkeys(PROTOCOLS, inception_extractor)
+FEATURES = _SHIPPED | dict.fromkeys([*PROTOCOLS, *BOTH], inception_extractor)
 
 
 def feature_extractor(name, weights=None):

@@ -29,6 +29,9 @@ PROTOCOLS = {
     "inception": ("FID", "tensorflow1", 128.0, 128.0),
     "inception_pytorch_fid": ("FID (resized as pytorch-fid)", "half_pixel", 127.5, 127.5),
 }
+# Name -> protocols of the features, and of the logits: FID by pytorch-fid and Inception Score by
+# torch-fidelity, as BK-SDM reports them. The network sees every image twice.
+BOTH = {"inception_bk_sdm": ("inception_pytorch_fid", "inception")}
 
 
 @functools.lru_cache(maxsize=2)
@@ -36,7 +39,7 @@ def inception_extractor(name: str, path: str | os.PathLike | None) -> Extractor:
     """The extractor of a protocol.
 
     Args:
-      name: one of PROTOCOLS.
+      name: one of PROTOCOLS or BOTH.
       path: file of the network's weights.
 
     Raises:
@@ -50,20 +53,28 @@ def inception_extractor(name: str, path: str | os.PathLike | None) -> Extractor:
             "torch-fidelity: ports of the same network"
         )
     graphdef, params = load_inception(path)
-    label, style, zero, scale = PROTOCOLS[name]
+    of_features, of_logits = BOTH.get(name, (name, name))
+
+    def find(params, images, protocol):
+        _, style, zero, scale = PROTOCOLS[protocol]
+        pixels = (images + 1) * 127.5
+        if images.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
+            pixels = resize_bilinear(pixels, (IMAGE_SIZE, IMAGE_SIZE), style)
+        return nnx.merge(graphdef, params)((pixels - zero) / scale)
 
     def apply(params, images):
         with jax.default_matmul_precision("highest"):
-            pixels = (images + 1) * 127.5
-            if images.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
-                pixels = resize_bilinear(pixels, (IMAGE_SIZE, IMAGE_SIZE), style)
-            found = nnx.merge(graphdef, params)((pixels - zero) / scale)
-        return {"features": found["pool"], "spatial": found["spatial"], "logits": found["logits"]}
+            found = find(params, images, of_features)
+            other = found if of_logits == of_features else find(params, images, of_logits)
+        return {"features": found["pool"], "spatial": found["spatial"], "logits": other["logits"]}
 
+    styles = [PROTOCOLS[protocol][1] for protocol in (of_features, of_logits)]
+    also = f" (of the logits {styles[1]})" if styles[0] != styles[1] else ""
     return Extractor(
-        name=name, label=label, dim=DIMS["pool"],
+        name=name, label=PROTOCOLS[of_features][0], dim=DIMS["pool"],
         image_shape=(None, None, 3), apply=apply, params=params,
-        info={"weights": Path(path).name, "resize": f"bilinear, {style}, to {IMAGE_SIZE}"},
+        info={"weights": Path(path).name,
+              "resize": f"bilinear, {styles[0]}{also}, to {IMAGE_SIZE}"},
     )  # fmt: skip
 
 

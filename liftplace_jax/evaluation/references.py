@@ -41,6 +41,7 @@ class Reference:
       info: what made it; "extractor" and "count" if known.
       digest: SHA-256 of its file, to name it in results.
       logits: (M, classes) of its images, or None: then no Inception Score where it is compared.
+      cosines: (M,) of its images and their prompts, or None: then no CLIP score.
     """
 
     statistics: Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -48,6 +49,7 @@ class Reference:
     info: Mapping[str, Any]
     digest: str
     logits: np.ndarray | None = None
+    cosines: np.ndarray | None = None
 
 
 def save_reference(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+from collections import deque
 from collections.abc import Mapping
 
 import jax
@@ -12,11 +13,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from liftplace_jax.data import eval_batches
+from liftplace_jax.data.unpacking import unpack_images
 from liftplace_jax.evaluation.frechet import Moments, moments_update, moments_zero
 from liftplace_jax.host.sharding import placed_ahead
 
 MOMENTS = ("features", "spatial")  # kinds of outputs whose moments are kept
 ROWS = ("features", "logits")  # kinds that are kept as they are
+COSINES = "cosines"  # another one, of images and their prompts
 REFERENCE_ROWS = 10_000  # of real features, for precision, recall and KID
 
 
@@ -27,10 +30,11 @@ class Samples:
     Attributes:
       moments: `Moments` of the features.
       features: (N, D) float32 NumPy array; of real images the first REFERENCE_ROWS.
-      images: the first images, (M, H, W, C) uint8 NumPy array.
+      images: the first images, (M, H, W, C) uint8 NumPy array, as they were looked at.
       extractor: the `Extractor` that made the features; None: there are none, D = 0.
       spatial: `Moments` of the spatial features, or None if the extractor has none.
       logits: (N, classes) float32 NumPy array, or None likewise.
+      cosines: (N,) float32 NumPy array, as of `clip_score`, or None: no prompts were looked at.
     """
 
     moments: Moments
@@ -39,6 +43,7 @@ class Samples:
     extractor: object
     spatial: Moments | None = None
     logits: np.ndarray | None = None
+    cosines: np.ndarray | None = None
 
 
 def to_uint8(images):
@@ -58,8 +63,10 @@ def collect(
     keep_images=0,
     condition=None,
     progress=None,
+    look=None,
 ):
-    """Draws samples and gathers their features, in one compiled program a batch.
+    """Draws samples and gathers their features, in one compiled program a batch; or in two, where
+    the host handles images between them.
 
     Sample i is drawn from the key fold_in(seed, i): it depends neither on the batch size nor on
     the number of devices or processes. Images stay on the devices unless they are kept.
@@ -77,6 +84,8 @@ def collect(
       keep_images: number of images to return.
       condition: optional pytree of (N, ...) arrays, handed to `sample_fn` after the keys.
       progress: optional function called with the number of samples done.
+      look: optional `Look`, what is done to images before they are looked at, and what at beside
+        the features. While the host handles a batch, the devices draw the next one.
 
     Returns:
       `Samples` of exactly `num_samples` samples.
@@ -87,7 +96,8 @@ def collect(
     check_batch(batch_size, sharding)
     if num_samples < 1:
         raise ValueError(f"num_samples must be positive, got {num_samples}")
-    apply, extractor_params = _apply(extractor, sharding)
+    # Where the host handles images, the first of the two programs finds nothing.
+    apply, extractor_params = _apply(None if look else extractor, sharding)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
     shape = jax.eval_shape(sample_fn, params, keys).shape
     for leaf in jax.tree.leaves(condition):
@@ -104,13 +114,42 @@ def collect(
                        batch_size=batch_size)  # fmt: skip
 
     starts = range(0, num_samples, batch_size)
-    limits = dict.fromkeys(ROWS, num_samples)
-    return _gather(batch, starts, shape, extractor, sharding, keep_images, limits, progress)
+    limits = dict.fromkeys((*ROWS, COSINES), num_samples)
+    if not look:
+        return _gather(batch, starts, shape, extractor, sharding, keep_images, limits, progress)
+    batches = _handled(_drawn(batch, starts, num_samples, sharding), look, sharding)
+    shape = (batch_size, *look.handling.shape(shape[1:]))
+    add = _adding(extractor, sharding, look)
+    return _gather(add, batches, shape, extractor, sharding, keep_images, limits, progress)
+
+
+def _drawn(draw, starts, count, sharding):
+    """Batches of samples as NumPy, this process's part: "image", "index" and "mask"."""
+    moments, under_way = jax.device_put(_no_moments(None, ()), replicated(sharding)), deque()
+
+    def fetched(first, finite, mask, pixels):
+        _check_finite(np.asarray(finite), np.asarray(mask), first)
+        positions, rows = {}, {}
+        for shard in pixels.addressable_shards:  # replicas are the same
+            start = shard.index[0].start or 0
+            rows[start] = np.asarray(shard.data)
+            positions[start] = first + start + np.arange(len(rows[start]))
+        order = sorted(rows)
+        index = np.concatenate([positions[start] for start in order])
+        images = np.concatenate([rows[start] for start in order])
+        return {"image": images, "index": index.astype(np.int32), "mask": index < count}
+
+    for first in starts:
+        (moments, _, finite, mask), pixels = draw(moments, first, True)
+        under_way.append((first, finite, mask, pixels))
+        if len(under_way) > 1:
+            yield fetched(*under_way.popleft())
+    yield fetched(*under_way.popleft())
 
 
 def reference(
     source, extractor, *, batch_size, limit=None, sharding=None, keep_images=0, progress=None,
-    generated=False,
+    generated=False, look=None,
 ):  # fmt: skip
     """Features of real images, or of generated ones that were saved.
 
@@ -124,6 +163,7 @@ def reference(
       progress: optional function called with the number of images done.
       generated: whether they are generated images: then, as in `collect`, the rows of all are
         kept, and their logits.
+      look: optional `Look`, as of `collect`.
 
     Returns:
       `Samples` of exactly `limit` images.
@@ -132,16 +172,29 @@ def reference(
       ValueError: sizes that do not fit.
     """
     check_batch(batch_size, sharding)
+    shape = (batch_size, *(look.handling.shape if look else tuple)(source.image_shape))
+    batches = eval_inputs(source, batch_size, limit, sharding, look)
+    limits = {"features": REFERENCE_ROWS}
+    if generated:
+        limits = dict.fromkeys((*ROWS, COSINES), len(source))
+    add = _adding(extractor, sharding, look)
+    return _gather(add, batches, shape, extractor, sharding, keep_images, limits, progress)
+
+
+def _adding(extractor, sharding, look):
+    """(moments, batch, keep) -> as `_add`; images that it keeps beside."""
     apply, extractor_params = _apply(extractor, sharding)
 
     def add(moments, batch, keep):
         program = _real_program(apply, sharding, keep)
-        return program(extractor_params, moments, batch["image"], batch["mask"])
+        (moments, rows, *rest), pixels = program(
+            extractor_params, moments, batch["image"], batch["mask"]
+        )
+        if look and look.clip:
+            rows[COSINES] = look.clip.cosines(batch["clip"], batch["text"], sharding)
+        return (moments, rows, *rest), pixels
 
-    shape = (batch_size, *source.image_shape)
-    batches = eval_inputs(source, batch_size, limit, sharding)
-    limits = dict.fromkeys(ROWS, len(source)) if generated else {"features": REFERENCE_ROWS}
-    return _gather(add, batches, shape, extractor, sharding, keep_images, limits, progress)
+    return add
 
 
 def _apply(extractor, sharding):
@@ -218,11 +271,7 @@ def _gather(batch, items, shape, extractor, sharding, keep_images, limits, progr
     for item in items:
         (moments, new, finite, mask), pixels = batch(moments, item, done < keep_images)
         finite, mask = np.asarray(finite), np.asarray(mask)
-        if not finite[mask].all():
-            raise ValueError(
-                f"image {done + int(np.argmin(finite[mask]))} or its features have non-finite "
-                "values"
-            )
+        _check_finite(finite, mask, done)
         for kind in new.keys() & limits.keys():
             if done < limits[kind]:
                 values = np.asarray(new[kind])[mask][: limits[kind] - done]
@@ -237,8 +286,15 @@ def _gather(batch, items, shape, extractor, sharding, keep_images, limits, progr
     images = np.concatenate([np.zeros((0, *shape[1:]), np.uint8), *kept])
     return Samples(
         moments["features"], rows["features"], images, extractor, moments.get("spatial"),
-        rows.get("logits"),
+        rows.get("logits"), rows.get(COSINES),
     )  # fmt: skip
+
+
+def _check_finite(finite, mask, done):
+    if not finite[mask].all():
+        raise ValueError(
+            f"image {done + int(np.argmin(finite[mask]))} or its features have non-finite values"
+        )
 
 
 def _no_moments(extractor, shape):
@@ -275,17 +331,36 @@ def check_batch(batch_size, sharding):
             raise ValueError(f"batch_size {batch_size} is not a multiple of its {shards} shards")
 
 
-def eval_inputs(source, batch_size, limit, sharding):
-    """Evaluation batches as networks see them: whole on each process, or split over all of them."""
-    unpack = _unpacking(source.unpack)
-    if sharding is None:
-        batches = eval_batches(
-            source, batch_size=batch_size, limit=limit, process_index=0, process_count=1
-        )
-    else:
-        batches = placed_ahead(eval_batches(source, batch_size=batch_size, limit=limit), sharding)
-    with contextlib.closing(batches):
+def eval_inputs(source, batch_size, limit, sharding, look=None):
+    """Evaluation batches as networks see them: whole on each process, or split over all of them.
+
+    Handled on the host first, where a `Look` says how.
+    """
+    alone = {"process_index": 0, "process_count": 1} if sharding is None else {}
+    batches = eval_batches(source, batch_size=batch_size, limit=limit, **alone)
+    batches = look.handled(batches) if look else batches
+    unpack, placed = _unpacking(source.unpack), batches
+    if sharding is not None:
+        placed = placed_ahead(batches, sharding)
+    with contextlib.closing(placed):
+        for batch in placed:
+            yield unpack(batch)
+
+
+def _handled(drawn, look, sharding):
+    """Batches of `_drawn` as networks see them.
+
+    They are drawn by the thread that also runs what finds their features: processes must start
+    programs in one order.
+    """
+    unpack = _unpacking(unpack_images)
+    with contextlib.closing(look.handled(drawn)) as batches:
         for batch in batches:
+            if sharding is not None:
+                batch = {
+                    name: jax.make_array_from_process_local_data(sharding, value)
+                    for name, value in batch.items()
+                }
             yield unpack(batch)
 
 

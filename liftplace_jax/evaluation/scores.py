@@ -4,8 +4,14 @@ from typing import Any
 
 import numpy as np
 
+from liftplace_jax.evaluation.clip_score import clip_score
 from liftplace_jax.evaluation.frechet import Moments, frechet_distance, statistics
-from liftplace_jax.evaluation.metrics import inception_score, kernel_distance, precision_recall
+from liftplace_jax.evaluation.metrics import (
+    INCEPTION_RULES,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from liftplace_jax.evaluation.references import Reference
 
 NEIGHBOUR_ROWS = 10_000  # of each side, as the ADM evaluator's reference batches have
@@ -28,7 +34,7 @@ def statistics_of(samples, *, allow_few=False):
     return {k: statistics(m, allow_few=allow_few) for k, m in moments.items() if m is not None}
 
 
-def score(real, generated, *, k=5, allow_few=False, extractor=None):
+def score(real, generated, *, k=5, allow_few=False, extractor=None, inception_rule="adm"):
     """Compares generated samples with real ones.
 
     Args:
@@ -37,11 +43,13 @@ def score(real, generated, *, k=5, allow_few=False, extractor=None):
       k: neighbours of precision and recall, which look at the first 10,000 of each side.
       allow_few: accept fewer samples than feature dimensions.
       extractor: what made the features, where `generated` is a file's.
+      inception_rule: a name of INCEPTION_RULES, how the Inception Score splits the samples.
 
     Returns:
       {"label": what "frechet" is called, "frechet", "num_samples", "num_reference" (None if a file
       does not say)}; with spatial features on both
-      sides "sfid"; with logits "inception_score" and its "_std"; with features on both sides
+      sides "sfid"; with logits "inception_score" and its "_std"; with cosines what `clip_score`
+      says; with features on both sides
       "precision", "recall", "density", "coverage", "k", "kid", "kid_std" and "kid_subset" (at most
       1,000).
 
@@ -70,7 +78,9 @@ def score(real, generated, *, k=5, allow_few=False, extractor=None):
     if "spatial" in theirs and "spatial" in ours:
         result["sfid"] = frechet_distance(*theirs["spatial"], *ours["spatial"])
     if getattr(generated, "logits", None) is not None:
-        result |= inception_score(generated.logits)
+        result |= inception_score(generated.logits, **INCEPTION_RULES[inception_rule])
+    if getattr(generated, "cosines", None) is not None:
+        result |= clip_score(generated.cosines)
     if real.features is not None and generated.features is not None:
         result |= _with_rows(real.features, generated.features, k)
     return result

@@ -112,6 +112,7 @@ def _check_choices(config):
         "distill.weight.name": WEIGHTS,
         "distill.weight.direction": DIRECTIONS,
         "evaluation.features": (None, *evaluation.FEATURES),
+        "evaluation.inception_rule": evaluation.INCEPTION_RULES,
         "evaluation.dtype": DTYPES,
         "evaluation.precision": PRECISIONS,
         "latents.decode_dtype": DTYPES,
@@ -216,6 +217,13 @@ def _check_evaluation(config):
                 f"config.evaluation.curve_every {every} is no multiple of config.{room}.log_every "
                 f"{config[room].log_every}"
             )
+    splits = evaluation.INCEPTION_RULES[config.evaluation.inception_rule].get("splits", 1)
+    if config.evaluation.features and config.evaluation.num_samples < splits:
+        raise ValueError(
+            f"config.evaluation.num_samples {config.evaluation.num_samples} must be at least "
+            f"{splits}, the splits of config.evaluation.inception_rule="
+            f"{config.evaluation.inception_rule}"
+        )
     if config.evaluation.clip is not None and config.latents.autoencoder:
         raise ValueError("config.evaluation.clip is for pixels: latents have no range, unset")
     if config.evaluation.neighbours >= config.evaluation.num_samples:

@@ -157,7 +157,8 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
         dict(features="digits", num_samples=1024, batch_size=256, sample_steps=50,
              skip_type="uniform", eta=0.0, steps_offset=0, set_alpha_to_one=True, seed=12345,
              neighbours=5, clip=None, curve_every=0, curve_samples=256, guidance=1.0,
-             allow_few=False, dtype="float32", precision="highest")
+             allow_few=False, dtype="float32", precision="highest", jpeg_before=0, jpeg=0,
+             inception_rule="adm", repeat_prompts=False)
     )  # fmt: skip
     # A name of the process' samplers; default: its usual one, "ddim" or "euler", also where
     # process.kind changes later.
@@ -171,11 +172,18 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     # nothing; the report says so.
     # Channels that classifier-free guidance acts on; default: all of the mean. DiT published 3.
     config.evaluation.guidance_channels = config_dict.placeholder(int)
+    # What is done to samples before they are looked at (see `evaluation.handling`, whose BK_SDM are
+    # these fields as published): saved as JPEG of a quality (0: not), squeezed to a size, saved
+    # again. Real images of the training data are, too, but for jpeg_before.
+    config.evaluation.resize = config_dict.placeholder(int)
+    # inception_rule: how the Inception Score splits samples, a name of evaluation.INCEPTION_RULES.
     # Of networks that are told texts: a file of one prompt a line, or a table (.csv) with a column
-    # "text"; or "captions": those of data.test_split. Sample i has prompt i mod their number;
-    # guidance leads away from negative_prompt.
+    # "text"; or "captions": those of data.test_split. Sample i has prompt i, with repeat_prompts
+    # prompt i mod their number; guidance leads away from negative_prompt.
     config.evaluation.prompts = config_dict.placeholder(str)
     config.evaluation.negative_prompt = ""
+    # A folder of transformers' CLIPModel, or "emoji": samples and their prompts get a CLIP score.
+    config.evaluation.clip_model = config_dict.placeholder(str)
     # File of the extractor's weights, where it does not ship with them (the Inception ones).
     config.evaluation.weights = config_dict.placeholder(str)
     # Reference statistics, of liftplace_jax.evaluate ref, pytorch-fid or ADM; default: the training

@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from liftplace_jax.evaluation.handling import RANGES as RANGES_OF_HANDLING
 from liftplace_jax.experiment.configuration import default_config, under
 from liftplace_jax.families.registry import family_named
 from liftplace_jax.host.ranges import COUNT, SHARE, SIDE, Range, factor, positive, whole
@@ -46,7 +47,7 @@ EVALUATION = {
     "curve_samples": whole(2),
     "guidance": factor(1000.0, why="it multiplies what the network predicts"),
     "guidance_channels": whole(1, SIDE, optional=True),
-}
+} | RANGES_OF_HANDLING
 RANGES: dict[str, Range] = {
     "seed": SEED,
     "seeds": whole(0, many=True),

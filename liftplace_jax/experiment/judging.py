@@ -15,10 +15,12 @@ from liftplace_jax import data, evaluation
 from liftplace_jax.conditioning import Shown
 from liftplace_jax.diffusion import Process
 from liftplace_jax.encoders.autoencoder_folder import Decoder
+from liftplace_jax.evaluation.handling import Handling, Look, handling_of, said_of_reference
 from liftplace_jax.evaluation.samples import replicated
 from liftplace_jax.evaluation.sampling import Sampler, make_sampler
+from liftplace_jax.experiment.configuration import under
 from liftplace_jax.experiment.texts import Prompts
-from liftplace_jax.host import sharding
+from liftplace_jax.host import processes, sharding
 from liftplace_jax.host.progress import progress
 from liftplace_jax.nn import building, frozen
 from liftplace_jax.nn.model_config import DenoiserConfig
@@ -63,13 +65,37 @@ class Judge:
         if self.extractor is None:
             return None
         if self.fields.reference:
-            return evaluation.load_reference(self.fields.reference)
+            reference = evaluation.load_reference(self.fields.reference)
+            if said := said_of_reference(self.handling.of_real, reference.info):
+                processes.say_once(f"{self.fields.reference}: {said}")
+            return reference
         images = self.train_images()
         with progress("reference", len(images), unit="image") as bar:
             return evaluation.reference(
                 images, self.extractor, batch_size=self.fields.batch_size,
                 sharding=self.batch_sharding, progress=lambda done: bar.update(done - bar.n),
+                look=Look(self.handling.of_real),
             )  # fmt: skip
+
+    @property
+    def handling(self) -> Handling:
+        """What is done to samples before they are looked at."""
+        return handling_of(self.fields)
+
+    @functools.cached_property
+    def clip(self) -> evaluation.ClipScorer | None:
+        """What finds how well samples fit their prompts; None if no model is named."""
+        if not self.fields.clip_model:
+            return None
+        with under("evaluation.clip_model: "):
+            return evaluation.load_clip(self.fields.clip_model)
+
+    @functools.cached_property
+    def look(self) -> Look:
+        """How samples are looked at, beside the extractor's features."""
+        if not self.clip:
+            return Look(self.handling)
+        return Look.of(self.handling, self.clip, self.prompts.prompts)
 
     def sampler(self, network: Network, clip: float | None = None) -> Sampler:
         """The config's sampler of a network; see `make_sampler`, and `placed_params`."""
@@ -148,7 +174,10 @@ class Judge:
         return made
 
     def curve(self, network: Network) -> Callable[[Any], float]:
-        """Parameters -> Frechet distance of few samples, in float32 and in-graph."""
+        """Parameters -> Frechet distance of few samples, in float32 and in-graph.
+
+        Where the host handles samples, the distance alone is in-graph.
+        """
         fields, sample = self.fields, self.sampler(network)
         real = evaluation.moments_of(self.real)
         distance = jax.jit(evaluation.frechet_distance_in_graph)
@@ -161,6 +190,7 @@ class Judge:
                 sample, self._with_frozen(whole(params)), fields.curve_samples,
                 batch_size=fields.batch_size, extractor=self.extractor, seed=fields.seed,
                 sharding=self.batch_sharding, condition=self.condition(fields.curve_samples),
+                look=Look(self.handling),
             )  # fmt: skip
             return float(distance(real, samples.moments))
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from liftplace_jax.evaluation import INCEPTION_RULES
 from liftplace_jax.experiment.compressing import RECORD
 from liftplace_jax.experiment.conclusion import conclude, spread
 from liftplace_jax.experiment.context import Context
@@ -31,7 +32,8 @@ from liftplace_jax.training.metrics_io import read_metrics
 FILES = ("report.json", "report.md", "samples.png", "curves.png", "groups.png")
 MEASURES = (
     "frechet", "precision", "recall", "frechet_clipped", "precision_clipped", "recall_clipped",
-    "output_error", "images_per_second", "train_seconds",
+    "inception_score", "clip_score", "clip_score_error", "output_error", "images_per_second",
+    "train_seconds",
 )  # fmt: skip
 SMOKE = 500  # fewer samples than this say little
 Report = dict[str, Any]  # the content of report.json
@@ -225,6 +227,7 @@ def _protocol(context: Context, summary: list[dict[str, Any]]) -> list[str]:
     ]
     if context.judge.prompts:
         lines.append(_prompts(context.judge.prompts.identity, evaluation))
+    lines += _looks(context, summary)
     if any(row["images_per_second"] is not None for row in summary):
         lines.append(
             f"Images/s: drawn at batch {evaluation.batch_size}"
@@ -254,6 +257,8 @@ def _cells(summary: list[dict[str, Any]]) -> list[list[str]]:
         "Frechet": lambda row: spread(row, "frechet", ".1f"),
         "precision": lambda row: spread(row, "precision", ".3f"),
         "recall": lambda row: spread(row, "recall", ".3f"),
+        "IS": lambda row: spread(row, "inception_score", ".2f"),
+        "CLIP score": lambda row: spread(row, "clip_score", ".4f"),
         "Frechet, clipped": lambda row: spread(row, "frechet_clipped", ".1f"),
         "output error": lambda row: spread(row, "output_error", ".4f"),
         "images/s": lambda row: spread(
@@ -297,13 +302,33 @@ def _sampling(context: Context) -> str:
 
 
 def _prompts(identity: Mapping[str, Any], evaluation: Any) -> str:
+    count = identity["count"]
     away = f"; guidance leads away from {evaluation.negative_prompt!r}"
     return (
-        f"Prompts: {identity['count']} of {identity['file']} (SHA-256 {identity['sha256'][:12]}), "
-        f"sample i has prompt i mod {identity['count']}"
+        f"Prompts: {count} of {identity['file']} (SHA-256 {identity['sha256'][:12]}), "
+        f"sample i has prompt i{f' mod {count}' if evaluation.repeat_prompts else ''}"
         f"{away if evaluation.negative_prompt else ''}. Text encoder: "
         f"{identity['text']['encoder']['name']} ({identity['text']['encoder']['sha256'][:12]})."
     )
+
+
+def _looks(context: Context, summary: list[dict[str, Any]]) -> list[str]:
+    """How samples are looked at beside their features."""
+    judge, rule, lines = context.judge, context.config.evaluation.inception_rule, []
+    if judge.handling:
+        lines.append(f"Samples are looked at {judge.handling}.")
+    if any(row["inception_score"] is not None for row in summary):
+        splits = ", ".join(f"{k} {v}" for k, v in INCEPTION_RULES[rule].items())
+        lines.append(f"IS: Inception Score, as {rule} splits ({splits}).")
+    errors = [e for row in summary if (e := row["clip_score_error"]) is not None]
+    if judge.clip:
+        image = judge.clip.identity["image"]
+        lines.append(
+            "CLIP score: mean cosine of samples' and prompts' projected features by "
+            f"{image['name']} ({image['sha256'][:12]}), without a factor"
+            + (f"; standard error {max(errors):.2g}" if errors else "") + "."
+        )  # fmt: skip
+    return lines
 
 
 def _guidance(evaluation: Any) -> str:

@@ -33,7 +33,7 @@ KEPT_IMAGES = 64
 CLASS_ROWS, CLASS_COLUMNS = 4, 10
 SCORES = (
     "frechet", "sfid", "inception_score", "inception_score_std", "kid", "kid_std", "precision",
-    "recall", "density", "coverage",
+    "recall", "density", "coverage", "clip_score", "clip_score_error",
 )  # fmt: skip
 
 
@@ -123,11 +123,13 @@ def protocol(context: Context, params: str = "ema") -> dict[str, Any]:
         del found["prompts"], found["negative_prompt"]
     if context.judge.extractor:
         found["extractor"] = dict(context.judge.extractor.info)
+    if context.judge.clip:
+        found["clip_model"] = context.judge.clip.identity
     return found
 
 
 def _sample_scores(context, title, network) -> tuple[dict[str, Any], dict[str, Any]]:
-    fields, real = context.config.evaluation, context.judge.real
+    fields = context.config.evaluation
     variants = {"": None} | ({"_clipped": fields.clip} if fields.clip else {})
     total = fields.num_samples * len(variants)
     result, images = {}, {}
@@ -136,14 +138,22 @@ def _sample_scores(context, title, network) -> tuple[dict[str, Any], dict[str, A
             samples, rate = draw(context, network, bar, clip=clip, keep_images=KEPT_IMAGES)
             if not suffix:
                 result["images_per_second"] = rate
-            if real:
-                scores = evaluation.score(
-                    real, samples, k=fields.neighbours, allow_few=fields.allow_few
-                )
-                values = {name + suffix: scores[name] for name in SCORES if name in scores}
-                result |= values if suffix else scores
+            scores = compared(context, samples)
+            values = {name + suffix: scores[name] for name in SCORES if name in scores}
+            result |= values if suffix else scores
             images[f"images{suffix}"] = samples.images
     return result, images | _shown_images(context, network)
+
+
+def compared(context: Context, samples: evaluation.Samples) -> dict[str, Any]:
+    """Samples against what is real, and against their prompts, as far as the config says how."""
+    fields, real = context.config.evaluation, context.judge.real
+    if real is not None:
+        return evaluation.score(
+            real, samples, k=fields.neighbours, allow_few=fields.allow_few,
+            inception_rule=fields.inception_rule,
+        )  # fmt: skip
+    return {} if samples.cosines is None else evaluation.clip_score(samples.cosines)
 
 
 def _shown_images(context: Context, network: Network) -> dict[str, Any]:
@@ -199,6 +209,7 @@ def draw(
         fields.num_samples, batch_size=fields.batch_size, extractor=context.judge.extractor,
         seed=fields.seed, sharding=context.batch_sharding, keep_images=keep_images,
         condition=context.judge.condition(fields.num_samples), progress=update,
+        look=context.judge.look,
     )  # fmt: skip
     return samples, _rate(fields, ends)
 

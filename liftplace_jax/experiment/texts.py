@@ -79,7 +79,7 @@ def with_captions(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompts:
-    """What samples of a network that is told texts are drawn with: sample i has prompt i mod N.
+    """What samples of a network that is told texts are drawn with: sample i has prompt i.
 
     Attributes:
       prompts: N texts.
@@ -87,6 +87,7 @@ class Prompts:
       conditioning: of their token ids; data may have another one, of states.
       negative: what guidance leads away from.
       identity: of the file, and of all of these, as JSON types.
+      repeats: whether sample i has prompt i mod N, so that there may be more samples than prompts.
     """
 
     prompts: tuple[str, ...]
@@ -94,6 +95,7 @@ class Prompts:
     conditioning: Conditioning
     negative: str
     identity: Mapping[str, Any]
+    repeats: bool = False
 
     @functools.cached_property
     def frozen(self) -> dict[str, Any]:
@@ -101,7 +103,12 @@ class Prompts:
         return {"text": self.texts.frozen(self.negative, (TOKENS,))}
 
     def condition(self, count: int) -> Any:
-        """Of samples 0..count - 1, with NumPy arrays."""
+        """Of samples 0..count - 1, with NumPy arrays.
+
+        Raises:
+          ValueError: there are fewer prompts, and they do not repeat.
+        """
+        self.check("count", count)
         places = np.arange(count) % len(self.prompts)
         return {name: value[places] for name, value in self._all.items()}
 
@@ -109,6 +116,15 @@ class Prompts:
     def _all(self) -> dict[str, np.ndarray]:
         ids = self.texts.tokenizer.encode(self.prompts)
         return {name: np.asarray(v) for name, v in self.conditioning.of({TOKENS: ids}).items()}
+
+    def check(self, name: str, count: int) -> None:
+        """Raises a ValueError if there are not so many prompts, and they do not repeat."""
+        if count > len(self.prompts) and not self.repeats:
+            raise ValueError(
+                f"{name} {count} is more than the {len(self.prompts)} prompts of "
+                f"{self.identity.get('file')}: draw no more, or let prompts repeat "
+                "(config.evaluation.repeat_prompts, --repeat_prompts)"
+            )
 
     def shown(self, most: int) -> Shown:
         """Some of them, evenly spaced: neighbours of a sorted list are alike."""
@@ -141,7 +157,7 @@ def open_prompts(
     """
     fields = config.evaluation
     if texts is None:
-        for field in ("prompts", "negative_prompt"):
+        for field in ("prompts", "negative_prompt", "clip_model"):
             if fields[field]:
                 raise ValueError(
                     f"config.evaluation.{field} is for networks that are told texts: unset it, or "
@@ -168,7 +184,13 @@ def open_prompts(
         "text": texts.identity,
     }  # fmt: skip
     conditioning = model.conditioning.bound(texts.encoding)
-    return Prompts(tuple(prompts), texts, conditioning, fields.negative_prompt, identity)
+    found = Prompts(
+        tuple(prompts), texts, conditioning, fields.negative_prompt, identity,
+        fields.repeat_prompts,
+    )  # fmt: skip
+    for name in ("num_samples", *(["curve_samples"] if fields.curve_every else [])):
+        found.check(f"config.evaluation.{name}", fields[name])
+    return found
 
 
 def _captions_of(source: data.Source) -> list[str]:

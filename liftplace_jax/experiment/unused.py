@@ -90,5 +90,9 @@ _USES: dict[str, tuple[Callable[[ConfigDict], bool], str]] = {
         lambda c: c.evaluation.curve_every > 0, "an evaluation.curve_every above 0",
     ),
     "evaluation.weights": (lambda c: bool(c.evaluation.features), "evaluation.features"),
+    "evaluation.inception_rule": (lambda c: bool(c.evaluation.features), "evaluation.features"),
+    "evaluation.repeat_prompts": (
+        lambda c: bool(c.evaluation.prompts), "evaluation.prompts",
+    ),
 }  # fmt: skip
 """Field, or room -> (whether a config uses it, of what it is)."""
