@@ -22,7 +22,7 @@ from typing import Any
 
 from absl import flags
 
-from liftplace_jax.evaluation.handling import BK_SDM, Handling, Look, handling_of
+from liftplace_jax.evaluation.handling import BK_SDM, Handling, Look, handling_of, said_of_reference
 from liftplace_jax.evaluation.metrics import INCEPTION_RULES
 from liftplace_jax.experiment.fields import EVALUATION
 from liftplace_jax.host.buckets import as_path, is_in_bucket, make_folder, on_this_machine
@@ -294,7 +294,7 @@ def calculate() -> str:
     if _FLAGS.out and not _FLAGS.overwrite:
         refuse_other_json(as_path(_FLAGS.out), wanted)
     for side in (images, reference):
-        check_side(side, extractor)
+        check_side(side, extractor, handling.of_real)
     generated = side_features(images, extractor, look, generated=True)
     real = side_features(reference, extractor, Look(handling.of_real))
     scores = evaluation.score(
@@ -324,7 +324,7 @@ def look_at(side, handling: Handling) -> Look:
     return Look.of(handling, clip, prompts)
 
 
-def check_side(side, extractor) -> None:
+def check_side(side, extractor, handling: Handling) -> None:
     """Raises a ValueError for a side that cannot be compared; says what it will be taken for."""
     from liftplace_jax import evaluation
     from liftplace_jax.host import processes
@@ -334,6 +334,8 @@ def check_side(side, extractor) -> None:
         return
     file = side.name["file"]
     evaluation.check_reference(side.statistics, extractor, NEIGHBOURS)
+    if said := said_of_reference(handling, side.statistics.info):
+        processes.say_once(f"{file}: {said}")
     if side.source:
         if len(side.source) <= NEIGHBOURS:
             raise ValueError(f"{file}: arr_0 has {len(side.source)} images, want {NEIGHBOURS + 1}")

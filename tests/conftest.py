@@ -52,6 +52,14 @@ def golden():
 
 
 @pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A folder of transformers' CLIPModel, tokenizer and processor, tiny and random."""
+    from tiny_clip import write_clip
+
+    return write_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
 def bucket():
     """ "gs://bucket", empty at first; also for programs that tests start."""
     import bucket

@@ -10,48 +10,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from torch_unet import randomise
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from tiny_clip import LENGTH, PROMPTS, SIZE, processor
+from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from liftplace_jax import evaluation, weights
 from liftplace_jax.encoders.clip import CLIPVisionConfig, load_image_encoder, load_text_encoder
 from liftplace_jax.encoders.clip.preparing import load_preparation
-from liftplace_jax.encoders.tokenizer import train_tokenizer
 from liftplace_jax.host import sharding
 
-PROMPTS = ["a red cat", "two blue dogs on a green field " * 4, "", "cat"]
-LENGTH, SIZE = 8, 14
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, (4, 18, 18, 3), dtype=np.uint8)
-
-
-def processor(**changes):
-    sizes = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
-    return CLIPImageProcessorPil(**sizes | changes)
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    """A folder of transformers' CLIPModel, tokenizer and processor, tiny and random."""
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = train_tokenizer(folder, PROMPTS, 540, LENGTH)
-    shared = {
-        "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-        "num_attention_heads": 3, "projection_dim": 12,
-    }  # fmt: skip
-    text = shared | {
-        "vocab_size": tokenizer.vocab_size, "max_position_embeddings": LENGTH,
-        "eos_token_id": tokenizer.vocab_size - 1, "bos_token_id": tokenizer.vocab_size - 2,
-    }  # fmt: skip
-    vision = shared | {"image_size": SIZE, "patch_size": 4}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
-    model = CLIPModel(config).eval()
-    for part in model.children():
-        randomise(part)
-    model.save_pretrained(folder)
-    processor().save_pretrained(folder)
-    return folder
 
 
 def test_cosines_are_those_of_transformers(clip_folder):

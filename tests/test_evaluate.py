@@ -427,3 +427,141 @@ def test_mixed_sizes_and_empty_folders_are_refused(tmp_path):
         Image.new("RGB", (size, size)).save(tmp_path / f"{i}.png")
     with pytest.raises(ValueError, match="has shape"):
         data.load_source("folder", "all", path=tmp_path)
+
+
+# Images that are handled, and their prompts -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def told(home, sets):
+    """Pictures with prompts: "told" (metadata.csv), "told.npz", lists, and oblong pictures."""
+    images, folder = np.load(sets / "a.npz")["arr_0"], home / "told"
+    folder.mkdir()
+    prompts = [f"picture {index}, {'red cat' if index % 3 else 'two blue dogs'}"
+               for index in range(80)]  # fmt: skip
+    rows = [f'{index:02d}.png,"{prompt}"' for index, prompt in enumerate(prompts)]
+    for index, image in enumerate(images):
+        Image.fromarray(image[..., 0]).save(folder / f"{index:02d}.png")
+    (folder / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+    (home / "table.csv").write_text("\n".join(["file_name,text", *reversed(rows)]))
+    (home / "other.csv").write_text("\n".join(["file_name,text", *rows[:-1], "99.png,cat"]))
+    (home / "short.csv").write_text("\n".join(["file_name,text", *rows[:-1]]))
+    (home / "lines.txt").write_text("\n".join(prompts))
+    (home / "few.txt").write_text("\n".join(prompts[:3]))
+    (home / "oblong").mkdir()
+    for index in range(70):
+        size = (12 + index % 5, 20 - index % 7)
+        picture = Image.fromarray(images[index, ..., 0]).resize(size)
+        picture.save(home / "oblong" / f"{index:02d}.png")
+    return images, prompts
+
+
+HANDLED = ("--jpeg_before=90", "--resize=8", "--jpeg=75")
+
+
+def test_a_clip_score_is_of_handled_pictures_and_their_own_prompts(home, told, clip_folder):
+    images, prompts = told
+    clip, handling = evaluation.load_clip(clip_folder), evaluation.Handling(90, 8, 75)
+
+    def expected(prompts):
+        handled = [clip.preparation.picture(handling(image)) for image in images]
+        cosines = clip.cosines(np.stack(handled), clip.text_features(prompts))
+        return evaluation.clip_score(np.asarray(cosines))
+
+    common = ("--ref=ref.npz", DIGITS, f"--clip_model={clip_folder}", *HANDLED)
+    commands = {
+        "own": ("--images=told",), "table": ("--images=told", "--prompts=table.csv"),
+        "npz": ("--images=sets/a.npz", "--prompts=lines.txt", "--batch_size=24"),
+        "few": ("--images=sets/a.npz", "--prompts=few.txt", "--repeat_prompts"),
+    }  # fmt: skip
+    done = attempt(home, [("calc", *more, *common, f"--out=out/clip-{name}.json")
+                          for name, more in commands.items()])  # fmt: skip
+    for name, (code, text) in zip(commands, done, strict=True):
+        assert code == 0 and "CLIP score" in text, text
+        said = "its images were looked at as they are; those that fit the samples would" in text
+        assert said == (name == "own")  # once in a process
+        result = json.loads((home / "out" / f"clip-{name}.json").read_text())
+        found = expected([prompts[index % 3] for index in range(80)] if name == "few" else prompts)
+        for key, value in found.items():
+            assert result[key] == pytest.approx(value, abs=1e-6)
+        protocol = result["protocol"]
+        assert protocol["handling"] == handling.identity and not protocol["squeeze"]
+        assert protocol["prompts"]["count"] == (3 if name == "few" else 80)
+        assert protocol["clip_model"]["text"]["encoder"]["name"] == clip_folder.name
+        assert protocol["inception_rule"] == "adm"
+
+
+def test_real_images_of_any_size_are_squeezed(home, told):
+    options = ("--data=oblong", DIGITS, "--split=all", *HANDLED[1:])
+    commands = {
+        ("ref", *options, "--squeeze", "--out=squeezed.npz"): "64 not square, squeezed",
+        ("ref", *options, "--out=no.npz"): "image has shape",
+        ("ref", *options, "--squeeze", "--image_size=8", "--out=no.npz"): "give --squeeze with",
+        ("ref", "--data=oblong", DIGITS, "--squeeze", "--out=no.npz"): "give --squeeze with",
+        ("ref", *options, "--jpeg_before=75", "--out=no.npz"): "--jpeg_before is not for ref",
+        ("calc", "--images=sets/a.npz", "--ref=squeezed.npz", DIGITS, *HANDLED): "(80 images)",
+    }  # fmt: skip
+    for message, (code, text) in zip(commands.values(), attempt(home, commands), strict=True):
+        assert message in text, text
+        assert code == (2 if message.startswith(("image", "give", "--jpeg")) else 0)
+    assert "those that fit" not in text  # the reference was handled as it should be
+    found = evaluation.load_reference(home / "squeezed.npz")
+    assert found.info["handling"] == {"jpeg_before": 0, "resize": 8, "jpeg": 75}
+    assert found.info["squeeze"] and found.info["image_shape"] == [8, 8, 1]
+    handling = evaluation.Handling(resize=8, jpeg=75)
+    pictures = [np.asarray(Image.open(path))[..., None]
+                for path in sorted((home / "oblong").iterdir())]  # fmt: skip
+    handled = np.stack([handling(picture) for picture in pictures])
+    features = evaluation.feature_extractor("digits")(handled / 127.5 - 1)
+    np.testing.assert_allclose(found.features, features, rtol=1e-3, atol=1e-4)
+
+
+def test_prompts_that_are_of_other_images_are_refused(home, told, clip_folder):
+    clip, ref = f"--clip_model={clip_folder}", "--ref=ref.npz"
+    commands = {
+        ("--images=told", clip, "--prompts=other.csv"): "there is no picture '99.png' in told",
+        ("--images=told", clip, "--prompts=short.csv"): "79.png has no caption: short.csv does not",
+        ("--images=told", clip, "--prompts=lines.txt"): "lines.txt does not say which prompt is of",
+        ("--images=told", clip, "--prompts=no.csv"): "no.csv: no such file",
+        ("--images=sets/grey", clip): "sets/grey has no captions",
+        ("--images=sets/a.npz", clip): "sets/a.npz: its images have no names, so --prompts must be",
+        ("--images=sets/a.npz", clip, "--prompts=few.txt"):
+            "few.txt has 3 prompts, sets/a.npz has 80 images: they do not belong together (or say",
+        ("--images=sets/tiny.npz", clip, "--prompts=lines.txt", "--repeat_prompts", "--allow_few"):
+            "lines.txt has 80 prompts, sets/tiny.npz has 5 images: they do not belong together",
+        ("--images=sets/fid.npz", clip): "sets/fid.npz has statistics alone: a CLIP score needs im",
+        ("--images=told", "--prompts=table.csv"): "--prompts are for a CLIP score: name its --clip",
+        ("--images=told", "--clip_model=nowhere"): "nowhere: no config.json of a CLIP text model",
+    }  # fmt: skip
+    done = attempt(home, [("calc", ref, DIGITS, "--out=no.json", *more) for more in commands])
+    for message, (code, text) in zip(commands.values(), done, strict=True):
+        assert code == 2 and message in text and text.count("\n") == 1, text
+    assert not (home / "no.json").exists()
+
+
+def test_flags_of_the_protocol_take_the_place_of_the_configs_fields(home):
+    script = """
+import json, pathlib, sys
+from liftplace_jax import evaluate
+from liftplace_jax.host import flags as host_flags
+found = []
+for arguments in json.loads(sys.argv[1]):
+    for name in evaluate.flags.FLAGS:
+        evaluate.flags.FLAGS[name].unparse()
+    host_flags.parse_flags(["evaluate", *arguments], evaluate)
+    found.append(evaluate.read_config(pathlib.Path("run")).evaluation.to_dict())
+print(json.dumps(found))
+"""
+    given = [
+        [], ["--protocol=bk_sdm", "--jpeg_before=0", "--resize=0"], ["--jpeg=90", DIGITS],
+        ["--protocol=bk_sdm", DIGITS, "--inception_rule=adm", "--clip_model=c", "--prompts=p.txt",
+         "--repeat_prompts"],
+    ]  # fmt: skip
+    plain, two, one, four = json.loads(python(home, "-c", script, json.dumps(given)))
+    off = {"jpeg_before": 0, "resize": None, "jpeg": 0, "inception_rule": "adm"}
+    assert plain | off == plain and plain["features"] == "inception"
+    assert two | evaluation.BK_SDM | {"jpeg_before": 0, "resize": None} == two
+    assert one | off | {"jpeg": 90, "features": "digits"} == one
+    told = {"features": "digits", "inception_rule": "adm", "clip_model": "c", "prompts": "p.txt",
+            "repeat_prompts": True}  # fmt: skip
+    assert four | evaluation.BK_SDM | told == four

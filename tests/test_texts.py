@@ -13,7 +13,7 @@ import pytest
 import tiny_config
 from ml_collections import ConfigDict
 
-from liftplace_jax import data
+from liftplace_jax import data, evaluation
 from liftplace_jax.conditioning import Text, check_sources
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule
 from liftplace_jax.encoders.autoencoder_folder import write_random_autoencoder
@@ -253,6 +253,43 @@ def test_from_teacher_to_report(config, pipeline, captioned, tmp_path):
     )
     # The record of the importances was made with texts.
     assert len(json.loads((tmp_path / "pruned" / "layers.json").read_text())["scores"]) == 2
+
+
+def test_samples_are_scored_with_their_prompts_as_the_protocol_says(
+    config, pipeline, captioned, clip_folder, tmp_path
+):
+    """From JPEGs of half the size; the report and the result file name all of it."""
+    config = config.copy_and_resolve_references()
+    config.method = "no_kd"
+    config.evaluation.update(
+        clip_model=str(clip_folder), jpeg_before=60, resize=4, jpeg=75, num_samples=16,
+    )  # fmt: skip
+    run(config, tmp_path, "all")
+    for folder in (tmp_path / "teacher", *tmp_path.glob("student/*/seed0")):
+        result = json.loads((folder / "evaluation.json").read_text())
+        protocol = result["protocol"]
+        assert {name: protocol[name] for name in ("jpeg_before", "resize", "jpeg")} == {
+            "jpeg_before": 60, "resize": 4, "jpeg": 75,
+        }  # fmt: skip
+        assert protocol["repeat_prompts"] and protocol["inception_rule"] == "adm"
+        assert protocol["clip_model"]["image"]["name"] == clip_folder.name
+        assert protocol["clip_model"]["preparation"]["resample"] == "BICUBIC"
+        images = read_samples(folder)["images"]
+        assert images.shape == (16, 4, 4, 1)  # as they were looked at
+        clip = evaluation.load_clip(clip_folder)
+        pictures = np.stack([clip.preparation.picture(image) for image in images])
+        told = [PROMPTS[index % 3].strip() for index in range(16)]
+        cosines = np.asarray(clip.cosines(pictures, clip.text_features(told)))
+        expected = evaluation.clip_score(cosines)
+        for name, value in expected.items():
+            assert result[name] == pytest.approx(value, abs=1e-6)
+    report = (tmp_path / "report.md").read_text()
+    for words in (
+        "| CLIP score |", "Samples are looked at saved as JPEG of quality 60, then squeezed to 4x4",
+        "CLIP score: mean cosine of samples' and prompts' projected features by ",
+        f"{result['clip_score']:.4f}",
+    ):  # fmt: skip
+        assert words in report
 
 
 @pytest.mark.parametrize(("changes", "message"), [
