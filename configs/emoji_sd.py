@@ -46,7 +46,7 @@ def get_config(arg=None):
     config.evaluation.update(
         features="emoji", prompts="captions", guidance=2.0, num_samples=1024, batch_size=128,
         sampler="dpmpp_2m", sample_steps=20, skip_type="linspace", steps_offset=0,
-        set_alpha_to_one=True,
+        set_alpha_to_one=True, repeat_prompts=True, clip_model="emoji",
     )  # fmt: skip
     if args.runlocal:
         config.model.update(

@@ -128,7 +128,7 @@ def protocol_fields() -> dict[str, Any]:
     return found | ({"resize": found["resize"] or None} if "resize" in found else {})
 
 
-def opened() -> tuple[Any, str, Handling, bool]:
+def opened() -> tuple[Any, Any, Handling, bool]:
     """(extractor, rule of the Inception Score, handling, whether real images are squeezed)."""
     from liftplace_jax import evaluation
 

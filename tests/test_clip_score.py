@@ -15,6 +15,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from liftplace_jax import evaluation, weights
+from liftplace_jax.data.emoji import caption, emoji_pictures, emoji_table, split_indices
 from liftplace_jax.encoders.clip import CLIPVisionConfig, load_image_encoder, load_text_encoder
 from liftplace_jax.encoders.clip.preparing import load_preparation
 from liftplace_jax.host import sharding
@@ -182,3 +183,18 @@ def test_sample_i_is_scored_with_prompt_i_however_it_is_drawn(clip_folder):
     plain = drawn(None, False, 5)  # the same samples come out
     np.testing.assert_array_equal(plain.images, found.images)
     assert plain.cosines is None
+
+
+def test_the_embedded_pair_knows_emoji_by_their_captions():
+    table, pictures = emoji_table(), emoji_pictures()
+    chosen = split_indices(table)[1][::6]  # held out
+    texts = [caption(table[index]) for index in chosen]
+    clip = evaluation.load_clip("emoji")
+    prepared = np.stack([clip.preparation.picture(pictures[index]) for index in chosen])
+    features = clip.text_features(texts)
+    own, others = (
+        evaluation.clip_score(np.asarray(clip.cosines(prepared, np.roll(features, by, axis=0))))
+        for by in (0, 20)
+    )
+    assert own["clip_score"] > others["clip_score"] + 0.3
+    assert own["clip_score_error"] < 0.05

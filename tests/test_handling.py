@@ -195,8 +195,7 @@ def test_references_that_were_handled_otherwise_are_told_apart():
     handling = evaluation.Handling(resize=256, jpeg=75)
     ours = {"extractor": "inception", "handling": handling.identity}
     assert said_of_reference(handling, ours) == said_of_reference(handling, {}) == ""
-    said = said_of_reference(handling, {"extractor": "inception"})
-    assert said.startswith(
-        "its images were looked at as they are; those that fit the samples would"
-    )
-    assert "as they are" in said_of_reference(evaluation.Handling(), ours)
+    for info, other in (({}, handling), ({"handling": "none"}, handling), (ours, handling.of_real)):
+        said = said_of_reference(other, {"extractor": "inception"} | info)
+        assert bool(said) == (info is not ours)
+    assert "'jpeg': 75}, not {" in said_of_reference(evaluation.Handling(), ours)

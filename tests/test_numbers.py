@@ -31,8 +31,8 @@ NO_NUMBERS = (math.nan, math.inf, -math.inf, 1e30, 10**400, True, "1", {"a": 1})
 OPTIONAL = {
     "data.image_size", "data.crop", "compress.depth", "compress.learned.keep",
     "compress.learned.group", "distill.feature.mask_sigma", "distill.loss.eps", "evaluation.clip",
-    "evaluation.guidance_channels", "teacher.optimizer.grad_clip", "distill.optimizer.grad_clip",
-    "compress.learned.optimizer.grad_clip",
+    "evaluation.guidance_channels", "evaluation.resize", "teacher.optimizer.grad_clip",
+    "distill.optimizer.grad_clip", "compress.learned.optimizer.grad_clip",
 }  # fmt: skip
 SIGNED = {"process.logit_mean"}  # which may be below 0, in [-10, 10]
 

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from liftplace_jax.evaluation.clip_score import ClipScorer
+from liftplace_jax.host.outside import shown
 from liftplace_jax.host.ranges import SIDE, Range, whole
 
 BK_SDM: dict[str, Any] = {
@@ -30,8 +31,8 @@ BK_SDM: dict[str, Any] = {
     "inception_rule": "torch_fidelity",
 }  # fmt: skip
 """Fields of config.evaluation, each of which can be set otherwise. Real images: `evaluate ref`
-with --protocol=bk_sdm. Of the rest of the protocol see configs for Stable Diffusion: 30,000 prompts
-of MS-COCO, PNDM in 25 steps, guidance 7.5."""
+with --protocol=bk_sdm, of all 40,504 of MS-COCO's val2014. The rest of the protocol: 30,000 of its
+captions as prompts, PNDM in 25 steps, guidance 7.5, CLIP ViT-g/14 of LAION as clip_model."""
 RANGES: dict[str, Range] = {
     "jpeg_before": whole(0, 100, why="of a JPEG's qualities"),
     "resize": whole(1, SIDE, optional=True),
@@ -130,10 +131,13 @@ def said_of_reference(handling: Handling, info: Mapping[str, Any]) -> str:
     """
     if "extractor" not in info:
         return ""
-    found = Handling(**info.get("handling", {}))
-    if found == handling:
+    found = info.get("handling", AS_THEY_ARE.identity)
+    if found == handling.identity:
         return ""
-    return f"its images were looked at {found}; those that fit the samples would be {handling}"
+    return (
+        f"its images were handled otherwise than those that fit the samples: {shown(found)}, not "
+        f"{handling.identity}"
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -166,7 +170,7 @@ class Look:
     def __bool__(self) -> bool:
         return bool(self.handling) or self.clip is not None
 
-    def handled(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def handled(self, batches: Generator[dict[str, Any], None, None]) -> Generator[dict[str, Any]]:
         """Batches as networks see them.
 
         Args:
@@ -183,7 +187,7 @@ class Look:
         ):
             for batch in batches:
                 images, more = list(pool.map(self.handling, batch["image"])), {}
-                if self.clip:
+                if self.clip is not None and self.texts is not None:
                     pictures = list(pool.map(self.clip.preparation.picture, images))
                     rows = self.texts[np.asarray(batch["index"]) % len(self.texts)]
                     more = {"clip": np.stack(pictures), "text": rows}

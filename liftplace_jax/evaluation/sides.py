@@ -5,6 +5,7 @@ Files are those of the ADM evaluator (`arr_0` uint8 images, perhaps with `mu`, `
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -102,7 +103,7 @@ def open_images(path, extractor, image_size=None, handling=AS_THEY_ARE, squeeze=
     return source
 
 
-def sizes_of(image_size, handling, squeeze):
+def sizes_of(image_size, handling, squeeze) -> dict[str, Any]:
     """What a `Source` takes as "image_size" and "resize"; arguments as of `open_images`.
 
     Raises:

@@ -93,7 +93,7 @@ class Judge:
     @functools.cached_property
     def look(self) -> Look:
         """How samples are looked at, beside the extractor's features."""
-        if not self.clip:
+        if self.clip is None or self.prompts is None:
             return Look(self.handling)
         return Look.of(self.handling, self.clip, self.prompts.prompts)
 

@@ -65,20 +65,14 @@ class Preparation:
         picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
         picture = picture.convert(_MODES[len(self.mean)])
         if self.resize:
-            picture = picture.resize(self._size(picture), self.resample)
+            size = _size(picture, self.resize)
+            picture = picture.resize(size, Image.Resampling(self.resample))
         if self.crop:
             left, top = ((side - self.crop) // 2 for side in picture.size)
             if min(left, top) < 0:
                 raise ValueError(f"a picture of {picture.size} has no crop of {self.crop}")
             picture = picture.crop((left, top, left + self.crop, top + self.crop))
         return np.asarray(picture).reshape(picture.height, picture.width, len(self.mean))
-
-    def _size(self, picture: Image.Image) -> tuple[int, int]:
-        if not isinstance(self.resize, int):
-            return self.resize[::-1]
-        short = min(picture.size)
-        width, height = (int(self.resize * side / short) for side in picture.size)
-        return width, height
 
     def scaled(self, pictures: jax.Array) -> jax.Array:
         """What the tower takes of pictures (B, H', W', C) uint8: float32. In-graph."""
@@ -90,6 +84,15 @@ class Preparation:
         """What it does, as JSON types."""
         found = dataclasses.asdict(self) | {"resample": Image.Resampling(self.resample).name}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
+
+
+def _size(picture: Image.Image, resize: int | tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of a picture after resizing."""
+    if not isinstance(resize, int):
+        return resize[1], resize[0]
+    short = min(picture.size)
+    width, height = (int(resize * side / short) for side in picture.size)
+    return width, height
 
 
 def load_preparation(path: str | os.PathLike, vision: CLIPVisionConfig) -> Preparation:
