@@ -1,5 +1,9 @@
 """Samplers of Stable Diffusion and of flows: diffusers' schedulers, stored and run live."""
 
+import json
+import re
+
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -183,6 +187,82 @@ def test_flows_are_sampled_as_by_diffusers(method, peer, shift, steps):
     fields = ConfigDict(dict(sampler=method, sample_steps=steps, skip_type="diffusers"))
     evaluations = 2 * steps - 1 if method == "heun" else steps
     assert flow.sampling(fields) == {"evaluations": evaluations, "shift": shift}
+
+
+def scheduler_of(process, **fields):
+    """diffusers' scheduler of a process and a sampler, none of whose fields it passes over."""
+    usual = dict(skip_type="uniform", steps_offset=0, set_alpha_to_one=True, eta=0.0)
+    described = process.scheduler(ConfigDict(usual | fields))
+    peer = getattr(diffusers, described["_class_name"])
+    config = {key: value for key, value in described.items() if key != "_class_name"}
+    made, unknown = peer.from_config(config, return_unused_kwargs=True)
+    assert not unknown
+    written = json.loads(made.to_json_string())
+    assert not process.misfits(described) and not process.misfits(written)
+    return made
+
+
+@pytest.mark.parametrize("fields", [
+    dict(sampler="pndm", set_alpha_to_one=False, **STABLE),
+    dict(sampler="ddim", set_alpha_to_one=False, **STABLE),
+    dict(sampler="ddim"),
+    dict(sampler="ddim", skip_type="trailing"),
+    dict(sampler="dpmpp_2m", **STABLE),
+    dict(sampler="dpmpp_2m", skip_type="linspace"),
+], ids=lambda fields: "-".join(map(str, fields.values())))  # fmt: skip
+@pytest.mark.parametrize("process", [
+    V, GaussianDiffusion(beta_schedule("cosine", 1000), "x0"),
+    GaussianDiffusion(beta_schedule("sigmoid", 1000)),
+], ids=["v", "x0-cosine", "sigmoid"])  # fmt: skip
+def test_schedulers_that_are_written_sample_as_we_do(process, fields):
+    if fields["sampler"] == "pndm" and process.prediction == "x0":
+        with pytest.raises(ValueError, match="does not know networks that predict x0"):
+            scheduler_of(process, **fields)
+        return
+    scheduler = scheduler_of(process, **fields)
+    np.testing.assert_allclose(scheduler.alphas_cumprod, process.alphas_cumprod, rtol=1e-4)
+    expected, _ = diffusers_sample(scheduler, 10)
+    usual = dict(skip_type="uniform", steps_offset=0, set_alpha_to_one=True, eta=0.0)
+    sampler = process.sampler(ConfigDict(usual | fields | {"sample_steps": 10}))
+    sample = jax.jit(lambda x: sampler(lambda x, t: NETWORK[jnp](x, t.astype(jnp.float32)), x))
+    close(sample(START), expected, 1e-4)
+
+
+def test_schedulers_of_other_processes():
+    scheduler = scheduler_of(
+        GaussianDiffusion(BETAS, variance="learned_range"), sampler="ancestral"
+    )
+    assert scheduler.config.variance_type == "learned_range"
+    for sampler in ("euler", "heun"):
+        assert scheduler_of(Flow(shift=3.0), sampler=sampler).config.shift == 3.0
+    with pytest.raises(ValueError, match="skip_type 'quad': no scheduler of diffusers has it"):
+        scheduler_of(EPSILON, sampler="ddim", skip_type="quad")
+    with pytest.raises(ValueError, match="unknown sampler 'euler'"):
+        scheduler_of(EPSILON, sampler="euler")
+    with pytest.raises(ValueError, match="unknown sampler 'ddim'"):
+        scheduler_of(Flow(), sampler="ddim")
+
+
+@pytest.mark.parametrize("process, scheduler, message", [
+    (EPSILON, OF_STABLE | {"prediction_type": "v_prediction"},
+     r"prediction_type 'v_prediction' \('v'\), config.process.prediction is 'epsilon': set conf"),
+    (V, OF_STABLE, r"prediction_type 'epsilon' \('epsilon'\), config.process.prediction is 'v'"),
+    (EPSILON, OF_STABLE | {"prediction_type": ["v"]}, "prediction_type .*v"),
+    (EPSILON, {}, "beta_schedule 'linear', beta_start 0.0001, beta_end 0.02: its betas differ"),
+    (EPSILON, OF_STABLE | {"beta_end": 0.0121}, "beta_end 0.0121: its betas differ"),
+    (EPSILON, OF_STABLE | {"beta_schedule": "laplace"}, "beta_schedule 'laplace'"),
+    (EPSILON, OF_STABLE | {"trained_betas": [0.1, 0.2]}, "trained_betas: its betas differ"),
+    (EPSILON, OF_STABLE | {"beta_start": "little"}, "beta_start 'little'"),
+    (EPSILON, OF_STABLE | {"num_train_timesteps": 999}, "999, config.process.num_timesteps is 10"),
+    (EPSILON, OF_STABLE | {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True"),
+    (EPSILON, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is of a flow: .*kind=flow"),
+    (EPSILON, OF_STABLE | {"use_flow_sigmas": True}, "is of a flow"),
+    (Flow(), {"_class_name": "DDIMScheduler"}, "'DDIMScheduler' is of a Gaussian process"),
+    (Flow(num_timesteps=20), {"_class_name": "FlowMatchHeunDiscreteScheduler"}, "timesteps 1000"),
+])  # fmt: skip
+def test_schedulers_of_another_training_are_told(process, scheduler, message):
+    (misfit,) = process.misfits(scheduler)
+    assert re.search(message, misfit), misfit
 
 
 @pytest.mark.parametrize("name, options, message", [

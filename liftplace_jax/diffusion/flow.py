@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from liftplace_jax.diffusion import schedulers
 from liftplace_jax.diffusion.process import (
     Noise,
     Predict,
@@ -189,6 +190,14 @@ class Flow:
             method=_known(fields.sampler),
             clip=None if clip is None or not np.isfinite(clip) else clip,
         )  # fmt: skip
+
+    def scheduler(self, fields: Any) -> dict[str, Any]:
+        """As of `Process.scheduler`."""
+        return schedulers.flow_scheduler(self, fields)
+
+    def misfits(self, scheduler: Mapping[str, Any]) -> list[str]:
+        """As of `Process.misfits`."""
+        return schedulers.flow_misfits(self, scheduler)
 
     def levels(self, steps: int, skip_type: str = "uniform") -> np.ndarray:
         """Where the steps of a sampler start, and where the last one ends.

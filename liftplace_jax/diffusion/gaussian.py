@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from liftplace_jax.diffusion import samplers, variational
+from liftplace_jax.diffusion import samplers, schedulers, variational
 from liftplace_jax.diffusion.process import check_same_shape, count_evaluations, mirrored
 from liftplace_jax.diffusion.tables import ReverseSteps, beta_schedule, reverse_steps, take
 
@@ -244,6 +244,14 @@ class GaussianDiffusion:
         if clip is not None:
             options["clip"] = clip if np.isfinite(clip) else None
         return functools.partial(sample, process=self, steps=fields.sample_steps, **options)
+
+    def scheduler(self, fields: Any) -> dict[str, Any]:
+        """As of `Process.scheduler`."""
+        return schedulers.gaussian_scheduler(self, fields)
+
+    def misfits(self, scheduler: Mapping[str, Any]) -> list[str]:
+        """As of `Process.misfits`."""
+        return schedulers.gaussian_misfits(self, scheduler)
 
     def antithetic_timesteps(self, key: jax.Array, batch: int) -> jax.Array:
         """(batch,) int32 uniform timesteps; the second half mirrors the first, T - 1 - t.

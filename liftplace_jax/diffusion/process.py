@@ -119,6 +119,24 @@ class Process(Protocol):
         """
         ...
 
+    def scheduler(self, fields: Any) -> dict[str, Any]:
+        """The scheduler_config.json of diffusers' scheduler that samples as `sampler` does.
+
+        Args:
+          fields: config.evaluation; the number of steps is no part of it.
+
+        Raises:
+          ValueError: diffusers has no such sampler; names the field.
+        """
+
+    def misfits(self, scheduler: Mapping[str, Any]) -> list[str]:
+        """What keeps a network that was made for a scheduler of diffusers from being of this
+        process: a line for each of its fields that says something else, such as the prediction.
+
+        Args:
+          scheduler: the content of its scheduler_config.json; absent fields have its defaults.
+        """
+
 
 def count_evaluations(sample: Callable[..., Any], outputs: int = 1) -> int:
     """How often a sampler calls its network: the length of the path that it would go.
