@@ -83,7 +83,9 @@ def gaussian_misfits(process: GaussianDiffusion, scheduler: Mapping[str, Any]) -
     misfits = []
     theirs, ours = found["prediction_type"], _PREDICTIONS[process.prediction]
     if theirs != ours:
-        fitting = [f" ({name!r})" for name, theirs_of in _PREDICTIONS.items() if theirs_of == theirs]
+        fitting = [
+            f" ({name!r})" for name, theirs_of in _PREDICTIONS.items() if theirs_of == theirs
+        ]
         misfits.append(
             f"prediction_type {shown(theirs)}{''.join(fitting)}, config.process.prediction is "
             f"{process.prediction!r}: {_ADVICE}"
@@ -137,9 +139,7 @@ def flow_scheduler(process: Flow, fields: Any) -> dict[str, Any]:
 def flow_misfits(process: Flow, scheduler: Mapping[str, Any]) -> list[str]:
     """See `Process.misfits`. Its shift is of sampling alone: training may have another one."""
     if not _is_flow(scheduler):
-        return [
-            f"{_named(scheduler)} is of a Gaussian process: {_ADVICE} (kind=gaussian)"
-        ]
+        return [f"{_named(scheduler)} is of a Gaussian process: {_ADVICE} (kind=gaussian)"]
     count = scheduler.get("num_train_timesteps", 1000)
     if count == process.num_timesteps:
         return []
