@@ -16,11 +16,18 @@ from liftplace_jax import weights
 from liftplace_jax.diffusion.scaling import from_latents
 from liftplace_jax.encoders.autoencoder_config import AutoencoderConfig
 from liftplace_jax.encoders.shipped import find_shipped
+from liftplace_jax.host.buckets import as_path, make_folder
+from liftplace_jax.host.files import write_json
 from liftplace_jax.host.outside import cut, shown
 from liftplace_jax.nn import building, frozen
 from liftplace_jax.nn.network import Network, from_tensors, read_network
 from liftplace_jax.weights.diffusers import MOST_PROBLEMS, DiffusersError, current_name
-from liftplace_jax.weights.diffusers_files import choose_folder, is_of_diffusers, read_weights
+from liftplace_jax.weights.diffusers_files import (
+    WEIGHTS_NAME,
+    choose_folder,
+    is_of_diffusers,
+    read_weights,
+)
 
 # diffusers' defaults of the fields that are ours too (0.42 "autoencoder_kl.py"); shift_factor is
 # None there.
@@ -196,6 +203,20 @@ def config_to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
     levels = len(config.block_out_channels)
     blocks = {name: levels * [block] for name, block in _BLOCKS.items()}
     return {"_class_name": "AutoencoderKL", "act_fn": "silu", **fields, **blocks}
+
+
+def save_as_diffusers(folder: str | os.PathLike, network: Network) -> None:
+    """Writes an autoencoder as diffusers' `AutoencoderKL`.
+
+    Args:
+      folder: gets diffusion_pytorch_model.safetensors and config.json; made if missing.
+      network: of an `AutoencoderConfig`.
+    """
+    folder = as_path(folder)
+    make_folder(folder)
+    tensors = weights.to_torch(network.params)
+    weights.write_safetensors(folder / f"{WEIGHTS_NAME}.safetensors", tensors, {"format": "pt"})
+    write_json(folder / "config.json", config_to_diffusers(network.config))
 
 
 def write_random_autoencoder(

@@ -174,6 +174,12 @@ class Texts:
         }
 
 
+def tokenizer_entry(entry: str | None) -> str | None:
+    """Which tokenizer goes with an `entry` of `load_texts`; None: there is one."""
+    part = (entry or "").partition(".")[0]
+    return f"tokenizer{part.removeprefix('text_encoder')}" if "encoder_" in part else None
+
+
 def load_texts(
     folder: str | os.PathLike, entry: str | None = None, dtype: str = "float32"
 ) -> Texts:
@@ -189,9 +195,8 @@ def load_texts(
       ValueError: one of them is missing or damaged, or they do not belong together; names it.
     """
     encoder = load_text_encoder(folder, entry, dtype)
-    part = (entry or "").partition(".")[0]
-    of_second = f"tokenizer{part.removeprefix('text_encoder')}" if "encoder_" in part else None
-    tokenizer = load_tokenizer(folder, of_second, most=encoder.config.max_position_embeddings)
+    most = encoder.config.max_position_embeddings
+    tokenizer = load_tokenizer(folder, tokenizer_entry(entry), most=most)
     if tokenizer.vocab_size > encoder.config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, its text encoder knows "

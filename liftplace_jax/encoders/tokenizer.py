@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,10 @@ _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
 _SIDES = ("right", "left")
+_FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
 # What a fingerprint tries, beside the vocabulary: case, accents, digits, spaces, special tokens.
 _PROBES = (
     "", "A photo of  a cat!", "cafe\u0301 na\u00efve \u00dcber", "it's 1,234\n<|endoftext|> x",
@@ -151,6 +156,27 @@ def load_tokenizer(
     if length <= least:
         raise ValueError(f"{place}: {length} tokens are too few, {least} of them are special")
     return Tokenizer(backend, length, _content(roles["pad_token"]), place.name, sides)
+
+
+def copy_tokenizer(
+    folder: str | os.PathLike, target: str | os.PathLike, entry: str | None = None
+) -> None:
+    """Copies the files that a tokenizer is read from.
+
+    Args:
+      folder: as of `load_tokenizer`.
+      target: a folder; made if missing.
+      entry: as of `load_tokenizer`.
+
+    Raises:
+      ValueError: as of `load_tokenizer`.
+    """
+    place, target = _place(find_shipped(folder), entry), as_path(target)
+    make_folder(target)
+    for name in _FILES:
+        if lies(place / name):
+            with local_copy(place / name) as file, replacing(target / name) as temporary:
+                shutil.copyfile(file, temporary)
 
 
 def _library() -> Any:

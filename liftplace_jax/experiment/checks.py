@@ -69,6 +69,11 @@ def check_config(config: ConfigDict) -> None:
             "diffusion) or neither (images)"
         )
     _check_decoding(config.latents)
+    if config.pipeline and family_named(config.model.model).format.pipeline is None:
+        raise ValueError(
+            f"config.pipeline is not for a {config.model.model!r}: set config.teacher.checkpoint "
+            "and config.latents.autoencoder to it"
+        )
     if config.data.path and config.data.name != "folder":
         raise ValueError(
             f"config.data.path is for config.data.name=folder only, which is {config.data.name!r}"

@@ -30,6 +30,10 @@ evaluation.curve_every is a multiple of log_every, whichever that is: the curve 
 """
 
 
+PIPELINE_FIELDS = ("teacher.checkpoint", "latents.autoencoder", "text.folder")
+"""Fields that config.pipeline stands for."""
+
+
 def optimizer_config(**changes: Any) -> ConfigDict:
     """Adam with the published clipping; see `liftplace_jax.training.optimizer`."""
     return ConfigDict(
@@ -142,6 +146,9 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     # name; of DiTs the published map for their depths, whichever blocks the student kept, and of
     # Stable Diffusion's U-Nets the outputs of blocks of equal resolution.
     config.distill.layer_map = config_dict.placeholder(str)
+    # Whether each student is also written as a whole pipeline of diffusers, "pipeline" in its
+    # folder: with the other parts of the teacher's pipeline, or of latents, text and process.
+    config.distill.write_pipeline = False
     config.distill.loss = ConfigDict(
         dict(variant="pixel", norm=None, eps=None, terms="both", per="channel", group_size=16,
              grouping="error")
@@ -208,6 +215,12 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     config.text = ConfigDict(dict(dropout=0.0, cached=False, dtype="float32"))
     config.text.folder = config_dict.placeholder(str)
     config.text.entry = config_dict.placeholder(str)
+    # A folder of a pipeline of diffusers: teacher.checkpoint, latents.autoencoder and text.folder,
+    # where these are not set; for families that whole pipelines are known of.
+    config.pipeline = config_dict.placeholder(str)
+    for field in PIPELINE_FIELDS if networks.format.pipeline else ():
+        room, name = field.split(".")
+        config[room][name] = config.get_oneway_ref("pipeline")
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))
     # (regular expression, partition) pairs; default: replicated. ((r"kernel", ("fsdp",)),) splits
     # all kernels by their last dimension. Tables that are looked up (of labels) are best whole.

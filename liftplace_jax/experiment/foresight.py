@@ -13,6 +13,7 @@ from liftplace_jax.experiment.checks import check_batches, check_neighbours
 from liftplace_jax.experiment.compressing import predicted_student
 from liftplace_jax.experiment.configuration import under
 from liftplace_jax.experiment.context import Context
+from liftplace_jax.experiment.pipelines import check_pipelines
 from liftplace_jax.experiment.unused import unused_fields
 from liftplace_jax.host import processes, sharding
 from liftplace_jax.nn import building
@@ -36,6 +37,7 @@ def check_stages(context: Context, trains: bool) -> None:
       ValueError: a stage would fail; names the field of the config.
     """
     _ = context.conditioning  # its texts are read now, if there are any
+    check_pipelines(context, trains)
     _check_batches(context, trains)
     _check_shapes(context)
     _check_judging(context)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from liftplace_jax import data, weights
 from liftplace_jax.experiment.context import Context, Run
+from liftplace_jax.experiment.pipelines import write_student
 from liftplace_jax.families.loading import load_checkpoint, load_network
 from liftplace_jax.host import processes, sharding
 from liftplace_jax.host.buckets import as_path
@@ -87,6 +88,7 @@ def distill(context: Context) -> None:
     for run in context.runs:
         if not is_finished(run.folder):
             _distill_one(context, run)
+        write_student(context, run.folder)
 
 
 def _distill_one(context: Context, run: Run) -> None:

@@ -1,22 +1,24 @@
-"""Pipelines of diffusers: a folder with a network of ours among the parts of another one."""
+"""Pipelines of diffusers with a network of ours: among the parts of another one, or of parts."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from liftplace_jax.families import registry
 from liftplace_jax.families.loading import write_network
-from liftplace_jax.host.buckets import listed, on_this_machine
+from liftplace_jax.host.buckets import as_path, listed, on_this_machine
 from liftplace_jax.host.files import replacing_folder, write_json
 from liftplace_jax.host.outside import lies, read_json, shown
 from liftplace_jax.weights.diffusers import DiffusersError
 from liftplace_jax.weights.diffusers_files import DIFFUSERS, TRANSFORMERS, weight_files
 
 INDEX = "model_index.json"
+SCHEDULER, SCHEDULER_FILE = "scheduler", "scheduler_config.json"
 _WEIGHTS = (".safetensors", ".bin", ".msgpack", ".onnx", ".onnx_data", ".h5", ".ckpt", ".xml")
 
 
@@ -49,24 +51,102 @@ def write_pipeline(
         network; says why.
       FileExistsError: there is something at `out`.
     """
-    source = on_this_machine(source, "the pipeline whose parts are copied")
-    form = registry.family_of(config).format
-    parts = _read_index(source, form)
-    copied, left_out = [], []
+    parts, form = read_index(source, config), registry.family_of(config).format
+    source, copied, left_out = as_path(source), [], []
     with replacing_folder(out) as temporary:
         for name in parts:
             if name == form.part or not isinstance(parts[name], list) or None in parts[name]:
                 continue  # the network, a setting, or a part that this pipeline goes without
             left_out += _copy_part(source / name, temporary / name)
             copied.append(name)
-        (temporary / form.part).mkdir()
-        write_network(temporary / form.part, config, params)
-        write_json(temporary / INDEX, parts | {form.part: ["diffusers", form.classes[0]]})
+        _write_own(temporary, config, params, parts)
     return Written(tuple(copied), tuple(left_out))
 
 
-def _read_index(source: Path, form: Any) -> dict[str, Any]:
-    path = source / INDEX
+def _write_own(folder: Path, config: Any, params: Any, index: Mapping[str, Any]) -> None:
+    form = registry.family_of(config).format
+    (folder / form.part).mkdir()
+    write_network(folder / form.part, config, params)
+    write_json(folder / INDEX, {**index, form.part: ["diffusers", form.classes[0]]})
+
+
+def parts_of(config: Any) -> list[str]:
+    """The parts that `join_pipeline` needs for a network, beside the network and its scheduler.
+
+    Args:
+      config: the network's config.
+
+    Raises:
+      DiffusersError: no pipelines of such networks are put together here.
+    """
+    family = registry.family_of(config)
+    if family.format.pipeline is None:
+        raise DiffusersError(
+            f"pipelines of a {family.name!r} are not put together here, only written with the "
+            "parts of another one"
+        )
+    values = family.format.pipeline.items()
+    return [name for name, value in values if isinstance(value, list) and None not in value]
+
+
+def join_pipeline(
+    out: str | os.PathLike, config: Any, params: Any,
+    parts: Mapping[str, Callable[[Path], None]], scheduler: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Writes a pipeline that diffusers' `from_pretrained` loads, out of its parts.
+
+    Args:
+      out: a new or an empty folder; made whole or not at all.
+      config: the network's config.
+      params: its parameters.
+      parts: name of each of `parts_of` -> what writes it into the folder that it is given.
+      scheduler: the content of scheduler_config.json, as of `Process.scheduler`.
+
+    Raises:
+      DiffusersError: as of `parts_of`, or diffusers has no such network; says why.
+      KeyError: a part is missing.
+      FileExistsError: there is something at `out`.
+    """
+    names, form = parts_of(config), registry.family_of(config).format
+    with replacing_folder(out) as temporary:
+        for name in names:
+            (temporary / name).mkdir()
+            parts[name](temporary / name)
+        write_json(temporary / SCHEDULER / SCHEDULER_FILE, dict(scheduler))
+        own = {SCHEDULER: ["diffusers", scheduler["_class_name"]]}
+        _write_own(temporary, config, params, {**form.pipeline, **own})
+
+
+def find_pipeline(folder: str | os.PathLike) -> Path | None:
+    """The pipeline that a folder is, or is a part of; None if there is none."""
+    folder = as_path(folder)
+    places = [folder, folder.parent] if folder.is_dir() else []
+    return next((place for place in places if lies(place / INDEX)), None)
+
+
+def read_scheduler(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """The content of a pipeline's scheduler_config.json; None if it has none.
+
+    Raises:
+      ValueError: it is damaged; names it.
+    """
+    path = as_path(folder) / SCHEDULER / SCHEDULER_FILE
+    return read_json(path) if lies(path) else None
+
+
+def read_index(source: str | os.PathLike, config: Any) -> dict[str, Any]:
+    """The content of a pipeline's model_index.json, which `write_pipeline` can copy parts of.
+
+    Args:
+      source: the pipeline's folder.
+      config: the config of the network that is to be in it.
+
+    Raises:
+      DiffusersError: as of `write_pipeline`.
+      ValueError: it is in a bucket.
+    """
+    source = on_this_machine(source, "the pipeline whose parts are copied")
+    form, path = registry.family_of(config).format, source / INDEX
     if not lies(path):
         raise DiffusersError(f"{source}: no {INDEX} there: it is no pipeline of diffusers")
     parts = read_json(path)

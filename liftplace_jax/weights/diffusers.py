@@ -33,6 +33,8 @@ class Format(NamedTuple):
         the tensors may tell all of the config.
       config_to: our config -> their fields.
       tensors_to: (our config, our tensors) -> theirs.
+      pipeline: the content of model_index.json of a pipeline of such networks, but for the network
+        and the scheduler; None: pipelines of them are not put together here.
     """
 
     classes: tuple[str, ...]
@@ -42,6 +44,7 @@ class Format(NamedTuple):
     tensors_from: Callable[[Any, Tensors], tuple[Any, dict[str, np.ndarray]]]
     config_to: Callable[[Any], dict[str, Any]]
     tensors_to: Callable[[Any, Tensors], dict[str, np.ndarray]]
+    pipeline: Mapping[str, Any] | None = None
 
 
 def find_problems(

@@ -195,6 +195,22 @@ def save_clip(
     write_json(folder / "config.json", fields)
 
 
+def save_text_encoder(folder: str | os.PathLike, encoder: Network) -> None:
+    """Writes a text encoder as transformers' `CLIPTextModel`: without its projection.
+
+    Args:
+      folder: gets model.safetensors and config.json; made if missing.
+      encoder: of a `CLIPTextConfig`.
+    """
+    fields = encoder.config.replace(projection_dim=None).described()
+    params = {name: part for name, part in encoder.params.items() if name != "text_projection"}
+    folder = as_path(folder)
+    make_folder(folder)
+    tensors = weights.to_torch(params)
+    weights.write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    write_json(folder / "config.json", fields)
+
+
 def write_random_text_encoder(
     folder: str | os.PathLike, *, vocab_size: int, width: int = 16, length: int = 16,
     projection_dim: int | None = None, seed: int = 0,

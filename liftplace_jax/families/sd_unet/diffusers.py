@@ -229,7 +229,13 @@ def tensors_to_diffusers(
     return dict(tensors)
 
 
+_PIPELINE = {
+    "_class_name": "StableDiffusionPipeline", "requires_safety_checker": False,
+    "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"], "feature_extractor": [None, None],
+    "image_encoder": [None, None], "safety_checker": [None, None],
+}  # fmt: skip
 FORMAT = Format(
     ("UNet2DConditionModel",), "unet", None, config_from_diffusers, tensors_from_diffusers,
-    config_to_diffusers, tensors_to_diffusers,
+    config_to_diffusers, tensors_to_diffusers, _PIPELINE,
 )  # fmt: skip

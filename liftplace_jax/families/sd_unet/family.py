@@ -29,7 +29,12 @@ def preset(config: ConfigDict) -> None:
         run.optimizer.update(
             name="adamw", learning_rate=5e-5, weight_decay=1e-2, grad_clip=1.0, schedule="constant"
         )
-    config.evaluation.update(guidance=7.5, sample_steps=25)
+    config.distill.write_pipeline = True
+    config.text.dropout = 0.1
+    config.evaluation.update(
+        sampler="pndm", sample_steps=25, skip_type="leading", steps_offset=1,
+        set_alpha_to_one=False, guidance=7.5,
+    )  # fmt: skip
 
 
 def miniature(config: ConfigDict) -> None:
