@@ -16,6 +16,7 @@ from liftplace_jax.experiment.configuration import (
     under,
 )
 from liftplace_jax.experiment.fields import changed_from_default, check_fields, leaves
+from liftplace_jax.experiment.unused import usual_values
 from liftplace_jax.families.registry import family_named
 from liftplace_jax.host.buckets import on_this_machine
 from liftplace_jax.host.sharding import check_rules
@@ -143,8 +144,12 @@ def _check_process(config):
 
 def _refuse_set(config, room, names, choice):
     fields = [f"{room}.{name}" for name in sorted(names)]
+    found, usual = dict(leaves(config)), usual_values(config.model.model)
     for field, default in changed_from_default(config, fields).items():
-        raise ValueError(f"config.{field} must be {default!r} with config.{choice}, which has none")
+        if found[field] not in usual[field]:  # the family's preset is nobody's wish
+            raise ValueError(
+                f"config.{field} must be {default!r} with config.{choice}, which has none"
+            )
 
 
 def _check_training(config, room, fields):

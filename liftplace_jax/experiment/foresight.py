@@ -36,8 +36,8 @@ def check_stages(context: Context, trains: bool) -> None:
     Raises:
       ValueError: a stage would fail; names the field of the config.
     """
-    _ = context.conditioning  # its texts are read now, if there are any
     check_pipelines(context, trains)
+    _ = context.conditioning  # its texts are read now, if there are any
     _check_batches(context, trains)
     _check_shapes(context)
     _check_judging(context)

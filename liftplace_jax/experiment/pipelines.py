@@ -51,6 +51,9 @@ def check_pipelines(context: Context, trains: bool) -> None:
       ValueError: a network was made for another process, or a pipeline cannot be written; names the
         field of the config.
     """
+    named = context.config.pipeline
+    if named and find_pipeline(named) is None:
+        raise ValueError(f"config.pipeline: {named}: no {INDEX} there: it is no pipeline's folder")
     for field in _FIELDS:
         *rooms, name = field.split(".")
         value = functools.reduce(lambda room, key: room[key], rooms, context.config)[name]
@@ -85,7 +88,10 @@ def _check_parts(context: Context) -> None:
     for field in ("latents.autoencoder", "text.folder"):
         room, name = field.split(".")
         if not config[room][name]:
-            raise ValueError(f"a pipeline needs config.{field}, which is not set")
+            raise ValueError(
+                f"a pipeline needs config.{field}: set it, or config.pipeline to a folder that "
+                "stands for it"
+            )
     if shift := context.autoencoder.config.shift_factor:
         raise ValueError(
             f"{config.latents.autoencoder} shifts latents by {shift}, which such a pipeline of "

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from liftplace_jax.diffusion import make_process
+from liftplace_jax.encoders.autoencoder_folder import (
+    load_autoencoder,
+    save_as_diffusers,
+    write_random_autoencoder,
+)
+from liftplace_jax.encoders.clip import write_random_text_encoder
+from liftplace_jax.encoders.tokenizer import train_tokenizer
 from liftplace_jax.experiment.configuration import experiment_config
-from liftplace_jax.families.registry import family_named
+from liftplace_jax.families.pipelines import join_pipeline
+from liftplace_jax.families.registry import config_from_dict, family_named
+from liftplace_jax.nn import building
 
 
 def family_config(
@@ -49,8 +63,8 @@ def steps_for(ratio: float, steps: Mapping[float, int]) -> int:
 
 def runlocal(config: ConfigDict) -> ConfigDict:
     """The same experiment with a small network, few steps, timesteps and samples."""
-    family_named(config.model.model).miniature(config)
     config.process.num_timesteps = 20
+    family_named(config.model.model).miniature(config)
     searches = [part for part in config.compress.values() if isinstance(part, ConfigDict)]
     for run in (config.teacher, config.distill, *searches):
         run.steps = 30
@@ -62,3 +76,35 @@ def runlocal(config: ConfigDict) -> ConfigDict:
     config.evaluation.update(num_samples=64, batch_size=32, sample_steps=10)
     config.tensorboard = False
     return config
+
+
+def write_random_pipeline(folder: str | os.PathLike, config: ConfigDict, seed: int = 0) -> None:
+    """Writes a pipeline of diffusers of random weights, for runs in miniature and tests.
+
+    Args:
+      folder: a new one; config.pipeline may be it.
+      config: the experiment's, in miniature (`runlocal`): the network is its config.model, the
+        scheduler its process and sampler.
+      seed: of the weights.
+    """
+    model = config_from_dict(config.model.to_dict(), partial=True)
+    tokens = 16
+    with tempfile.TemporaryDirectory() as scratch:
+        words = ("a", "photo", "of", "the", "digit", "cat", "dog")
+        tokenizer = train_tokenizer(Path(scratch) / "tokenizer", words, 520, tokens)
+        levels = (config.data.image_size // model.image_size).bit_length()
+        write_random_autoencoder(
+            Path(scratch) / "vae", image_size=config.data.image_size, levels=levels, seed=seed
+        )
+        parts = {
+            "vae": functools.partial(save_as_diffusers, network=load_autoencoder(scratch)),
+            "text_encoder": functools.partial(
+                write_random_text_encoder, vocab_size=tokenizer.vocab_size,
+                width=config.model.context_dim, length=tokens, seed=seed,
+            ),
+            "tokenizer": functools.partial(
+                train_tokenizer, texts=words, vocab_size=520, length=tokens
+            ),
+        }  # fmt: skip
+        scheduler = make_process(config.process).scheduler(config.evaluation)
+        join_pipeline(folder, model, building.create(model, seed)[1], parts, scheduler)

@@ -20,7 +20,7 @@ def unused_fields(config: ConfigDict) -> Iterator[str]:
     Args:
       config: the experiment's, checked.
     """
-    found, usual = dict(leaves(config)), _usual(config.model.model)
+    found, usual = dict(leaves(config)), usual_values(config.model.model)
     for prefix, (uses, whose) in _USES.items():
         if uses(config):
             continue
@@ -30,7 +30,7 @@ def unused_fields(config: ConfigDict) -> Iterator[str]:
 
 
 @functools.cache
-def _usual(family: str) -> dict[str, tuple[Any, ...]]:
+def usual_values(family: str) -> dict[str, tuple[Any, ...]]:
     """Field -> what it is where nobody has set it."""
     plain, preset = default_config(family), default_config(family)
     family_named(family).preset(preset)

@@ -7,6 +7,7 @@ from liftplace_jax.encoders.clip.folder import (
     load_image_encoder,
     load_text_encoder,
     save_clip,
+    save_text_encoder,
     write_random_text_encoder,
 )
 
@@ -18,5 +19,6 @@ __all__ = [
     "load_image_encoder",
     "load_text_encoder",
     "save_clip",
+    "save_text_encoder",
     "write_random_text_encoder",
 ]
