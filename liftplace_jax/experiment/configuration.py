@@ -20,7 +20,7 @@ from liftplace_jax.families.registry import FAMILIES, family_named
 SEPARATOR = ","
 SETUP = (
     "mesh", "input_threads", "memory_cache_mb", "data_cache", "profile_steps", "compile_cache",
-    "transfer_guard", "tensorboard",
+    "transfer_guard", "tensorboard", "distill.write_pipeline",
     *(f"{room}.{field}" for room in ("teacher", "distill", "compress.learned")
       for field in ("log_every", "checkpoint_every")),
 )  # fmt: skip

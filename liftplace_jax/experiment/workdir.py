@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,8 @@ def remove_leftovers(workdir: Path) -> None:
     if is_in_bucket(workdir):
         return
     for folder, folders, names in os.walk(workdir):
+        for name in filter(is_temporary, folders):
+            shutil.rmtree(Path(folder) / name, ignore_errors=True)
         folders[:] = [name for name in folders if name not in ("checkpoints", "evaluations")]
         for name in names:
             if is_temporary(name) or name == "metrics.tmp":  # of older versions

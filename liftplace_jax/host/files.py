@@ -90,11 +90,14 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 # Of what `replacing` is given, so that no file of somebody else's is taken for a temporary one.
-_TEMPORARY = re.compile(r"\..+\.(json|jsonl|md|npz|png|safetensors)\.\d+")
+_TEMPORARY = re.compile(r"\..+\.(json|jsonl|md|npz|png|safetensors)\.\d+|\.pipeline\.\d+")
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name is one that `replacing` was filling when its process died."""
+    """Whether a file of this name is one that `replacing` was filling when its process died.
+
+    Or a folder, of `replacing_folder`.
+    """
     return bool(_TEMPORARY.fullmatch(name))
 
 
