@@ -5,7 +5,9 @@
 
 The splits data.train_split and data.test_split of the config go through the autoencoder, every
 image and its mirror image; mean and log variance are stored (not samples of them), so that each
-epoch draws anew. The same command goes on where it was cut off. Where JAX runs as several
+epoch draws anew. With config.text.cached also the states of captions are stored: of Stable
+Diffusion 3 one to two MB each. How much there will be is said before it starts; states of more than
+10 GB need --yes. The same command goes on where it was cut off. Where JAX runs as several
 processes, each makes its share of the shards.
 """
 
@@ -26,6 +28,7 @@ _CONFIG = define_config_flag()
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 64, "images encoded at a time by this process", lower_bound=1
 )
+_YES = flags.DEFINE_bool("yes", False, "write states of texts even if they take more than 10 GB")
 _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a refused input")
 define_runtime_flags()
 
@@ -50,7 +53,10 @@ def encode() -> str:
 
     check_fields(_CONFIG.value)
     mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
-    return encode_data(_CONFIG.value, sharding.batch_sharding(mesh), batch_size=_BATCH_SIZE.value)
+    return encode_data(
+        _CONFIG.value, sharding.batch_sharding(mesh), batch_size=_BATCH_SIZE.value,
+        agreed=_YES.value,
+    )  # fmt: skip
 
 
 def entry_point() -> None:

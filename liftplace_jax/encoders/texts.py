@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from flax import nnx
 
 from liftplace_jax.conditioning import Encoding
 from liftplace_jax.data import Column
-from liftplace_jax.encoders.clip import TextEncoder, load_text_encoder
+from liftplace_jax.encoders.clip import load_text_encoder
 from liftplace_jax.encoders.tokenizer import Tokenizer, load_tokenizer
 
 TOKENS, STATES, POOLED = "tokens", "text", "pooled"
@@ -53,12 +53,31 @@ class Texts:
 
     Attributes:
       tokenizer: of captions.
-      encoder: of its ids. Networks that take no pooled vector see its last state, the others its
-        penultimate one and the projected pooled one.
+      encoder: of its ids, a `clip.TextEncoder`. Networks that take no pooled vector see its last
+        state, the others its penultimate one and the projected pooled one.
     """
 
     tokenizer: Tokenizer
-    encoder: TextEncoder
+    encoder: Any
+
+    @property
+    def width(self) -> int:
+        """Of states."""
+        return self.encoder.config.hidden_size
+
+    @property
+    def pooled_width(self) -> int | None:
+        """Of the projected pooled state; None: there is none."""
+        return self.encoder.config.projection_dim
+
+    @property
+    def token_columns(self) -> tuple[str, ...]:
+        """Names of the columns of token ids."""
+        return (TOKENS,)
+
+    def _encode(self, pooled: bool) -> Callable[[Any, Mapping[str, jax.Array]], Any]:
+        """`Encoding.apply` of token ids."""
+        return _Encode(self.encoder.graphdef, pooled)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -75,19 +94,18 @@ class Texts:
         Raises:
           ValueError: it takes one, and the encoder has no projection.
         """
-        config, length = self.encoder.config, self.tokenizer.length
-        if pooled and config.projection_dim is None:
+        length, width = self.tokenizer.length, self.width
+        if pooled and self.pooled_width is None:
             raise ValueError("has an encoder without a projection, config.model takes pooled texts")
-        width = config.hidden_size
         columns = {TOKENS: ((length,), "int32")}
         if cached:
             columns = {STATES: ((length, width), "float16")}
-            columns |= {POOLED: ((config.projection_dim,), "float16")} if pooled else {}
+            columns |= {POOLED: ((self.pooled_width,), "float16")} if pooled else {}
         origins = {name: self._origin(name, columns) for name in columns}
         return Encoding(
             tuple((name, *spec) for name, spec in columns.items()),
-            _stored if cached else _Encode(self.encoder.graphdef, pooled),
-            length, width, config.projection_dim if pooled else None,
+            _stored if cached else self._encode(pooled),
+            length, width, self.pooled_width if pooled else None,
             tuple((name, json.dumps(o, sort_keys=True)) for name, o in origins.items()),
         )  # fmt: skip
 
@@ -107,7 +125,7 @@ class Texts:
           columns: which.
 
         Raises:
-          ValueError: a caption is no text.
+          ValueError: a caption is no text, or its states are too large for float16.
         """
         found = {TOKENS: self.tokenizer.encode(captions)}
         if STATES in columns:
@@ -122,13 +140,19 @@ class Texts:
             padded = np.pad(part, ((0, _AT_ONCE - len(part)), (0, 0)), mode="edge")
             parts.append(jax.device_get(run(self.encoder.params, {TOKENS: padded})))
         whole = jax.tree.map(lambda *xs: np.concatenate(xs)[: len(ids)], *parts)
+        for values in jax.tree.leaves(whole):
+            finite = np.isfinite(values).reshape(len(ids), -1).all(axis=1)
+            if not finite.all():
+                raise ValueError(
+                    f"caption {int(np.argmin(finite))}: its states are not finite in float16"
+                )
         return {STATES: whole["context"], POOLED: whole["pooled"]} if pooled else {STATES: whole}
 
     @functools.cached_property
     def _run(self):
         @functools.cache
         def made(pooled: bool):
-            encode = _Encode(self.encoder.graphdef, pooled)
+            encode = self._encode(pooled)
 
             @jax.default_matmul_precision("highest")  # they are data: the same on every machine
             def run(params, columns):
@@ -197,9 +221,14 @@ def load_texts(
     encoder = load_text_encoder(folder, entry, dtype)
     most = encoder.config.max_position_embeddings
     tokenizer = load_tokenizer(folder, tokenizer_entry(entry), most=most)
+    check_vocabulary(folder, tokenizer, encoder)
+    return Texts(tokenizer, encoder)
+
+
+def check_vocabulary(place: str | os.PathLike, tokenizer: Tokenizer, encoder: Any) -> None:
+    """Raises a ValueError that names the place if an encoder does not know all of the tokens."""
     if tokenizer.vocab_size > encoder.config.vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, its text encoder knows "
+            f"{place}: the tokenizer has {tokenizer.vocab_size:,} tokens, its text encoder knows "
             f"{encoder.config.vocab_size:,}: they do not belong together"
         )
-    return Texts(tokenizer, encoder)

@@ -29,6 +29,9 @@ SETUP = (
 evaluation.curve_every is a multiple of log_every, whichever that is: the curve has the same points.
 """
 
+T5_TOKENS = 256
+"""Of a text, as diffusers' pipeline of Stable Diffusion 3 gives them to its third encoder."""
+
 
 PIPELINE_FIELDS = ("teacher.checkpoint", "latents.autoencoder", "text.folder")
 """Fields that config.pipeline stands for."""
@@ -211,8 +214,12 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     # with the files of both; entry: which of its text encoders, or which variant of the weights
     # ("fp16"). dropout: share of training captions that become the empty text, for teacher and
     # student alike. cached: the data carry the encoder's states, written by liftplace_jax.encode,
-    # and not token ids, of which states are computed in every step.
-    config.text = ConfigDict(dict(dropout=0.0, cached=False, dtype="float32"))
+    # and not token ids, of which states are computed in every step. Of a pipeline with several text
+    # encoders (Stable Diffusion 3) all are joined, unless entry names one; left_out: names of those
+    # that zeros stand for, such as ("text_encoder_3",); t5_tokens: the tokens that T5 is given.
+    config.text = ConfigDict(
+        dict(dropout=0.0, cached=False, dtype="float32", left_out=(), t5_tokens=T5_TOKENS)
+    )
     config.text.folder = config_dict.placeholder(str)
     config.text.entry = config_dict.placeholder(str)
     # A folder of a pipeline of diffusers: teacher.checkpoint, latents.autoencoder and text.folder,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ from liftplace_jax.host.buckets import on_this_machine
 from liftplace_jax.host.progress import progress
 from liftplace_jax.host.versions import versions
 
+LARGE = 10**10
+"""Bytes of columns beside the latents, such as states of texts, that are written unasked."""
+
 
 def encode_data(
     config: ConfigDict,
@@ -42,6 +46,7 @@ def encode_data(
     shard_size: int = encoded.SHARD_SIZE,
     process_index: int | None = None,
     process_count: int | None = None,
+    agreed: bool = False,
 ) -> str:
     """Encodes the splits of a config that are not encoded yet, both flips of every image.
 
@@ -53,6 +58,7 @@ def encode_data(
       process_index: this process, which makes every process_count-th shard; default
         `jax.process_index()`.
       process_count: number of processes; default `jax.process_count()`.
+      agreed: whether columns beside the latents may take more than LARGE.
 
     Returns:
       What was done, as a sentence.
@@ -71,6 +77,9 @@ def encode_data(
     sources = _open_images(config, autoencoder)
     folder = on_this_machine(config.latents.path, "the folder that latents are written to")
     manifest = _manifest(config, autoencoder, sources, shard_size)
+    size = _check_size(manifest, sources, agreed)
+    if index == 0:
+        print(f"{folder}: {size}", file=sys.stderr)
     encoded.claim(folder, manifest, index)
     plan = [
         (sources[split], shard)
@@ -152,6 +161,25 @@ def _manifest(config, autoencoder, sources, shard_size) -> dict[str, Any]:
         "shard_size": shard_size,
         "versions": versions(),
     }  # fmt: skip
+
+
+def _check_size(manifest, sources, agreed: bool) -> str:
+    """What will be written, as words.
+
+    Raises:
+      ValueError: columns take more than LARGE, and nobody has agreed to it.
+    """
+    columns = next(iter(sources.values())).columns
+    record = encoded.record_dtype(manifest["shape"], columns)
+    count = sum(manifest["splits"].values())
+    beside = record.itemsize - record["moments"].itemsize
+    if count * beside > LARGE and not agreed:
+        raise ValueError(
+            f"columns {sorted(columns)} take {beside / 1e6:.3g} MB for each of {count:,} images, "
+            f"{count * beside / 1e9:,.4g} GB in all beside the latents: say --yes, or set "
+            "config.text.cached=False, and networks are told token ids"
+        )
+    return f"{count:,} images take {count * record.itemsize / 1e9:,.3g} GB in all"
 
 
 @functools.lru_cache(maxsize=8)

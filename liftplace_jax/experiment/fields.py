@@ -69,6 +69,7 @@ RANGES: dict[str, Range] = {
     "distill.loss.group_size": COUNT,
     "distill.weight.value": Range(float, 0.0, 1.0),
     "text.dropout": SHARE,
+    "text.t5_tokens": whole(2, 512, why="diffusers takes no more"),
     "mesh.data": whole(-1, 2**20),  # -1: the rest of the devices
     "mesh.fsdp": whole(-1, 2**20),
     "input_threads": _THREADS,

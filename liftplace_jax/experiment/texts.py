@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 
 from liftplace_jax import data
 from liftplace_jax.conditioning import Conditioning, Shown
-from liftplace_jax.encoders.texts import TOKENS, Texts, load_texts
-from liftplace_jax.experiment.configuration import under
+from liftplace_jax.encoders.joint_texts import JointTexts, is_joint, load_joint_texts
+from liftplace_jax.encoders.texts import Texts, load_texts
+from liftplace_jax.experiment.configuration import T5_TOKENS, under
 from liftplace_jax.host.buckets import as_path
 from liftplace_jax.host.outside import find_fault, shown
 from liftplace_jax.nn.model_config import DenoiserConfig
@@ -25,20 +26,36 @@ from liftplace_jax.nn.model_config import DenoiserConfig
 _CAPTIONS = ("text", "caption", "prompt")  # names of a table's column
 
 
-def open_texts(config: ConfigDict) -> Texts | None:
-    """The tokenizer and text encoder of config.text; None if it names none.
+AnyTexts = Texts | JointTexts
+
+
+def open_texts(config: ConfigDict) -> AnyTexts | None:
+    """The tokenizers and text encoders of config.text; None if it names none.
 
     Raises:
-      ValueError: as of `load_texts`.
+      ValueError: as of `load_texts` and `load_joint_texts`, or a field is for several encoders, and
+        there is one.
     """
     fields = config.text
+    several = bool(fields.folder) and is_joint(fields.folder, fields.entry)
+    for field, usual in (("left_out", ()), ("t5_tokens", T5_TOKENS)):
+        value = tuple(fields[field]) if usual == () else fields[field]
+        if not several and value != usual:
+            raise ValueError(
+                f"config.text.{field} is for a pipeline of several text encoders, which "
+                "config.text.folder is not: unset it"
+            )
     if not fields.folder:
         return None
     with under("text.folder: "):
+        if several:
+            return load_joint_texts(
+                fields.folder, fields.entry, fields.dtype, fields.left_out, fields.t5_tokens
+            )
         return load_texts(fields.folder, fields.entry, fields.dtype)
 
 
-def bind(config: ConfigDict, model: DenoiserConfig, texts: Texts | None) -> Conditioning:
+def bind(config: ConfigDict, model: DenoiserConfig, texts: AnyTexts | None) -> Conditioning:
     """What a network is told, of an experiment's data.
 
     Raises:
@@ -50,7 +67,7 @@ def bind(config: ConfigDict, model: DenoiserConfig, texts: Texts | None) -> Cond
 
 
 def with_captions(
-    source: data.Source, texts: Texts | None, conditioning: Conditioning, tokens: bool = False
+    source: data.Source, texts: AnyTexts | None, conditioning: Conditioning, tokens: bool = False
 ) -> data.Source:
     """A source with the columns of its captions; without texts as it is.
 
@@ -71,7 +88,7 @@ def with_captions(
             f"{source.name} has no captions, and config.model is told texts: put a metadata.csv "
             "(file_name, text) beside the images, or take other data"
         )
-    names = dict.fromkeys([*([TOKENS] if tokens else []), *conditioning.columns])
+    names = dict.fromkeys([*(texts.token_columns if tokens else ()), *conditioning.columns])
     for name, column in texts.columns(captions, [*names]).items():
         source = source.with_column(name, column)
     return source
@@ -83,7 +100,7 @@ class Prompts:
 
     Attributes:
       prompts: N texts.
-      texts: their tokenizer and encoder.
+      texts: their tokenizers and encoders.
       conditioning: of their token ids; data may have another one, of states.
       negative: what guidance leads away from.
       identity: of the file, and of all of these, as JSON types.
@@ -91,7 +108,7 @@ class Prompts:
     """
 
     prompts: tuple[str, ...]
-    texts: Texts
+    texts: AnyTexts
     conditioning: Conditioning
     negative: str
     identity: Mapping[str, Any]
@@ -100,7 +117,7 @@ class Prompts:
     @functools.cached_property
     def frozen(self) -> dict[str, Any]:
         """As of `Conditioning.embed`."""
-        return {"text": self.texts.frozen(self.negative, (TOKENS,))}
+        return {"text": self.texts.frozen(self.negative, self.texts.token_columns)}
 
     def condition(self, count: int) -> Any:
         """Of samples 0..count - 1, with NumPy arrays.
@@ -114,8 +131,8 @@ class Prompts:
 
     @functools.cached_property
     def _all(self) -> dict[str, np.ndarray]:
-        ids = self.texts.tokenizer.encode(self.prompts)
-        return {name: np.asarray(v) for name, v in self.conditioning.of({TOKENS: ids}).items()}
+        ids = self.texts.values(self.prompts, self.texts.token_columns)
+        return {name: np.asarray(v) for name, v in self.conditioning.of(ids).items()}
 
     def check(self, name: str, count: int) -> None:
         """Raises a ValueError if there are not so many prompts, and they do not repeat."""
@@ -141,7 +158,7 @@ CAPTIONS = "captions"
 def open_prompts(
     config: ConfigDict,
     model: DenoiserConfig,
-    texts: Texts | None,
+    texts: AnyTexts | None,
     held_out: Callable[[], data.Source],
 ) -> Prompts | None:
     """The prompts of config.evaluation.prompts; None if the network is told no texts.

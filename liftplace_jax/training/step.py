@@ -62,9 +62,7 @@ def make_train_step(
         if accumulation == 1:
             grads, metrics = gradients(params, frozen, batch, state.step)
         else:
-            grads, metrics = _mean(
-                gradients, accumulation, params, frozen, batch, state.step
-            )
+            grads, metrics = _mean(gradients, accumulation, params, frozen, batch, state.step)
         grads = split(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
