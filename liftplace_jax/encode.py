@@ -6,7 +6,7 @@
 The splits data.train_split and data.test_split of the config go through the autoencoder, every
 image and its mirror image; mean and log variance are stored (not samples of them), so that each
 epoch draws anew. With config.text.cached also the states of captions are stored: of Stable
-Diffusion 3 one to two MB each. How much there will be is said before it starts; states of more than
+Diffusion 3 1.0 to 2.4 MB each. How much there will be is said before it starts; states of more than
 10 GB need --yes. The same command goes on where it was cut off. Where JAX runs as several
 processes, each makes its share of the shards.
 """

@@ -221,19 +221,21 @@ def save_as_diffusers(folder: str | os.PathLike, network: Network) -> None:
 
 def write_random_autoencoder(
     folder: str | os.PathLike, *, channels: int = 3, image_size: int = 16, levels: int = 3,
-    seed: int = 0,
+    latent_channels: int = 4, seed: int = 0,
 ) -> None:  # fmt: skip
     """Writes a tiny autoencoder of random weights, for runs in miniature (`runlocal`) and tests.
 
     Args:
       folder: where `load_autoencoder` will find it.
       channels: of the images.
-      image_size: of the images; latents have four channels and image_size / 2 ** (levels - 1).
+      image_size: of the images; latents have image_size / 2 ** (levels - 1).
       levels: resolutions.
+      latent_channels: of the latents.
       seed: of the weights.
     """
     config = AutoencoderConfig(
         block_out_channels=levels * (8,), layers_per_block=1, norm_num_groups=4,
         in_channels=channels, out_channels=channels, sample_size=image_size,
+        latent_channels=latent_channels,
     )  # fmt: skip
     weights.save_model(folder, config.described(), building.create(config, seed)[1])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +22,13 @@ from flax import nnx
 
 from liftplace_jax.conditioning import Encoding
 from liftplace_jax.data import Column
-from liftplace_jax.encoders.clip import load_text_encoder
+from liftplace_jax.encoders.clip import load_text_encoder, write_random_text_encoder
 from liftplace_jax.encoders.clip.config import CLIPTextConfig
 from liftplace_jax.encoders.shipped import find_shipped
-from liftplace_jax.encoders.t5 import T5Config, load_t5
+from liftplace_jax.encoders.t5 import T5Config, load_t5, write_random_t5
 from liftplace_jax.encoders.texts import TOKENS, Texts, check_vocabulary
-from liftplace_jax.encoders.tokenizer import load_tokenizer
+from liftplace_jax.encoders.tokenizer import load_tokenizer, train_tokenizer
+from liftplace_jax.host.buckets import as_path
 from liftplace_jax.host.outside import lies, read_json
 
 _CLIPS, _T5, _NETWORK = ("text_encoder", "text_encoder_2"), "text_encoder_3", "transformer"
@@ -333,3 +334,34 @@ def _t5(place: Path, variant: str | None, dtype: str, is_out: bool, tokens: int)
     tokenizer = load_tokenizer(place, _tokenizer_of(_T5), length=tokens)
     check_vocabulary(place / _T5, tokenizer, encoder)
     return Part(_T5, T5Texts(tokenizer, encoder), tokens, encoder.config.d_model, None)
+
+
+def write_random_joint_texts(
+    folder: str | os.PathLike, texts: Iterable[str], *, width: int = 32, pooled_width: int = 16,
+    length: int = 16, seed: int = 0,
+) -> Path:  # fmt: skip
+    """Writes tiny encoders of random weights and their tokenizers, for runs in miniature and tests.
+
+    Args:
+      folder: where `load_joint_texts` will find them.
+      texts: what vocabularies are counted in.
+      width: of T5's states; each CLIP's are half as wide.
+      pooled_width: of both pooled vectors together.
+      length: tokens of a text for each CLIP.
+      seed: of the weights.
+
+    Returns:
+      The folder.
+    """
+    place, texts = as_path(folder), list(texts)
+    for number, name in enumerate(NAMES):
+        made = train_tokenizer(place / _tokenizer_of(name), texts, 600, length)
+        options = {"vocab_size": made.vocab_size, "seed": seed + number}
+        if name == _T5:
+            write_random_t5(place / name, width=width, **options)
+        else:
+            write_random_text_encoder(
+                place / name, width=width // 2, length=length, projection_dim=pooled_width // 2,
+                **options,
+            )  # fmt: skip
+    return place

@@ -179,7 +179,8 @@ def _check_size(manifest, sources, agreed: bool) -> str:
             f"{count * beside / 1e9:,.4g} GB in all beside the latents: say --yes, or set "
             "config.text.cached=False, and networks are told token ids"
         )
-    return f"{count:,} images take {count * record.itemsize / 1e9:,.3g} GB in all"
+    each = f"{record.itemsize / 1e6:.2g} MB each"
+    return f"{count:,} images take {each}, {count * record.itemsize / 1e9:,.2g} GB in all"
 
 
 @functools.lru_cache(maxsize=8)

@@ -304,11 +304,16 @@ def _sampling(context: Context) -> str:
 def _prompts(identity: Mapping[str, Any], evaluation: Any) -> str:
     count = identity["count"]
     away = f"; guidance leads away from {evaluation.negative_prompt!r}"
+    texts = identity["text"]
+    # Of several, those that are not left out.
+    parts = [texts] if "encoder" in texts else [part for part in texts.values() if part]
+    encoders = [part["encoder"] for part in parts]
+    named = ", ".join(f"{encoder['name']} ({encoder['sha256'][:12]})" for encoder in encoders)
     return (
         f"Prompts: {count} of {identity['file']} (SHA-256 {identity['sha256'][:12]}), "
         f"sample i has prompt i{f' mod {count}' if evaluation.repeat_prompts else ''}"
-        f"{away if evaluation.negative_prompt else ''}. Text encoder: "
-        f"{identity['text']['encoder']['name']} ({identity['text']['encoder']['sha256'][:12]})."
+        f"{away if evaluation.negative_prompt else ''}. Text encoder{'s'[: len(encoders) - 1]}: "
+        f"{named}."
     )
 
 
