@@ -1,7 +1,7 @@
 """Stable Diffusion 3 with students by depth, 512x512: ours, not published.
 
 The paper says that LIFT and PLACE extend to flow-based models such as MMDiT (SD3), and no more:
-teacher, students, data, steps and losses below are ours, not published, and nobody has run them yet.
+teacher, students, data, steps and losses below are ours, not published, and were never run in full.
 
 Teacher: SD3-medium, 24 blocks, 2,028,328,000 parameters (without the table of positions), 1,054G
 MACs at 512x512 with 333 tokens of text; or SD3.5-medium, 2,243,171,520 and 1,221G. Students keep
@@ -9,7 +9,7 @@ some of its blocks, the last one always, here those of layers=uniform:
 
     depth   of SD3-medium     MACs   of SD3.5-medium     MACs
     18      1,518,443,584     789G     1,683,707,712     918G
-    12      1,008,559,168     525G     1,107,717,952     602G
+    12      1,008,559,168     524G     1,107,717,952     602G
     8         668,636,224     348G       734,742,080     400G
     6         498,674,752     260G       548,254,144     299G
 
@@ -23,12 +23,12 @@ First encode the images and captions, once; then the run, from the same folder o
         --config.teacher.checkpoint=stable-diffusion-3-medium-diffusers \\
         --config.evaluation.prompts=coco.csv --workdir=runs/sd3-12
 
-"laion" holds images with metadata.csv (file_name, text), such as the 212,776 pairs of LAION-Aesthetics
-V2 6.5+. Each takes 2.7 MB, 580 GB in all: latents of both flips 0.5 MB, states of the text 2.4 MB,
-of which T5's are 2.1. `--config.text.t5_tokens=77 --config.model.context_tokens=154` makes 0.9 MB of
-them, `--config.text.left_out="('text_encoder_3',)"` 0.3 MB: zeros stand for T5, as in training of
-the teacher they often did. Without `config.text.cached` the step computes all states, with T5's
-4.8 billion parameters on every device. Samples are always drawn with them there.
+"laion" holds images with metadata.csv (file_name, text), such as the 212,776 pairs of
+LAION-Aesthetics V2 6.5+. Each takes 2.9 MB, 625 GB in all: latents of both flips 0.5 MB, states of
+the text 2.4, of which T5's are 2.1. `--config.text.t5_tokens=77 --config.model.context_tokens=154`
+makes 0.9 of the 2.4, `--config.text.left_out="('text_encoder_3',)"` 0.3: zeros stand for T5, which
+the teacher knows. With `--config.text.cached=False` the step computes all states, T5's 4.8 billion
+parameters on every device; so they are where samples are drawn, as prompts are not cached.
 
 Settings: 1 (flow) + 1 (LIFT + PLACE on velocities, groups of 16) + 1 (mean squared errors of the
 image's tokens after each block, with those at the end of the interval that it stands for); AdamW
@@ -54,9 +54,9 @@ Arguments after a colon, as in `--config=configs/sd3_mmdit.py:depth=8,layers=lea
     runlocal  encoded images to report on two CPU cores in a minute or two: 16x16 images, latents of
               4x4, 4 blocks of width 32, 30 steps; its numbers mean nothing. It trains its teacher.
               Random encoders will do:
-              python -c "from liftplace_jax.encoders import autoencoder_folder as a, joint_texts as t
-              a.write_random_autoencoder('tiny/vae', latent_channels=16)
-              t.write_random_joint_texts('tiny', ['a cat', 'a dog'])"
+              python -c "from liftplace_jax.encoders import autoencoder_folder, joint_texts
+              autoencoder_folder.write_random_autoencoder('tiny/vae', latent_channels=16)
+              joint_texts.write_random_joint_texts('tiny', ['a cat', 'a dog'])"
 """
 
 from ml_collections import config_dict
