@@ -219,6 +219,34 @@ def test_remat_and_bfloat16():
     assert 0 < np.abs(low - y).max() < 0.05 * np.abs(y).max()
 
 
+@pytest.mark.parametrize("remat", [None, "nothing_saveable"])
+def test_blocks_as_loops_are_the_same_function(remat):
+    """Two with a second attention, two without, and the last one."""
+    config = TINY.replace(dual_attention_layers=(0, 1))
+    graphdef, params = tiny(config, remat=remat)
+    loops, _ = building.create(config, remat=remat, scan_blocks=True)
+    assert [len(part) for part in nnx.merge(loops, params)._alike()] == [2, 2, 1]
+    gates = jnp.array([1.0, 0.5, 0, 1, 1])
+
+    def run(graphdef, gates):
+        options = {"return_features": True, "gates": gates}
+
+        def loss(params):
+            y, features = apply(graphdef, params, X, T, TEXT, **options)
+            return jnp.sum(y**2), (y, features)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    for gate in (None, gates):
+        (found, (y, features)), (expected, (z, others)) = run(loops, gate), run(graphdef, gate)
+        np.testing.assert_allclose(y, z, atol=1e-5)
+        assert list(features) == list(others)
+        for a, b in zip(features.values(), others.values(), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
 def test_a_gate_of_zero_leaves_a_block_out():
     graphdef, params = tiny()
     network = from_tensors(*depth.prune_depth(TINY, to_torch(params), (0, 2, 4)))

@@ -19,7 +19,7 @@ from liftplace_jax.families.loading import load_checkpoint, load_network
 from liftplace_jax.host import processes, sharding
 from liftplace_jax.host.buckets import as_path
 from liftplace_jax.nn import building
-from liftplace_jax.nn.model_config import DenoiserConfig
+from liftplace_jax.nn.model_config import DenoiserConfig, StackConfig
 from liftplace_jax.nn.network import Network, is_finished, make_apply
 from liftplace_jax.training import profiling
 from liftplace_jax.training.distillation import make_task, student_objective
@@ -133,7 +133,7 @@ def run_training(
     run = prepare(
         fields, on_batches(objective, source.unpack, seed), params,
         {**frozen, **context.frozen}, context.mesh, config.sharding_rules,
-        untrained=context.family.frozen,
+        untrained=context.family.frozen, stack=_stack(context.model),
     )  # fmt: skip
     every = config.evaluation.curve_every
     curve = context.judge.curve(network) if every and network else None
@@ -159,6 +159,11 @@ def run_training(
             checkpoint_every=fields.checkpoint_every, tensorboard=config.tensorboard,
             on_log=on_log,
         )  # fmt: skip
+
+
+def _stack(model: DenoiserConfig) -> str | None:
+    """As of `make_train_step`."""
+    return model.STACK if isinstance(model, StackConfig) else None
 
 
 def shardings(context: Context, prefix: str = "") -> Callable[[Any], Any]:

@@ -1,8 +1,10 @@
 """Layers shared by the models: PyTorch's defaults, on top of Flax NNX."""
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -232,23 +234,65 @@ def check_remat(policy: str | None) -> None:
         raise ValueError(f"remat must be None or one of {list(REMAT_POLICIES)}, not {policy!r}")
 
 
+_GATHER: contextvars.ContextVar[Callable[[Any], Any] | None] = contextvars.ContextVar(
+    "gather", default=None
+)
+# Of a block that keeps its intermediate values these are computed again nonetheless: gathered
+# parameters, and what is no more than a copy of them.
+_COPIES = (
+    "sharding_constraint", "convert_element_type", "transpose", "reshape", "broadcast_in_dim",
+    "squeeze",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def gathering(gather: Callable[[Any], Any] | None) -> Iterator[None]:
+    """Programs that are traced meanwhile gather parameters that devices share block by block.
+
+    Each block that is called through `remat` gathers its own where it starts, in the forward pass
+    and again for the gradient, so that no device holds all of them whole.
+
+    Args:
+      gather: a tree of a block's parameters -> the same, whole on every device; None: as always.
+    """
+    token = _GATHER.set(gather)
+    try:
+        yield
+    finally:
+        _GATHER.reset(token)
+
+
 def remat(module: Any, policy: str | None) -> Callable[..., jax.Array]:
     """A module as a function whose intermediate values are recomputed for the gradient.
 
     Args:
       module: called with arrays alone (or None).
-      policy: one of REMAT_POLICIES, what to keep nonetheless; None: the module as it is.
+      policy: one of REMAT_POLICIES, what to keep nonetheless; None: the module as it is, but for
+        parameters within `gathering`, which are gathered again.
     """
-    if policy is None:
+    gather = _GATHER.get()
+    if policy is None and gather is None:
         return module
     graphdef, state = nnx.split(module)
-    return functools.partial(
-        jax.checkpoint(
-            lambda state, *args: nnx.merge(graphdef, state)(*args),
-            policy=getattr(jax.checkpoint_policies, policy),
-        ),
-        state,
-    )
+
+    def call(state, *args):
+        return nnx.merge(graphdef, gather(state) if gather else state)(*args)
+
+    keeps = _keep_all_but_copies if policy is None else getattr(jax.checkpoint_policies, policy)
+    return functools.partial(jax.checkpoint(call, policy=keeps), state)
+
+
+def whole(module: Any) -> Any:
+    """A module whose parameters are on every device, for what is computed outside of `remat`."""
+    gather = _GATHER.get()
+    if gather is None:
+        return module
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, gather(state))
+
+
+def _keep_all_but_copies(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in _COPIES
 
 
 def check_images(x: jax.Array, t: jax.Array, config: Any) -> None:

@@ -22,7 +22,8 @@ class ModelConfig:
     Attributes:
       model: the model's name, "model" of a config.json.
       RANGES: of every field that is a number, or a sequence of numbers.
-      equal_blocks: whether the model is a stack of equal blocks, and `build` knows scan_blocks.
+      equal_blocks: whether the model is a stack of blocks, most of them alike, and `build` knows
+        scan_blocks.
     """
 
     model: ClassVar[str]

@@ -14,6 +14,10 @@ _KINDS = (
     "collective-broadcast", "ragged-all-to-all", "send", "recv",
 )  # fmt: skip
 _CALL = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(_KINDS)})(-start)?\(")
+_COMPUTATION = re.compile(r"^(ENTRY )?%([\w.-]+) \(.*\{$", re.M)
+_LOOP = re.compile(r" while\(.*body=%([\w.-]+)(.*)")
+_ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CALLED = re.compile(r" call\(.*to_apply=%([\w.-]+)")
 _ARRAY = re.compile(r"([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
 
 
@@ -42,8 +46,12 @@ def collectives(compiled: Any) -> list[Sent]:
     Raises:
       ValueError: the program is one for accelerators, whose operations start and end apart.
     """
+    return _sent(compiled.as_text())
+
+
+def _sent(text: str) -> list[Sent]:
     found = []
-    for shapes, kind, starts in _CALL.findall(compiled.as_text()):
+    for shapes, kind, starts in _CALL.findall(text):
         if starts:
             raise ValueError(f"{kind}-start: only programs for CPU devices can be read")
         for letters, bits, dims in _ARRAY.findall(shapes):
@@ -51,6 +59,30 @@ def collectives(compiled: Any) -> list[Sent]:
             size = math.prod(shape) * max(1, int(bits or 8) // 8)  # pred takes a byte
             found.append(Sent(kind, shape, letters + bits, size))
     return found
+
+
+def executed(compiled: Any) -> list[Sent]:
+    """As `collectives`, each as often as its loop runs.
+
+    Raises:
+      ValueError: as of `collectives`, or a loop that sends something has no number of rounds.
+    """
+    heads = list(_COMPUTATION.finditer(text := compiled.as_text()))
+    ends = [*(head.start() for head in heads[1:]), len(text)]
+    bodies = {head[2]: text[head.end() : end] for head, end in zip(heads, ends, strict=True)}
+
+    def of(name: str) -> list[Sent]:
+        found = _sent(bodies[name])
+        for body, rest in _LOOP.findall(bodies[name]):
+            inner, rounds = of(body), _ROUNDS.search(rest)
+            if inner and rounds is None:
+                raise ValueError(f"{body}: a loop of unknown length sends {inner[0]}")
+            found += inner * (int(rounds[1]) if rounds else 1)
+        for called in _CALLED.findall(bodies[name]):
+            found += of(called)
+        return found
+
+    return of(next(head[2] for head in heads if head[1]))
 
 
 def sorted_shapes(compiled: Any) -> list[tuple[int, ...]]:

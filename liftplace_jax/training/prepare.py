@@ -37,7 +37,7 @@ class Training(NamedTuple):
 def prepare(
     fields: ConfigDict, objective: LossFn, params: dict[str, Any],
     frozen: Mapping[str, Any], mesh: jax.sharding.Mesh, rules: sharding.Rules,
-    untrained: Collection[str] = (),
+    untrained: Collection[str] = (), stack: str | None = None,
 ) -> Training:  # fmt: skip
     """Places a run on a mesh.
 
@@ -50,6 +50,7 @@ def prepare(
       mesh: of `sharding.make_mesh`.
       rules: config.sharding_rules.
       untrained: as of `make_optimizer`, its `frozen`.
+      stack: as of `make_train_step`.
     """
     optimizer, schedule = make_optimizer(fields.optimizer, fields.steps, untrained)
     abstract = jax.eval_shape(functools.partial(create_state, optimizer=optimizer), params)
@@ -68,6 +69,6 @@ def prepare(
     }
     step = make_train_step(
         objective, optimizer, ema_decay=fields.ema_decay, accumulation=fields.accumulation,
-        shardings=shardings, precision=fields.precision,
+        shardings=shardings, precision=fields.precision, stack=stack,
     )  # fmt: skip
     return Training(step, state, frozen, shardings, schedule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from liftplace_jax.host import sharding
+from liftplace_jax.nn import layers
 from liftplace_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -26,6 +29,7 @@ def make_train_step(
     accumulation: int = 1,
     shardings: Any = None,
     precision: str = "default",
+    stack: str | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
     """Compiles `step(state, frozen, batch) -> (state, metrics)`; the state is donated.
 
@@ -43,6 +47,10 @@ def make_train_step(
         the weight gradient of a convolution is slow in a loop.
       shardings: of the state (a tree of shardings), None on one device. Devices split the batch,
         whatever splits the parameters: these are gathered, the images stay where they are.
+      stack: name of the stack of blocks that networks are, as of `StackConfig.STACK`: a block's
+        parameters are gathered where it starts. None: all are gathered before the step starts. In
+        a loop of blocks (scan_blocks) no device ever holds more than one block whole; otherwise
+        the compiler may gather ahead.
       precision: of matrix products and convolutions, as of `jax.default_matmul_precision`.
 
     Raises:
@@ -59,10 +67,11 @@ def make_train_step(
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
         # Said here, or the compiler may send activations to where it finds a part of a kernel.
         params, frozen = whole(state.params), whole(frozen)
-        if accumulation == 1:
-            grads, metrics = gradients(params, frozen, batch, state.step)
-        else:
-            grads, metrics = _mean(gradients, accumulation, params, frozen, batch, state.step)
+        with layers.gathering(block):
+            if accumulation == 1:
+                grads, metrics = gradients(params, frozen, batch, state.step)
+            else:
+                grads, metrics = _mean(gradients, accumulation, params, frozen, batch, state.step)
         grads = split(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
@@ -72,11 +81,14 @@ def make_train_step(
         metrics[FINITE] = jnp.all(jnp.stack([jnp.isfinite(x).all() for x in metrics.values()]))
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
+    block = None
     if shardings is None:
         whole = split = _as_it_is
         return jax.jit(step, donate_argnums=0)
     replicated = NamedSharding(shardings.step.mesh, PartitionSpec())
     whole = functools.partial(_constrained, shardings=replicated)
+    if stack is not None:
+        block, whole = whole, functools.partial(_but_blocks, gather=whole, stack=stack)
     split = functools.partial(_constrained, shardings=shardings.params)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -87,6 +99,16 @@ def _as_it_is(tree):
 
 def _constrained(tree, shardings):
     return jax.lax.with_sharding_constraint(tree, shardings)
+
+
+def _but_blocks(tree, gather, stack):
+    """Gathers what belongs to no block of the networks in a tree of them by their use."""
+    inside = re.compile(rf"(student|teacher)\.{re.escape(stack)}\.\d+\.")
+
+    def place(path, leaf):
+        return leaf if inside.match(sharding.parameter_name(path)) else gather(leaf)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def _mean(gradients, parts, params, frozen, batch, step):

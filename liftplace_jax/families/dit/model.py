@@ -235,13 +235,13 @@ class DiT(nnx.Module):
         shared = _condition(self, t, cond) if config.embedders == "shared" else None
 
         def run(block, h, gate):
-            c = _condition(block, t, cond) if shared is None else shared
+            c = _condition(layers.whole(block), t, cond) if shared is None else shared
             out = layers.remat(block, self.remat)(h, c)
             return out if gate is None else h + gate.astype(h.dtype) * (out - h)
 
         h, found = self._run_blocks(run, h, gates, return_features)
         outputs = OrderedDict((f"blocks.{index}", x) for index, x in enumerate(found))
-        last = _condition(self.blocks[0], t, cond) if shared is None else shared
+        last = _condition(layers.whole(self.blocks[0]), t, cond) if shared is None else shared
         patches = self.final_layer(h, last).astype(jnp.float32)
         prediction = self._unpatchify(patches)
         return (prediction, outputs) if return_features else prediction

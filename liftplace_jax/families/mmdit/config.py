@@ -60,6 +60,7 @@ class MMDiTConfig(StackConfig):
     kept_layers: tuple[int, ...] | None = None
 
     model: ClassVar[str] = "mmdit"
+    equal_blocks: ClassVar[bool] = True
     STACK: ClassVar[str] = "transformer_blocks"
     RANGES: ClassVar = {
         "image_size": whole(1, MOST_PIXELS),
@@ -138,11 +139,13 @@ class MMDiTConfig(StackConfig):
             depth=len(layers), kept_layers=layers, dual_attention_layers=tuple(dual)
         )
 
-    def build(self, *, rngs: nnx.Rngs, dtype: Dtype, remat: str | None = None) -> nnx.Module:
+    def build(
+        self, *, rngs: nnx.Rngs, dtype: Dtype, remat: str | None = None, scan_blocks: bool = False
+    ) -> nnx.Module:
         """See `ModelConfig.build`."""
         from liftplace_jax.families.mmdit.model import MMDiT  # late: it takes its config from here
 
-        return MMDiT(self, rngs=rngs, dtype=dtype, remat=remat)
+        return MMDiT(self, rngs=rngs, dtype=dtype, remat=remat, scan_blocks=scan_blocks)
 
     def architecture(self) -> list[dict[str, Any]]:
         """See `ModelConfig.architecture`: all but the record, and what is for counting alone."""

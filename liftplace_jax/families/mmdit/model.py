@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
@@ -228,6 +229,8 @@ class MMDiT(nnx.Module):
         stay float32.
       remat: name of the policy of `layers.REMAT_POLICIES` by which each block's intermediate
         values are recomputed for the gradient; None keeps them all.
+      scan_blocks: as of `building.create`; with a second attention of some blocks, and the last
+        block by itself, they are three stacks.
 
     Raises:
       ValueError: unknown policy.
@@ -240,8 +243,10 @@ class MMDiT(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Dtype = jnp.float32,
         remat: str | None = None,
+        scan_blocks: bool = False,
     ):
         layers.check_remat(remat)
+        self.scan_blocks = scan_blocks
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         make = {"rngs": rngs, "dtype": dtype}
         width, pixels = config.hidden_size, config.patch_size**2
@@ -310,18 +315,58 @@ class MMDiT(nnx.Module):
         assert cond is not None, "as was checked"
         c = self.time_text_embed(t, cond["pooled"])
         context = self.context_embedder(cond["context"].astype(self.dtype))
-        outputs = OrderedDict()
-        for index, block in enumerate(self.transformer_blocks):
-            out = layers.remat(block, self.remat)(h, context, c)
-            if gates is not None:
-                gate = gates[index].astype(h.dtype)
-                out = (h + gate * (out[0] - h), context + gate * (out[1] - context))
-            h, context = out
-            outputs[f"{self.config.STACK}.{index}"] = h
+        h, found = self._run_blocks(h, context, c, gates, return_features)
+        outputs = OrderedDict((f"{self.config.STACK}.{i}", x) for i, x in enumerate(found))
         scale, shift = self.norm_out(c)
         patches = self.proj_out(_modulate(self._norm(h), shift, scale)).astype(jnp.float32)
         prediction = self._unpatchify(patches, x.shape)
         return (prediction, outputs) if return_features else prediction
+
+    def _run_blocks(self, h, context, c, gates, return_features):
+        """(the image's tokens after the last block, and after all blocks, if they are asked for).
+
+        Blocks that are alike, one after another, are a loop where `scan_blocks` says so.
+        """
+
+        def run(block, tokens, gate):
+            out = layers.remat(block, self.remat)(*tokens, c)
+            if gate is None:
+                return out
+            gate = gate.astype(h.dtype)
+            return tokens[0] + gate * (out[0] - tokens[0]), tokens[1] + gate * (out[1] - tokens[1])
+
+        def gate_of(index):
+            return None if gates is None else gates[index]
+
+        def body(tokens, part):
+            state, gate = part
+            tokens = run(nnx.merge(graphdef, state), tokens, gate)
+            return tokens, tokens[0] if return_features else None
+
+        tokens, found = (h, context), []
+        for alike in self._alike():
+            blocks = [self.transformer_blocks[index] for index in alike]
+            if len(alike) == 1:
+                tokens = run(blocks[0], tokens, gate_of(alike[0]))
+                found.append(tokens[0])
+                continue
+            graphdef, _ = nnx.split(blocks[0])
+            states = [nnx.to_pure_dict(nnx.state(block)) for block in blocks]
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+            tokens, outputs = jax.lax.scan(body, tokens, (stacked, gate_of(np.asarray(alike))))
+            found += [] if outputs is None else list(outputs)
+        return tokens[0], found
+
+    def _alike(self) -> list[list[int]]:
+        """Numbers of blocks that are computed together."""
+        kinds = [(block.last, block.dual) for block in self.transformer_blocks]
+        found: list[list[int]] = []
+        for index, kind in enumerate(kinds):
+            if found and self.scan_blocks and kinds[index - 1] == kind:
+                found[-1].append(index)
+            else:
+                found.append([index])
+        return found
 
     def embed(self, x: jax.Array) -> jax.Array:
         """Latents (B, H, W, in_channels) as the (B, T, D) tokens that block 0 sees."""
