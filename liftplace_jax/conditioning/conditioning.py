@@ -54,7 +54,7 @@ class Conditioning(Protocol):
         """
         ...
 
-    def of(self, batch: Mapping[str, jax.Array]) -> Condition:
+    def of(self, batch: Mapping[str, Any]) -> Condition:
         """The condition of a batch of data."""
 
     def drop(self, key: jax.Array, condition: Condition) -> Condition:

@@ -81,7 +81,7 @@ class Text:
             for name, shape, dtype in self.encoding.columns
         }
 
-    def of(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    def of(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         condition = {name: jnp.asarray(batch[name]) for name in self.columns}
         count = len(next(iter(condition.values())))
         return condition | {EMPTY: jnp.zeros(count, bool)}

@@ -185,11 +185,12 @@ class Flow:
 
     def sampler(self, fields: Any, clip: float | None = None) -> Callable[..., jax.Array]:
         """A sampler, as of `Process.sampler`; fields: sampler, sample_steps, skip_type."""
-        return functools.partial(
+        sample: Any = functools.partial(
             flow_sample, process=self, steps=fields.sample_steps, skip_type=fields.skip_type,
             method=_known(fields.sampler),
             clip=None if clip is None or not np.isfinite(clip) else clip,
         )  # fmt: skip
+        return sample
 
     def scheduler(self, fields: Any) -> dict[str, Any]:
         """As of `Process.scheduler`."""

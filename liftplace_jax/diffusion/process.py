@@ -128,6 +128,7 @@ class Process(Protocol):
         Raises:
           ValueError: diffusers has no such sampler; names the field.
         """
+        ...
 
     def misfits(self, scheduler: Mapping[str, Any]) -> list[str]:
         """What keeps a network that was made for a scheduler of diffusers from being of this
@@ -136,6 +137,7 @@ class Process(Protocol):
         Args:
           scheduler: the content of its scheduler_config.json; absent fields have its defaults.
         """
+        ...
 
 
 def count_evaluations(sample: Callable[..., Any], outputs: int = 1) -> int:

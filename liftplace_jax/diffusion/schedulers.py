@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +37,9 @@ _DEFAULTS = {
 _ADVICE = "set config.process to what the network was trained with"
 
 
+Betas = Sequence[float] | np.ndarray
+
+
 def gaussian_scheduler(process: GaussianDiffusion, fields: Any) -> dict[str, Any]:
     """See `Process.scheduler`."""
     if fields.sampler not in _GAUSSIAN:
@@ -64,7 +67,7 @@ def gaussian_scheduler(process: GaussianDiffusion, fields: Any) -> dict[str, Any
     return found
 
 
-def _described_betas(betas: tuple[float, ...]) -> dict[str, Any]:
+def _described_betas(betas: Betas) -> dict[str, Any]:
     # Read back from the table: of scaled_linear the ends are squares of roots.
     start, end = (float(f"{beta:.12g}") for beta in (betas[0], betas[-1]))
     for theirs, ours in _SCHEDULES.items():
@@ -111,7 +114,7 @@ def gaussian_misfits(process: GaussianDiffusion, scheduler: Mapping[str, Any]) -
     return misfits
 
 
-def _same_betas(found: Mapping[str, Any], betas: tuple[float, ...]) -> bool:
+def _same_betas(found: Mapping[str, Any], betas: Betas) -> bool:
     given = found["trained_betas"]
     try:
         if given is None:

@@ -97,13 +97,13 @@ class Texts:
         length, width = self.tokenizer.length, self.width
         if pooled and self.pooled_width is None:
             raise ValueError("has an encoder without a projection, config.model takes pooled texts")
-        columns = {TOKENS: ((length,), "int32")}
+        columns: dict[str, Any] = {TOKENS: ((length,), "int32")}
         if cached:
             columns = {STATES: ((length, width), "float16")}
             columns |= {POOLED: ((self.pooled_width,), "float16")} if pooled else {}
         origins = {name: self._origin(name, columns) for name in columns}
         return Encoding(
-            tuple((name, *spec) for name, spec in columns.items()),
+            tuple((name, shape, dtype) for name, (shape, dtype) in columns.items()),
             _stored if cached else self._encode(pooled),
             length, width, self.pooled_width if pooled else None,
             tuple((name, json.dumps(o, sort_keys=True)) for name, o in origins.items()),

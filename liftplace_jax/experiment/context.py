@@ -31,12 +31,11 @@ from liftplace_jax.encoders.autoencoder_folder import (
     Decoder,
     load_autoencoder,
 )
-from liftplace_jax.encoders.texts import Texts
 from liftplace_jax.experiment.checks import check_config, check_neighbours
 from liftplace_jax.experiment.configuration import under
 from liftplace_jax.experiment.judging import Judge
 from liftplace_jax.experiment.sources import load_split, open_images, open_latents
-from liftplace_jax.experiment.texts import bind, open_prompts, open_texts, with_captions
+from liftplace_jax.experiment.texts import AnyTexts, bind, open_prompts, open_texts, with_captions
 from liftplace_jax.experiment.workdir import check_data
 from liftplace_jax.families import registry
 from liftplace_jax.families.family import Family
@@ -150,7 +149,7 @@ class Context:
         return load_split(self.config, self.config.data.test_split, self.image_shape[2])
 
     @functools.cached_property
-    def texts(self) -> Texts | None:
+    def texts(self) -> AnyTexts | None:
         """Tokenizer and text encoder; None if networks are told no texts."""
         return open_texts(self.config)
 

@@ -148,6 +148,7 @@ class Judge:
 
     @functools.cached_property
     def _text_params(self) -> Any:
+        assert self.prompts is not None, "asked for where there are some"
         return self._everywhere(self.prompts.frozen)
 
     def _with_frozen(self, params: Any) -> Any:

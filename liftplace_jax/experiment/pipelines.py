@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from liftplace_jax.encoders.autoencoder_folder import save_as_diffusers
 from liftplace_jax.encoders.clip import save_text_encoder
-from liftplace_jax.encoders.texts import tokenizer_entry
+from liftplace_jax.encoders.texts import Texts, tokenizer_entry
 from liftplace_jax.encoders.tokenizer import copy_tokenizer
 from liftplace_jax.experiment.configuration import under
 from liftplace_jax.experiment.context import Context
@@ -92,6 +92,7 @@ def _check_parts(context: Context) -> None:
                 f"a pipeline needs config.{field}: set it, or config.pipeline to a folder that "
                 "stands for it"
             )
+    assert context.autoencoder is not None, "its field is set"
     if shift := context.autoencoder.config.shift_factor:
         raise ValueError(
             f"{config.latents.autoencoder} shifts latents by {shift}, which such a pipeline of "
@@ -131,9 +132,11 @@ def _write(context: Context, out: Path, model: Any, params: Any) -> None:
         write_pipeline(out, model, params, source)
         return
     entry = tokenizer_entry(config.text.entry)
+    autoencoder, texts = context.autoencoder, context.texts
+    assert autoencoder is not None and isinstance(texts, Texts), "`_check_parts` saw them"
     parts = {
-        "vae": lambda folder: save_as_diffusers(folder, context.autoencoder),
-        "text_encoder": lambda folder: save_text_encoder(folder, context.texts.encoder),
+        "vae": lambda folder: save_as_diffusers(folder, autoencoder),
+        "text_encoder": lambda folder: save_text_encoder(folder, texts.encoder),
         "tokenizer": lambda folder: copy_tokenizer(config.text.folder, folder, entry),
     }
     scheduler = context.process.scheduler(config.evaluation)

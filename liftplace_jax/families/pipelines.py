@@ -114,7 +114,7 @@ def join_pipeline(
             parts[name](temporary / name)
         write_json(temporary / SCHEDULER / SCHEDULER_FILE, dict(scheduler))
         own = {SCHEDULER: ["diffusers", scheduler["_class_name"]]}
-        _write_own(temporary, config, params, {**form.pipeline, **own})
+        _write_own(temporary, config, params, {**(form.pipeline or {}), **own})
 
 
 def find_pipeline(folder: str | os.PathLike) -> Path | None:
