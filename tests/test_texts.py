@@ -310,7 +310,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(config, tmp_path, change
     for field, value in changes.items():
         room, name = field.split(".")
         config[room][name] = value
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
         open_experiment(config, tmp_path / "work")
     assert not (tmp_path / "work").exists()
 
@@ -325,7 +325,7 @@ def test_texts_of_a_network_that_is_told_none(pipeline, tmp_path, field, value, 
     config = tiny_config.get_config()
     room, name = field.split(".")
     config[room][name] = value or str(pipeline)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
         open_experiment(config, tmp_path / "work")
 
 

@@ -93,9 +93,9 @@ def _check_shapes(context: Context) -> None:
 
 def _check_judging(context: Context) -> None:
     fields, model, judge = context.config.evaluation, context.model, context.judge
+    _ = judge.prompts, judge.clip  # read now, if there are any; they name their own fields
     with under("evaluation: "):
         shape = judge.handling.shape(context.image_shape)
-        _ = judge.clip  # read now, if there is one
         if judge.extractor:
             judge.extractor.check_shape(shape)
             counts = ["num_samples", *(["curve_samples"] if fields.curve_every else [])]
