@@ -134,9 +134,8 @@ def opened() -> tuple[Any, Any, Handling, bool]:
 
     fields = {name: _FLAGS[name].value for name in PROTOCOL} | {"resize": None}
     fields |= protocol_fields()
-    squeeze = _FLAGS.squeeze
-    if squeeze is None:
-        squeeze = bool(_FLAGS.protocol and fields["resize"])
+    usual = bool(_FLAGS.protocol and fields["resize"])
+    squeeze = usual if _FLAGS.squeeze is None else _FLAGS.squeeze
     extractor = evaluation.feature_extractor(fields["features"], _FLAGS.weights)
     return extractor, fields["inception_rule"], handling_of(fields), squeeze
 

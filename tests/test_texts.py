@@ -300,7 +300,7 @@ def test_samples_are_scored_with_their_prompts_as_the_protocol_says(
     ({"evaluation.repeat_prompts": False}, "config.evaluation.num_samples 8 is more than the 3 "),
     ({"evaluation.clip_model": "/nowhere"}, "config.evaluation.clip_model: /nowhere: no config"),
     ({"evaluation.guidance": 1.0}, "config.evaluation.negative_prompt needs config.evaluation.gu"),
-    ({"model.context_dim": 12}, "config.text.folder has an encoder of states of width 16, config.m"),
+    ({"model.context_dim": 12}, "config.text.folder has an encoder of states of width 16, config"),
     ({"model.pooled_dim": 12}, "config.text.folder has an encoder of pooled vectors of width 8, "),
     ({"text.dropout": 1.0}, "config.text.dropout must be a number in [0, 1)"),
     ({"text.dtype": "float16"}, "config.text.dtype must be one of"),
