@@ -120,7 +120,10 @@ def protocol(context: Context, params: str = "ema") -> dict[str, Any]:
     if context.judge.prompts:
         found["prompts"] = dict(context.judge.prompts.identity)
     else:  # as results say that were made before there were texts
-        del found["prompts"], found["negative_prompt"]
+        unset = {"jpeg_before": 0, "resize": None, "jpeg": 0, "inception_rule": "adm"}
+        of_texts = ("prompts", "negative_prompt", "clip_model", "repeat_prompts")
+        gone = [*of_texts, *(name for name, value in unset.items() if found[name] == value)]
+        found = {name: value for name, value in found.items() if name not in gone}
     if context.judge.extractor:
         found["extractor"] = dict(context.judge.extractor.info)
     if context.judge.clip:

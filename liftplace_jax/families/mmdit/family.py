@@ -44,6 +44,7 @@ def miniature(config: ConfigDict) -> None:
     if config.model.dual_attention_layers:
         config.model.dual_attention_layers = (0, 1)
     config.data.image_size = 16
+    config.evaluation.repeat_prompts = True  # a few will do
 
 
 MMDIT = Family(

@@ -45,6 +45,7 @@ def miniature(config: ConfigDict) -> None:
         num_groups=8,
     )  # fmt: skip
     config.data.image_size = 32
+    config.evaluation.repeat_prompts = True  # a few will do
     config.process.num_timesteps = 1000  # as the pipelines say whose networks it takes
 
 
