@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from diffusers import (
 from ml_collections import ConfigDict
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from liftplace_jax import weights
 from liftplace_jax.conditioning import Text
 from liftplace_jax.diffusion import GaussianDiffusion, beta_schedule, make_process
 from liftplace_jax.encoders.autoencoder_folder import (
@@ -38,12 +40,13 @@ from liftplace_jax.encoders.tokenizer import copy_tokenizer, train_tokenizer
 from liftplace_jax.evaluation.sampling import make_sampler
 from liftplace_jax.experiment.checks import check_config
 from liftplace_jax.experiment.context import make_context
-from liftplace_jax.experiment.pipelines import check_pipelines
+from liftplace_jax.experiment.pipelines import check_pipelines, write_student
 from liftplace_jax.families.dit.config import DiTConfig
 from liftplace_jax.families.loading import load_checkpoint
 from liftplace_jax.families.pipelines import join_pipeline, write_pipeline
 from liftplace_jax.families.registry import config_from_dict, config_parameters, count_macs
 from liftplace_jax.families.sd_unet.published import PUBLISHED_SD_UNETS
+from liftplace_jax.host.buckets import as_path
 from liftplace_jax.nn.network import make_apply
 from liftplace_jax.weights.diffusers import DiffusersError
 
@@ -187,6 +190,47 @@ def test_pipelines_that_cannot_be_put_together(theirs, tmp_path):
     with pytest.raises(DiffusersError, match="pipelines of a 'dit' are not put together here"):
         join_pipeline(tmp_path / "out", config, {}, {}, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_parts_that_are_not_the_pipelines_are_those_that_were_used(theirs, tmp_path, monkeypatch):
+    """With the teacher's autoencoder, latents of another one would be decoded to nothing."""
+    monkeypatch.chdir(tmp_path)
+    source = theirs("epsilon")
+    network = load_checkpoint(source)
+    weights.save_model("student", network.config.described(), network.params)
+    write_random_autoencoder("vae", levels=2, seed=7)
+    tokenizer = train_tokenizer("words/tokenizer", ["other words"], 520, TOKENS)
+    write_random_text_encoder(
+        "words/text_encoder", vocab_size=tokenizer.vocab_size, width=12, length=TOKENS,
+        projection_dim=4,
+    )  # fmt: skip
+    files = {
+        "vae": "vae/diffusion_pytorch_model.safetensors", "text": "text_encoder/model.safetensors",
+        "words": "tokenizer/tokenizer_config.json", "scheduler": "scheduler/scheduler_config.json",
+    }  # fmt: skip
+
+    def written(**fields):
+        context = make_context(sd_config(source, **fields), tmp_path / "run")
+        check_pipelines(context, trains=True)
+        folder = as_path(tmp_path / "-".join(["out", *fields]))
+        shutil.copytree("student", folder)
+        write_student(context, folder)
+        return folder / "pipeline"
+
+    def same(folder):
+        found = {name for name, file in files.items()
+                 if (folder / file).read_bytes() == (source / file).read_bytes()}  # fmt: skip
+        pipeline = StableDiffusionPipeline.from_pretrained(folder)
+        assert pipeline.vae.config.scaling_factor == 0.18215
+        return found
+
+    assert same(written()) == {"vae", "text", "words", "scheduler"}
+    assert same(written(latents__autoencoder=str(source / "vae"))) == set(files)
+    other = written(latents__autoencoder="vae")
+    assert same(other) == {"text", "words", "scheduler"}
+    found, wanted = load_autoencoder(other).params, load_autoencoder("vae").params
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert same(written(text__folder="words")) == {"vae", "scheduler"}
 
 
 # The configs --------------------------------------------------------------------------------------

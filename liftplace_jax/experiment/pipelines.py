@@ -1,14 +1,16 @@
 """An experiment's pipelines of diffusers: where its networks come from, and what students become.
 
 A finished student is written as student/<method>/seed<n>/pipeline, which diffusers'
-`from_pretrained` loads: its averaged weights, and the other parts of the teacher's pipeline; or of
-the autoencoder, the texts and the process where the teacher is of no pipeline.
+`from_pretrained` loads: its averaged weights, and the other parts of the teacher's pipeline, but
+for an autoencoder or texts that are not its own; or those of the config and a scheduler of its
+process, where the teacher is of no pipeline.
 """
 
 from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ml_collections import ConfigDict
 
 from liftplace_jax.encoders.autoencoder_folder import save_as_diffusers
 from liftplace_jax.encoders.clip import save_text_encoder
+from liftplace_jax.encoders.shipped import find_shipped
 from liftplace_jax.encoders.texts import Texts, tokenizer_entry
 from liftplace_jax.encoders.tokenizer import copy_tokenizer
 from liftplace_jax.experiment.configuration import under
@@ -55,8 +58,7 @@ def check_pipelines(context: Context, trains: bool) -> None:
     if named and find_pipeline(named) is None:
         raise ValueError(f"config.pipeline: {named}: no {INDEX} there: it is no pipeline's folder")
     for field in _FIELDS:
-        *rooms, name = field.split(".")
-        value = functools.reduce(lambda room, key: room[key], rooms, context.config)[name]
+        value = _value(context.config, field)
         if value and (folder := find_pipeline(value)):
             scheduler = read_scheduler(folder)
             if scheduler and (misfits := context.process.misfits(scheduler)):
@@ -79,27 +81,57 @@ def _source(config: ConfigDict) -> Path | None:
     return find_pipeline(named) if named else None
 
 
+_PARTS = {"latents.autoencoder": ("vae",), "text.folder": ("text_encoder", "tokenizer")}
+"""Field -> the parts of a pipeline that are of it."""
+
+
+def _replaced(config: ConfigDict, source: Path) -> dict[str, tuple[str, ...]]:
+    """Those of _PARTS that are not the source's."""
+    found = {}
+    for field, parts in _PARTS.items():
+        value = _value(config, field)
+        places = [source, *(source / part for part in parts)]
+        if value and find_shipped(value).resolve() not in [place.resolve() for place in places]:
+            found[field] = parts
+    return found
+
+
+def _value(config: ConfigDict, field: str) -> Any:
+    return functools.reduce(lambda room, name: room[name], field.split("."), config)
+
+
 def _check_parts(context: Context) -> None:
     config = context.config
     if source := _source(config):
         read_index(source, context.model)
+        replaced = _replaced(config, source)
+        if replaced and context.family.format.pipeline is None:
+            raise ValueError(
+                f"config.{next(iter(replaced))} is not of the pipeline {source}, whose parts are "
+                f"copied, and parts of a {context.family.name!r} cannot be replaced"
+            )
+        if "latents.autoencoder" in replaced:
+            _check_shift(context)
         return
     parts_of(context.model)
-    for field in ("latents.autoencoder", "text.folder"):
-        room, name = field.split(".")
-        if not config[room][name]:
+    for field in _PARTS:
+        if not _value(config, field):
             raise ValueError(
                 f"a pipeline needs config.{field}: set it, or config.pipeline to a folder that "
                 "stands for it"
             )
+    _check_shift(context)
+    with under("evaluation."):
+        context.process.scheduler(config.evaluation)
+
+
+def _check_shift(context: Context) -> None:
     assert context.autoencoder is not None, "its field is set"
     if shift := context.autoencoder.config.shift_factor:
         raise ValueError(
-            f"{config.latents.autoencoder} shifts latents by {shift}, which such a pipeline of "
-            "diffusers does not"
+            f"{context.config.latents.autoencoder} shifts latents by {shift}, which such a "
+            "pipeline of diffusers does not"
         )
-    with under("evaluation."):
-        context.process.scheduler(config.evaluation)
 
 
 def write_student(context: Context, folder: Path) -> None:
@@ -127,17 +159,24 @@ def write_student(context: Context, folder: Path) -> None:
 
 
 def _write(context: Context, out: Path, model: Any, params: Any) -> None:
-    config = context.config
-    if source := _source(config):
-        write_pipeline(out, model, params, source)
-        return
-    entry = tokenizer_entry(config.text.entry)
-    autoencoder, texts = context.autoencoder, context.texts
-    assert autoencoder is not None and isinstance(texts, Texts), "`_check_parts` saw them"
-    parts = {
-        "vae": lambda folder: save_as_diffusers(folder, autoencoder),
-        "text_encoder": lambda folder: save_text_encoder(folder, texts.encoder),
+    config, entry = context.config, tokenizer_entry(context.config.text.entry)
+
+    def save_autoencoder(folder: Path) -> None:
+        assert context.autoencoder is not None, "`_check_parts` saw it"
+        save_as_diffusers(folder, context.autoencoder)
+
+    def save_texts(folder: Path) -> None:
+        assert isinstance(context.texts, Texts), "`_check_parts` saw them"
+        save_text_encoder(folder, context.texts.encoder)
+
+    parts: dict[str, Callable[[Path], None]] = {
+        "vae": save_autoencoder,
+        "text_encoder": save_texts,
         "tokenizer": lambda folder: copy_tokenizer(config.text.folder, folder, entry),
     }
+    if source := _source(config):
+        names = sum(_replaced(config, source).values(), ())
+        write_pipeline(out, model, params, source, {name: parts[name] for name in names})
+        return
     scheduler = context.process.scheduler(config.evaluation)
     join_pipeline(out, model, params, parts, scheduler)

@@ -34,9 +34,14 @@ class Written(NamedTuple):
     left_out: tuple[str, ...]
 
 
+Parts = Mapping[str, Callable[[Path], None]]
+"""Name of a part of a pipeline -> what writes its files into the folder that it is given."""
+
+
 def write_pipeline(
-    out: str | os.PathLike, config: Any, params: Any, source: str | os.PathLike
-) -> Written:
+    out: str | os.PathLike, config: Any, params: Any, source: str | os.PathLike,
+    others: Parts | None = None,
+) -> Written:  # fmt: skip
     """Writes a pipeline that diffusers' `from_pretrained` loads: another one, with our network.
 
     Args:
@@ -45,6 +50,7 @@ def write_pipeline(
       params: its parameters.
       source: folder of a pipeline of the network's kind, such as its teacher's; the parts that its
         model_index.json names are copied, but for the network.
+      others: parts that are written in place of the source's.
 
     Raises:
       DiffusersError: source is no such pipeline, a part is missing in it, or diffusers has no such
@@ -52,11 +58,15 @@ def write_pipeline(
       FileExistsError: there is something at `out`.
     """
     parts, form = read_index(source, config), registry.family_of(config).format
-    source, copied, left_out = as_path(source), [], []
+    source, others, copied, left_out = as_path(source), others or {}, [], []
     with replacing_folder(out) as temporary:
         for name in parts:
             if name == form.part or not isinstance(parts[name], list) or None in parts[name]:
                 continue  # the network, a setting, or a part that this pipeline goes without
+            if name in others:
+                (temporary / name).mkdir()
+                others[name](temporary / name)
+                continue
             left_out += _copy_part(source / name, temporary / name)
             copied.append(name)
         _write_own(temporary, config, params, parts)
@@ -90,16 +100,15 @@ def parts_of(config: Any) -> list[str]:
 
 
 def join_pipeline(
-    out: str | os.PathLike, config: Any, params: Any,
-    parts: Mapping[str, Callable[[Path], None]], scheduler: Mapping[str, Any],
-) -> None:  # fmt: skip
+    out: str | os.PathLike, config: Any, params: Any, parts: Parts, scheduler: Mapping[str, Any]
+) -> None:
     """Writes a pipeline that diffusers' `from_pretrained` loads, out of its parts.
 
     Args:
       out: a new or an empty folder; made whole or not at all.
       config: the network's config.
       params: its parameters.
-      parts: name of each of `parts_of` -> what writes it into the folder that it is given.
+      parts: all of `parts_of`.
       scheduler: the content of scheduler_config.json, as of `Process.scheduler`.
 
     Raises:
