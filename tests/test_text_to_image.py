@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -212,8 +213,8 @@ def test_parts_that_are_not_the_pipelines_are_those_that_were_used(theirs, tmp_p
     def written(**fields):
         context = make_context(sd_config(source, **fields), tmp_path / "run")
         check_pipelines(context, trains=True)
-        folder = as_path(tmp_path / "-".join(["out", *fields]))
-        shutil.copytree("student", folder)
+        folder = as_path(tempfile.mkdtemp(dir=tmp_path))
+        shutil.copytree("student", folder, dirs_exist_ok=True)
         write_student(context, folder)
         return folder / "pipeline"
 
