@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from liftplace_jax.suites import input as input_suite
-from liftplace_jax.suites import loading, prediction, weak_scaling
+from liftplace_jax.suites import loading, prediction, stacks, weak_scaling
 from liftplace_jax.suites.options import Options
 from liftplace_jax.suites.prediction import PODS, paper_rows, predict, seconds_to_gather
 
@@ -77,6 +77,35 @@ def test_efficiency_falls_with_devices_and_rises_with_overlap():
                    for f in found for w in ("dp", "fsdp"))  # fmt: skip
 
 
+def test_what_a_device_holds_by_hand():
+    """Depth 12, kernels among eight: all else, the table of positions among it, is whole."""
+    (row,) = [r for name, r in stacks.rows_of_students().items() if name == "SD3 depth 12"]
+    whole, split, block = (
+        stacks.predict_memory(row, PODS["8 H100"], way) for way in ("whole", "split", "by block")
+    )
+    student, teacher = 1_008_559_168, 2_028_328_000
+    table = 192**2 * 1536
+    assert whole["state_gb"] == pytest.approx(16e-9 * (student + table))
+    assert split["state_gb"] == block["state_gb"]
+    assert 16e-9 * (student / 8 + table) < block["state_gb"] < 16e-9 * (student / 7.8 + table)
+    assert split["gathered_gb"] == pytest.approx(2 * whole["state_gb"] / 4 + whole["teacher_gb"])
+    assert 2e-9 * teacher < whole["teacher_gb"] < 2.1e-9 * teacher + 4e-9 * table
+    # Gathered: the student for each pass, and its gradient scattered; the teacher.
+    moved = 7 / 8 * (3 * whole["state_gb"] / 4 + whole["teacher_gb"])
+    assert block["moved_gb"] == pytest.approx(moved)
+
+
+def test_students_of_sd3_fit_where_blocks_are_gathered_one_by_one():
+    rows = stacks.predicted_rows()
+    fits = {(r["student"], r["pod"], r["way"]): r["fits"] for r in rows}
+    for name in ("SD3 depth 18", "SD3 depth 12"):
+        assert [fits[name, "TPU v5e-16", way] for way in ("whole", "split", "by block")] == [
+            False, False, True,
+        ]  # fmt: skip
+    assert all(fit for (_, pod, way), fit in fits.items() if way == "by block" or "H100" in pod)
+    assert all(r["fits"] == (r["total_gb"] < 0.9 * r["memory_gb"]) for r in rows)
+
+
 def test_every_number_from_outside_is_stated():
     text = json.dumps(prediction.assumptions())
     for device in prediction.DEVICES.values():
@@ -123,6 +152,11 @@ def test_the_command_scales_over_simulated_devices(tmp_path):
     assert 0.9 < row["reduced_mb"] / row["parameters_mb"] < 1.01
     assert len(result["tables"]["predicted"]["rows"]) == len(ROWS) * len(PODS)
     assert (tmp_path / "scaling_costs.csv").exists()
+    split, by_block = result["tables"]["stacks_compiled"]["rows"]
+    assert (split["way"], by_block["way"]) == ("split", "by block")
+    assert by_block["temporary_mb"] < split["temporary_mb"]
+    assert by_block["arguments_mb"] == split["arguments_mb"]
+    assert by_block["gathered_mb"] > split["gathered_mb"]  # the student's, once more
 
 
 def test_loading_is_measured_in_processes_of_their_own(monkeypatch):

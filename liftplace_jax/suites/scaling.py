@@ -8,7 +8,7 @@ from typing import Any
 
 import tqdm
 
-from liftplace_jax.suites import prediction, weak_scaling
+from liftplace_jax.suites import prediction, stacks, weak_scaling
 from liftplace_jax.suites.options import Options, Result
 from liftplace_jax.suites.timing import Timing, milliseconds, time_side_by_side
 
@@ -22,6 +22,12 @@ PREDICTED_FORMATS = {
 COST_FORMATS = {"batch": ",", "steps": ",", "flops": ".2e"} | {
     f"{kind} hours": ",.0f" for kind in prediction.DEVICES
 }
+STACK_FORMATS = {
+    "per_device": ",.0f", "state_gb": ".1f", "teacher_gb": ".1f", "gradients_gb": ".1f",
+    "gathered_gb": ".1f", "activations_gb": ".1f", "total_gb": ".1f", "memory_gb": ".0f",
+    "moved_gb": ".1f", "moving_ms": ".0f", "compute_ms": ".0f",
+}  # fmt: skip
+COMPILED = ("student_mb", "teacher_mb", "arguments_mb", "temporary_mb", "gathered_mb", "reduced_mb")
 
 
 def run(options: Options) -> Result:
@@ -46,6 +52,16 @@ def run(options: Options) -> Result:
             "predicted": {
                 "title": "Predicted steps on pods", "rows": prediction.predicted_rows(),
                 "columns": ["student", "pod", *PREDICTED_FORMATS], "formats": PREDICTED_FORMATS,
+            },
+            "stacks": {
+                "title": "Predicted memory of a device, SD3-medium's students",
+                "rows": stacks.predicted_rows(), "formats": STACK_FORMATS,
+                "columns": ["student", "pod", "way", *STACK_FORMATS, "fits"],
+            },
+            "stacks_compiled": {
+                "title": "Steps of narrow MMDiTs compiled for 8 simulated devices",
+                "rows": stacks.measured_rows(options.quick), "columns": ["way", *COMPILED],
+                "formats": dict.fromkeys(COMPILED, ".2f"),
             },
             "costs": {
                 "title": "Device-hours of the published trainings of students", "rows": costs,
@@ -73,6 +89,16 @@ def run(options: Options) -> Result:
             "their own, and smaller ones a device lower the efficiency.",
             "Device-hours: the student's training alone, at the share of peak below, without "
             "teacher's training, sending, input and sampling; times the price of an hour.",
+            f"Stacks: a batch of {stacks.BATCH} at 512x512 with features, bfloat16, blocks "
+            "computed again and as loops (remat, scan_blocks). way: whole, every device has all "
+            "parameters; split, kernels among all devices, and gathered together; by block, "
+            "gathered one block at a time, as is done. state: parameters, average and moments; "
+            "activations are an estimate (suites/stacks.py); fits: in "
+            f"{stacks.USABLE:.0%} of the memory. No autoencoder or text encoder is in a step.",
+            "Compiled: SD3-medium's depth and its student of half of it, 256 wide (quick: 4 blocks "
+            "64 wide), a batch of 8, in float32. arguments and temporary: bytes that the program "
+            "of one device holds; gathered and reduced: arrays that operations yield, as often as "
+            "loops run.",
             "A prediction is arithmetic on stated numbers: latencies of small messages, stragglers "
             "and input are not in it, and none of it was measured on a pod.",
         ],

@@ -61,7 +61,8 @@ def make_train_step(
         (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             params, frozen, batch, step
         )
-        return grads, {"loss": loss} | terms
+        # Block by block, what is split is not added up whole.
+        return grads if block is None else split(grads), {"loss": loss} | terms
 
     @jax.default_matmul_precision(precision)  # while it is traced: a property of the program
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
