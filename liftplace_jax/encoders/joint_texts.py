@@ -181,7 +181,7 @@ class JointTexts:
         ends = [(part.end, found[part.name]) for part, _ in self._there]
         clips = [part for part in self.parts if part.pooled_width is not None]
         return Encoding(
-            tuple((name + end, shape, kind) for end, own in ends for name, shape, kind in own.columns),
+            tuple((n + end, shape, dtype) for end, own in ends for n, shape, dtype in own.columns),
             _Join(tuple(pieces), width),
             clips[0].length + self.parts[-1].length,
             width,

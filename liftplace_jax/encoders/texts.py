@@ -97,10 +97,10 @@ class Texts:
         length, width = self.tokenizer.length, self.width
         if pooled and self.pooled_width is None:
             raise ValueError("has an encoder without a projection, config.model takes pooled texts")
-        columns: dict[str, Any] = {TOKENS: ((length,), "int32")}
+        columns: dict[str, tuple[tuple[int, ...], str]] = {TOKENS: ((length,), "int32")}
         if cached:
             columns = {STATES: ((length, width), "float16")}
-            columns |= {POOLED: ((self.pooled_width,), "float16")} if pooled else {}
+            columns |= {POOLED: ((self.pooled_width or 0,), "float16")} if pooled else {}
         origins = {name: self._origin(name, columns) for name in columns}
         return Encoding(
             tuple((name, shape, dtype) for name, (shape, dtype) in columns.items()),

@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -132,7 +134,8 @@ class Prompts:
     @functools.cached_property
     def _all(self) -> dict[str, np.ndarray]:
         ids = self.texts.values(self.prompts, self.texts.token_columns)
-        return {name: np.asarray(v) for name, v in self.conditioning.of(ids).items()}
+        condition = self.conditioning.of(jax.tree.map(jnp.asarray, ids))
+        return {name: np.asarray(v) for name, v in condition.items()}
 
     def check(self, name: str, count: int) -> None:
         """Raises a ValueError if there are not so many prompts, and they do not repeat."""
