@@ -41,9 +41,11 @@ published students where SD3 has no reason to differ, and SD3's own process.
 Hardware: by MACs a step of depth 12 takes 6.7e14 floating-point operations, of which the teacher's
 forward pass is 2.7e14; 50k steps 3.4e19; 30,000 guided samples of depth 12 1.8e18. Blocks are
 computed again in the backward pass (remat), which is a third more of the student's part. Not timed
-here. Parameters, averages, AdamW's moments and gradients of depth 12 take 20 GB in float32, the
-teacher's 4 GB in bfloat16: `--config.mesh.data=1 --config.mesh.fsdp=-1
---config.sharding_rules="(('kernel', ('fsdp',)),)"` splits them among all devices.
+here. Parameters, averages, AdamW's moments and gradients of depth 12 take 21 GB in float32, the
+teacher 4 GB in bfloat16. `--config.mesh.data=1 --config.mesh.fsdp=-1 --config.distill.scan_blocks
+--config.sharding_rules="(('kernel', ('fsdp',)),)"` splits them among all devices, which gather one
+block at a time: by `benchmark --suite=scaling` depth 12 then takes 13 of the 16 GB of a chip of
+v5e-16 (36 GB unsplit, 23 gathered together), and 21 of the 80 GB of one of 8 H100.
 
 Arguments after a colon, as in `--config=configs/sd3_mmdit.py:depth=8,layers=learned`:
     depth     blocks of the student (12)
