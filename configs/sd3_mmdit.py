@@ -54,8 +54,8 @@ Arguments after a colon, as in `--config=configs/sd3_mmdit.py:depth=8,layers=lea
     method    one, several joined by "+", or all (lift_place_feature_kd)
     seed      of the students (0); seeds=0+1+2 trains several
     runlocal  encoded images to report on two CPU cores in a minute or two: 16x16 images, latents of
-              4x4, 4 blocks of width 32, 30 steps; its numbers mean nothing. It trains its teacher.
-              Random encoders will do:
+              4x4, 4 blocks of width 32, 30 steps; its numbers mean nothing. It trains its teacher,
+              and repeats prompts. Random encoders will do:
               python -c "from liftplace_jax.encoders import autoencoder_folder, joint_texts
               autoencoder_folder.write_random_autoencoder('tiny/vae', latent_channels=16)
               joint_texts.write_random_joint_texts('tiny', ['a cat', 'a dog'])"
@@ -93,6 +93,7 @@ def get_config(arg=None):
     # As `write_random_joint_texts` has them.
     config.model.update(context_dim=32, pooled_dim=16, context_tokens=24)
     config.text.t5_tokens = 8
+    config.evaluation.repeat_prompts = True
     return config
 
 

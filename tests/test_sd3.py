@@ -227,8 +227,8 @@ def config(folder, tmp_path_factory):
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text(f"{CAPTIONS[0]}\n{CAPTIONS[2]}\n")
     config.evaluation.update(
-        prompts=str(prompts), negative_prompt="a house", guidance=4.0, sample_steps=10,
-        skip_type="diffusers", clip=None, features=None, batch_size=8,
+        prompts=str(prompts), repeat_prompts=True, negative_prompt="a house", guidance=4.0,
+        sample_steps=10, skip_type="diffusers", clip=None, features=None, batch_size=8,
     )  # fmt: skip
     return config
 
