@@ -189,6 +189,7 @@ def _compiled(way: str, quick: bool) -> dict[str, Any]:
     from liftplace_jax.families.registry import family_named
     from liftplace_jax.host import sharding
     from liftplace_jax.nn import building
+    from liftplace_jax.nn.model_config import StackConfig
     from liftplace_jax.nn.network import Network
     from liftplace_jax.suites.communication import executed, total_bytes
     from liftplace_jax.suites.networks import pruned, published
@@ -200,7 +201,8 @@ def _compiled(way: str, quick: bool) -> dict[str, Any]:
         image_size=8, head_size=32, context_dim=64, pooled_dim=64, position_size=4,
         context_tokens=8, **sizes,
     )  # fmt: skip
-    student = pruned(model, depth=model.to_dict()["depth"] // 2)
+    assert isinstance(model, StackConfig), "an MMDiT is one"
+    student = pruned(model, depth=model.depth // 2)
     config = default_config("mmdit")
     family_named("mmdit").preset(config)
     config.distill.batch_size = 8
