@@ -20,9 +20,13 @@ from liftplace_jax.experiment.configuration import experiment_config, optimizer_
 def get_config(arg=None):
     """The config; see the module's text for `arg`."""
     config, args = experiment_config(
-        arg, "digits", method="lift_place", ratio=0.9, normalisation="published",
+        arg,
+        "digits",
+        method="lift_place",
+        ratio=0.9,
+        normalisation="published",
         others={"process": "gaussian"},
-    )  # fmt: skip
+    )
     config.process.kind = args.process
     config.model.update(image_size=8, ch=32, ch_mult=(1, 2), num_groups=8)
     config.teacher.steps = 2400

@@ -31,10 +31,17 @@ def get_config(arg=None):
     config.latents.update(autoencoder="emoji", path="runs/emoji_latents")
     config.text.update(folder="emoji", dropout=0.1)
     config.model.update(
-        image_size=16, in_channels=4, out_channels=4, widths=(32, 64, 96), layers=(2, 2, 2),
-        heads=(2, 4, 4), down_attention=(True, True, False), up_attention=(False, True, True),
-        context_dim=128, num_groups=8,
-    )  # fmt: skip
+        image_size=16,
+        in_channels=4,
+        out_channels=4,
+        widths=(32, 64, 96),
+        layers=(2, 2, 2),
+        heads=(2, 4, 4),
+        down_attention=(True, True, False),
+        up_attention=(False, True, True),
+        context_dim=128,
+        num_groups=8,
+    )
     config.teacher.steps = 4000
     config.distill.steps = 2000
     for run in (config.teacher, config.distill):
@@ -44,15 +51,27 @@ def get_config(arg=None):
             name="adamw", learning_rate=1e-3, schedule="cosine", warmup_steps=100
         )
     config.evaluation.update(
-        features="emoji", prompts="captions", guidance=2.0, num_samples=1024, batch_size=128,
-        sampler="dpmpp_2m", sample_steps=20, skip_type="linspace", steps_offset=0,
-        set_alpha_to_one=True, repeat_prompts=True, clip_model="emoji",
-    )  # fmt: skip
+        features="emoji",
+        prompts="captions",
+        guidance=2.0,
+        num_samples=1024,
+        batch_size=128,
+        sampler="dpmpp_2m",
+        sample_steps=20,
+        skip_type="linspace",
+        steps_offset=0,
+        set_alpha_to_one=True,
+        repeat_prompts=True,
+        clip_model="emoji",
+    )
     if args.runlocal:
         config.model.update(
-            widths=(16, 32), layers=(2, 2), heads=(2, 2), down_attention=(True, False),
+            widths=(16, 32),
+            layers=(2, 2),
+            heads=(2, 2),
+            down_attention=(True, False),
             up_attention=(False, True),
-        )  # fmt: skip
+        )
         for run in (config.teacher, config.distill):
             run.steps = 40
             run.batch_size = 16

@@ -76,7 +76,10 @@ def get_config(arg=None):
     config.teacher.optimizer.learning_rate = 1e-4
     config.evaluation.features = config_dict.placeholder(str)
     config.evaluation.update(
-        num_samples=50_000, sampler="ancestral", sample_steps=250, skip_type="spaced",
+        num_samples=50_000,
+        sampler="ancestral",
+        sample_steps=250,
+        skip_type="spaced",
         batch_size=64,  # decoding takes 0.24 GB an image
-    )  # fmt: skip
+    )
     return runlocal(config) if args.runlocal else config

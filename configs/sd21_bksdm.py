@@ -66,9 +66,13 @@ from liftplace_jax.experiment.presets import family_config, runlocal
 def get_config(arg=None):
     """The config; see the module's text for `arg`."""
     config, args = family_config(
-        arg, "sd21_bksdm", "sd_unet", "sd-2.1-base", student="small",
+        arg,
+        "sd21_bksdm",
+        "sd_unet",
+        "sd-2.1-base",
+        student="small",
         others={"teacher": "sd-2.1-base"},
-    )  # fmt: skip
+    )
     config.data.image_size = 512
     if args.teacher == "sd-2.1":
         config.model.update(image_size=96, upcast_attention=True)

@@ -99,6 +99,11 @@ def get_config(arg=None):
 
 def _of(teacher, arg):
     return family_config(
-        arg, "sd3_mmdit", "mmdit", teacher, depth=12, layers="uniform",
+        arg,
+        "sd3_mmdit",
+        "mmdit",
+        teacher,
+        depth=12,
+        layers="uniform",
         others={"teacher": TEACHERS[0]},
-    )  # fmt: skip
+    )

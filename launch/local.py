@@ -53,10 +53,17 @@ class Pod:
     """
 
     def __init__(
-        self, command: Sequence[str], processes: int, devices: int, logs_dir: str | os.PathLike,
-        *, port: int | None = None, environment: Mapping[str, str] | None = None,
-        grace: float = 120.0, echo: bool = True,
-    ):  # fmt: skip
+        self,
+        command: Sequence[str],
+        processes: int,
+        devices: int,
+        logs_dir: str | os.PathLike,
+        *,
+        port: int | None = None,
+        environment: Mapping[str, str] | None = None,
+        grace: float = 120.0,
+        echo: bool = True,
+    ):
         if processes < 1 or devices < 1:
             raise ValueError(
                 f"a pod needs at least 1 process and 1 device, got {processes} and {devices}"
@@ -72,16 +79,19 @@ class Pod:
     def argv(self, process: int) -> list[str]:
         """The command line of one process."""
         return [
-            *self.command, f"--coordinator=localhost:{self.port}",
-            f"--num_processes={self.processes}", f"--process_id={process}",
-        ]  # fmt: skip
+            *self.command,
+            f"--coordinator=localhost:{self.port}",
+            f"--num_processes={self.processes}",
+            f"--process_id={process}",
+        ]
 
     def variables(self) -> dict[str, str]:
         """The variables that every process gets on top of this process'."""
         others = [
-            flag for flag in os.environ.get("XLA_FLAGS", "").split()
+            flag
+            for flag in os.environ.get("XLA_FLAGS", "").split()
             if not flag.startswith(f"{DEVICE_COUNT}=")
-        ]  # fmt: skip
+        ]
         flags = " ".join([*others, f"{DEVICE_COUNT}={self.devices}"])
         return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **self.environment}
 
@@ -103,10 +113,15 @@ class Pod:
             for process in range(self.processes):
                 # A session of its own: Ctrl-C reaches a process through us, and so only once.
                 child = subprocess.Popen(
-                    self.argv(process), env=environment, stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                    text=True, errors="replace",
-                )  # fmt: skip
+                    self.argv(process),
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    text=True,
+                    errors="replace",
+                )
                 self.children.append(child)
                 reader = threading.Thread(target=self._read, args=(process,), daemon=True)
                 reader.start()
@@ -231,9 +246,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags, and what follows `--`: flags of the program."""
     split = argv.index("--") if "--" in argv else len(argv)
     parser = _Parser(
-        description=__doc__, allow_abbrev=False,
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--processes", type=int, default=2, help="how many (2)")
     parser.add_argument("--devices", type=int, default=4, help="CPU devices of each process (4)")
     parser.add_argument("--module", default="liftplace_jax.main", help="what runs (%(default)s)")
@@ -242,9 +258,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--logs_dir", help="folder of the logs (default: WORKDIR-logs)")
     parser.add_argument("--port", type=int, help="of the coordinator (default: a free one)")
     parser.add_argument(
-        "--grace", type=float, default=120.0,
+        "--grace",
+        type=float,
+        default=120.0,
         help="seconds that the others have to end after a failure (120)",
-    )  # fmt: skip
+    )
     action = parser.add_mutually_exclusive_group()
     for name, what in (
         ("--dry-run", "print the commands and run nothing"),
@@ -278,14 +296,22 @@ def main(argv: list[str]) -> int:
         if not getattr(options, name):
             refuse(f"--{name} is needed; --help explains it")
     command = [
-        sys.executable, "-m", options.module, f"--config={options.config}",
-        f"--workdir={options.workdir}", *extra,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        options.module,
+        f"--config={options.config}",
+        f"--workdir={options.workdir}",
+        *extra,
+    ]
     try:
         pod = Pod(
-            command, options.processes, options.devices, logs_dir, port=options.port,
+            command,
+            options.processes,
+            options.devices,
+            logs_dir,
+            port=options.port,
             grace=options.grace,
-        )  # fmt: skip
+        )
     except ValueError as error:
         refuse(str(error))
     if options.dry_run:

@@ -16,8 +16,11 @@ def commands() -> str:
         path = Path(__file__).parent / f"{name.replace('.', '/')}.py"
         text = ast.get_docstring(ast.parse(path.read_bytes())) or ""
         lines += [f"    python -m liftplace_jax.{name:<14}{text.splitlines()[0]}"]
-    lines += ["", "For a start: python -m liftplace_jax.main --config=configs/digits.py"
-              " --workdir=runs/digits"]  # fmt: skip
+    lines += [
+        "",
+        "For a start: python -m liftplace_jax.main --config=configs/digits.py"
+        " --workdir=runs/digits",
+    ]
     return "\n".join(lines)
 
 

@@ -45,15 +45,19 @@ SUITES = {
 
 _SUITE = flags.DEFINE_enum("suite", None, list(SUITES), "what to measure")
 _OUT = flags.DEFINE_string("out", "benchmarks", "folder of the results")
-_REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each case", lower_bound=3,
-                               upper_bound=10_000)  # fmt: skip
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 9, "timed calls of each case", lower_bound=3, upper_bound=10_000
+)
 _QUICK = flags.DEFINE_bool("quick", False, "a small part, to see that the suite works")
 _CONFIG = define_config_flag("compression, capacity_gap: config file, FILE.py[:key=value,...]")
 _RATIOS = flags.DEFINE_list("ratios", [], "compression: shares of channels removed, in [0, 1)")
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "compression: of training and sampling (default: the config's)",
-    lower_bound=1, upper_bound=INT32,
-)  # fmt: skip
+    "batch_size",
+    None,
+    "compression: of training and sampling (default: the config's)",
+    lower_bound=1,
+    upper_bound=INT32,
+)
 _WORKDIRS = flags.DEFINE_list(
     "workdirs", [], "compression: finished work directories, patterns such as runs/sweep/*"
 )
@@ -109,12 +113,15 @@ def read_options():
     if _CONFIG.value is not None:
         check_fields(_CONFIG.value)
     return Options(
-        quick=_QUICK.value, repeats=_REPEATS.value, out=on_this_machine(_OUT.value, "--out"),
+        quick=_QUICK.value,
+        repeats=_REPEATS.value,
+        out=on_this_machine(_OUT.value, "--out"),
         workdir=on_this_machine(_WORKDIR.value, "--workdir") if _WORKDIR.value else None,
-        config=_CONFIG.value, ratios=tuple(map(_ratio, _RATIOS.value)),
+        config=_CONFIG.value,
+        ratios=tuple(map(_ratio, _RATIOS.value)),
         batch_size=_BATCH_SIZE.value,
         workdirs=tuple(path for pattern in _WORKDIRS.value for path in _directories(pattern)),
-    )  # fmt: skip
+    )
 
 
 def _ratio(text: str) -> float:

@@ -28,9 +28,11 @@ _CONFIG = define_config_flag(
     "for a file of weights: a config whose `model` it is, FILE.py[:key=value,...]"
 )
 _ENTRY = flags.DEFINE_string(
-    "entry", None, "where in a file: a key or the number of an item (ema.shadow, -1), or how names "
+    "entry",
+    None,
+    "where in a file: a key or the number of an item (ema.shadow, -1), or how names "
     "begin; in a folder: a folder in it or a variant (unet_ema, fp16)",
-)  # fmt: skip
+)
 _TO = flags.DEFINE_enum("to", None, FORMATS, "what to write")
 _PIPELINE = flags.DEFINE_string(
     "pipeline", None, "for --to=diffusers: a pipeline's folder, whose other parts are copied"

@@ -54,9 +54,11 @@ def encode() -> str:
     check_fields(_CONFIG.value)
     mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
     return encode_data(
-        _CONFIG.value, sharding.batch_sharding(mesh), batch_size=_BATCH_SIZE.value,
+        _CONFIG.value,
+        sharding.batch_sharding(mesh),
+        batch_size=_BATCH_SIZE.value,
         agreed=_YES.value,
-    )  # fmt: skip
+    )
 
 
 def entry_point() -> None:

@@ -55,17 +55,23 @@ _FLAGS = flags.FLAGS
 flags.DEFINE_string("data", None, "ref: a TFDS data set, a folder of images, or an .npz")
 flags.DEFINE_string("data_dir", None, "ref: where TFDS keeps its data")
 flags.DEFINE_string("split", "train", "ref: of the data")
-flags.DEFINE_integer("image_size", None, "ref, calc: resize and crop to squares of this side",
-                     lower_bound=1, upper_bound=SIDE)  # fmt: skip
-flags.DEFINE_integer("num_images", None, "ref: the first so many (default: all)", lower_bound=2,
-                     upper_bound=INT32)  # fmt: skip
+flags.DEFINE_integer(
+    "image_size",
+    None,
+    "ref, calc: resize and crop to squares of this side",
+    lower_bound=1,
+    upper_bound=SIDE,
+)
+flags.DEFINE_integer(
+    "num_images", None, "ref: the first so many (default: all)", lower_bound=2, upper_bound=INT32
+)
 flags.DEFINE_string("workdir", None, "gen: a finished work directory")
 flags.DEFINE_string("model", None, "gen: teacher, or a method and seed such as 'lift seed 0'")
-flags.DEFINE_integer("num_samples", 50_000, "gen: how many", lower_bound=2,
-                     upper_bound=INT32)  # fmt: skip
+flags.DEFINE_integer("num_samples", 50_000, "gen: how many", lower_bound=2, upper_bound=INT32)
 flags.DEFINE_enum("params", "ema", ("ema", "raw"), "gen: averaged parameters, or the last ones")
-flags.DEFINE_integer("seed", None, "gen: of the samples (default: the config's)", lower_bound=0,
-                     upper_bound=INT32)  # fmt: skip
+flags.DEFINE_integer(
+    "seed", None, "gen: of the samples (default: the config's)", lower_bound=0, upper_bound=INT32
+)
 flags.DEFINE_float("guidance", None, "gen: scale of the guidance (default: the config's)")
 flags.DEFINE_bool("save_npz", False, "gen: also write the images, for the ADM evaluator")
 flags.DEFINE_string("images", None, "calc: a folder of images, or an .npz")
@@ -73,19 +79,39 @@ flags.DEFINE_string("ref", None, "gen, calc: a reference file; calc: or as --ima
 flags.DEFINE_bool("overwrite", False, "replace another result at --out")
 flags.DEFINE_bool("allow_few", False, "gen, calc: accept fewer images than features")
 flags.DEFINE_enum("protocol", None, ("bk_sdm",), "what --features and the next flags do not say")
-flags.DEFINE_integer("jpeg_before", 0, "gen, calc: save samples (--images) as JPEG of this quality "
-                     "first; 0: do not", lower_bound=0, upper_bound=100)  # fmt: skip
-flags.DEFINE_integer("resize", 0, "then squeeze all images to this side, bicubic; 0: do not",
-                     lower_bound=0, upper_bound=SIDE)  # fmt: skip
-flags.DEFINE_integer("jpeg", 0, "then save them as JPEG of this quality; 0: do not",
-                     lower_bound=0, upper_bound=100)  # fmt: skip
-flags.DEFINE_bool("squeeze", None, "ref, calc: real images may be of any sizes, which --resize "
-                  "squeezes (default: with --protocol)")  # fmt: skip
-flags.DEFINE_enum("inception_rule", "adm", INCEPTION_RULES,
-                  "gen, calc: how the Inception Score splits")  # fmt: skip
+flags.DEFINE_integer(
+    "jpeg_before",
+    0,
+    "gen, calc: save samples (--images) as JPEG of this quality first; 0: do not",
+    lower_bound=0,
+    upper_bound=100,
+)
+flags.DEFINE_integer(
+    "resize",
+    0,
+    "then squeeze all images to this side, bicubic; 0: do not",
+    lower_bound=0,
+    upper_bound=SIDE,
+)
+flags.DEFINE_integer(
+    "jpeg", 0, "then save them as JPEG of this quality; 0: do not", lower_bound=0, upper_bound=100
+)
+flags.DEFINE_bool(
+    "squeeze",
+    None,
+    "ref, calc: real images may be of any sizes, which --resize "
+    "squeezes (default: with --protocol)",
+)
+flags.DEFINE_enum(
+    "inception_rule", "adm", INCEPTION_RULES, "gen, calc: how the Inception Score splits"
+)
 flags.DEFINE_string("clip_model", None, "gen, calc: a folder of a CLIPModel, for the CLIP score")
-flags.DEFINE_string("prompts", None, "gen: a file of prompts (default: the config's); calc: a "
-                    "table of --images and their prompts (default: the folder's)")  # fmt: skip
+flags.DEFINE_string(
+    "prompts",
+    None,
+    "gen: a file of prompts (default: the config's); calc: a "
+    "table of --images and their prompts (default: the folder's)",
+)
 flags.DEFINE_bool("repeat_prompts", False, "gen, calc: begin again where images outnumber prompts")
 flags.DEFINE_string("out", None, "ref: the .npz; gen: folder of results; calc: file of the result")
 flags.DEFINE_string("features", "inception", "feature extractor")
@@ -169,10 +195,14 @@ def make_reference() -> str:
     count = min(_FLAGS.num_images or len(source), len(source))
     check_count(count, extractor)
     info = {
-        "extractor": extractor.name, **extractor.info, "label": extractor.label, "data": path.name,
-        "split": _FLAGS.split, "image_shape": list(handling.shape(source.image_shape)),
+        "extractor": extractor.name,
+        **extractor.info,
+        "label": extractor.label,
+        "data": path.name,
+        "split": _FLAGS.split,
+        "image_shape": list(handling.shape(source.image_shape)),
         "count": count,
-    }  # fmt: skip
+    }
     info |= {"handling": handling.identity, "squeeze": squeeze} if handling else {}
     if not _FLAGS.overwrite:
         refuse_other(out, info, lambda: evaluation.load_reference(out).info)
@@ -226,8 +256,11 @@ def generate() -> str:
             samples, rate = draw(context, network, bar, clip=fields.clip, keep_images=keep)
         scores = compared(context, samples)
         result = scores | {
-            "model": title, "images_per_second": rate, "versions": versions(), "protocol": wanted,
-        }  # fmt: skip
+            "model": title,
+            "images_per_second": rate,
+            "versions": versions(),
+            "protocol": wanted,
+        }
         stem = stems[title]
         if _FLAGS.save_npz and processes.is_first():
             write_npz(out / f"{stem}.npz", {"arr_0": samples.images})
@@ -251,10 +284,15 @@ def read_config(workdir: Path):
         raise ValueError(f"{workdir} is no work directory: {path}: {error}") from error
     found = completed(found)
     changes = {
-        "features": _FLAGS.features, "weights": _FLAGS.weights, "reference": _FLAGS.ref,
-        "num_samples": _FLAGS.num_samples, "batch_size": _FLAGS.batch_size, "curve_every": 0,
-        "clip": None, "allow_few": _FLAGS.allow_few,
-    }  # fmt: skip
+        "features": _FLAGS.features,
+        "weights": _FLAGS.weights,
+        "reference": _FLAGS.ref,
+        "num_samples": _FLAGS.num_samples,
+        "batch_size": _FLAGS.batch_size,
+        "curve_every": 0,
+        "clip": None,
+        "allow_few": _FLAGS.allow_few,
+    }
     given = ("seed", "guidance", "clip_model", "prompts", "repeat_prompts")
     changes |= {name: _FLAGS[name].value for name in given if _FLAGS[name].present}
     changes |= protocol_fields()
@@ -281,10 +319,17 @@ def calculate() -> str:
     images = open_side(_FLAGS.images, extractor, size, handling, squeezed)
     reference = open_side(_FLAGS.ref, extractor, size, handling.of_real, squeeze)
     wanted = {
-        "images": Path(_FLAGS.images).name, "image_size": size, "images_of": images.name,
-        "protocol": {"extractor": extractor.name, **extractor.info, "reference": reference.name,
-                     "precision": "float32", "inception_rule": rule},
-    }  # fmt: skip
+        "images": Path(_FLAGS.images).name,
+        "image_size": size,
+        "images_of": images.name,
+        "protocol": {
+            "extractor": extractor.name,
+            **extractor.info,
+            "reference": reference.name,
+            "precision": "float32",
+            "inception_rule": rule,
+        },
+    }
     if handling:
         wanted["protocol"] |= {"handling": handling.identity, "squeeze": squeeze}
     look = look_at(images, handling)
@@ -363,10 +408,15 @@ def features_of(source, extractor, limit: int, look: Look, generated: bool = Fal
     bar = progress(source.name, limit, unit="image")
     try:
         return evaluation.reference(
-            source, extractor, batch_size=_FLAGS.batch_size, limit=limit,
+            source,
+            extractor,
+            batch_size=_FLAGS.batch_size,
+            limit=limit,
             sharding=sharding.batch_sharding(sharding.make_mesh({"data": -1})),
-            progress=lambda done: bar.update(done - bar.n), generated=generated, look=look,
-        )  # fmt: skip
+            progress=lambda done: bar.update(done - bar.n),
+            generated=generated,
+            look=look,
+        )
     finally:
         bar.close()
 
@@ -384,9 +434,7 @@ def summary(scores: dict[str, Any]) -> str:
     """A line of the scores."""
     from liftplace_jax.experiment.scoring import SCORES
 
-    named = {
-        "frechet": scores["label"], "sfid": "sFID", "kid": "KID", "clip_score": "CLIP score",
-    }  # fmt: skip
+    named = {"frechet": scores["label"], "sfid": "sFID", "kid": "KID", "clip_score": "CLIP score"}
     shown = [name for name in SCORES if name in scores and not name.endswith(("_std", "_error"))]
     values = ", ".join(f"{named.get(name, name)} {scores[name]:.4g}" for name in shown)
     count = scores["num_samples"]

@@ -11,8 +11,9 @@ def golden_dit(golden, name):
     arrays, meta = golden(name)
     fields = meta.get("config") or meta["student_config"]
     config = DiTConfig(
-        image_size=fields["input_size"], patch_size=fields["patch_size"],
+        image_size=fields["input_size"],
+        patch_size=fields["patch_size"],
         **{field: fields[field] for field in SIZES},
-    )  # fmt: skip
+    )
     tensors = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
     return from_tensors(config, tensors)

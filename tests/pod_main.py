@@ -46,8 +46,10 @@ def train(experiment, workdir):
     fields = experiment.config.teacher
     processes.log_to(workdir / "logs")
     keys = jax.random.split(jax.random.key(0))
-    student = {"inner": jax.random.normal(keys[0], (64, 16)) / 8,
-               "outer": jax.random.normal(keys[1], (16, 64)) / 8}  # fmt: skip
+    student = {
+        "inner": jax.random.normal(keys[0], (64, 16)) / 8,
+        "outer": jax.random.normal(keys[1], (16, 64)) / 8,
+    }
     state = run_training(
         experiment,
         fields,

@@ -41,10 +41,14 @@ def folder(bucket, request, tmp_path, monkeypatch):
 def put_from_elsewhere(path, content):
     """Uploads a file as another host would."""
     bucket, _, name = os.fspath(path).removeprefix("gs://").partition("/")
-    urllib.request.urlopen(urllib.request.Request(
-        f"{os.environ['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/{bucket}/o?uploadType=media"
-        f"&name={name}", data=content, headers={"Content-Type": "application/octet-stream"},
-    ))  # fmt: skip
+    urllib.request.urlopen(
+        urllib.request.Request(
+            f"{os.environ['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/{bucket}/o?uploadType=media"
+            f"&name={name}",
+            data=content,
+            headers={"Content-Type": "application/octet-stream"},
+        )
+    )
 
 
 def test_paths_of_this_machine_stay_what_they_are():
@@ -183,10 +187,14 @@ def test_a_bucket_that_is_away_for_a_while_ends_no_run(folder, monkeypatch, caps
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("error", [
-    ValueError("UNAVAILABLE: error reading gs://b"), gcsfs.retry.HttpError({"code": 503}),
-    aiohttp.ClientConnectionError(),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("UNAVAILABLE: error reading gs://b"),
+        gcsfs.retry.HttpError({"code": 503}),
+        aiohttp.ClientConnectionError(),
+    ],
+)
 def test_a_checkpoint_that_cannot_be_reached_is_not_called_damaged(
     folder, monkeypatch, error, capsys
 ):

@@ -161,9 +161,11 @@ def broken_texts(folder):
         (lambda: (folder / "a.txt").write_text("x" * 600_000), "a.txt: it has 600,000 bytes"),
         (lambda: ((folder / "a.txt").unlink(), os.mkfifo(folder / "a.txt")), "it is no regular"),
         (lambda: ((folder / "a.txt").unlink(), (folder / "a.txt").mkdir()), "it is no regular"),
-        (lambda: Image.new("L", (4, 4)).save(folder / "a.jpg"), "may be the caption of a.jpg or of "
-         "a.png: rename one"),
-    ]  # fmt: skip
+        (
+            lambda: Image.new("L", (4, 4)).save(folder / "a.jpg"),
+            "may be the caption of a.jpg or of a.png: rename one",
+        ),
+    ]
 
 
 @pytest.mark.parametrize("case", range(6))
@@ -197,10 +199,12 @@ class Captioned(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         text = tfds.features.Text()
         extra = {
-            "caption": {"caption": text}, "several": {"captions": tfds.features.Sequence(text)},
+            "caption": {"caption": text},
+            "several": {"captions": tfds.features.Sequence(text)},
             "dictionaries": {"captions": tfds.features.Sequence({"id": np.int32, "text": text})},
-            "words": {"text": tfds.features.Tensor(shape=(2,), dtype=np.int32)}, "none": {},
-        }[self.builder_config.name]  # fmt: skip
+            "words": {"text": tfds.features.Tensor(shape=(2,), dtype=np.int32)},
+            "none": {},
+        }[self.builder_config.name]
         image = {"image": tfds.features.Image(shape=(4, 4, 3))}
         features = tfds.features.FeaturesDict(image | extra)
         return tfds.core.DatasetInfo(builder=self, features=features)
@@ -211,10 +215,12 @@ class Captioned(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self):
         for index, text in enumerate(("ein Bär", "zwei ", "", "vier")):
             extra = {
-                "caption": {"caption": text}, "several": {"captions": [text, "another"]},
+                "caption": {"caption": text},
+                "several": {"captions": [text, "another"]},
                 "dictionaries": {"captions": [{"id": 1, "text": text}] if text else []},
-                "words": {"text": [1, 2]}, "none": {},
-            }[self.builder_config.name]  # fmt: skip
+                "words": {"text": [1, 2]},
+                "none": {},
+            }[self.builder_config.name]
             yield index, {"image": np.full((4, 4, 3), index, np.uint8)} | extra
 
 

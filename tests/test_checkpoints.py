@@ -23,9 +23,15 @@ from liftplace_jax.nn import building
 from liftplace_jax.nn.network import make_apply
 
 FIELDS = dict(
-    image_size=8, in_channels=2, out_channels=3, ch=8, ch_mult=(1, 3), num_res_blocks=2,
-    attn_resolutions=(4,), num_groups=4,
-)  # fmt: skip
+    image_size=8,
+    in_channels=2,
+    out_channels=3,
+    ch=8,
+    ch_mult=(1, 3),
+    num_res_blocks=2,
+    attn_resolutions=(4,),
+    num_groups=4,
+)
 CONFIG = UNetConfig(**FIELDS)
 TINY = registry.config_from_dict({"widths": None} | tiny_config.get_config().model.to_dict())
 X = np.random.default_rng(0).normal(size=(2, 8, 8, 2)).astype(np.float32)
@@ -72,10 +78,11 @@ def test_the_torch_peer_is_the_published_model(golden):
     arrays, meta = golden("ddpm_unet_u16")
     fields = meta["config"]["model"]
     model = TorchUNet(
-        image_size=meta["config"]["data"]["image_size"], num_groups=32,
+        image_size=meta["config"]["data"]["image_size"],
+        num_groups=32,
         out_channels=fields["out_ch"],
         **{k: fields[k] for k in FIELDS.keys() & fields.keys()},
-    ).eval()  # fmt: skip
+    ).eval()
     parameters = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
     model.load_state_dict({k: torch.from_numpy(v) for k, v in parameters.items()})
     with torch.no_grad():

@@ -84,9 +84,11 @@ def test_golden(golden, tmp_path, name):
     found = encode(network, arrays["in/input_ids"].astype(np.int32))
     expected = {k.removeprefix("out/"): v for k, v in arrays.items() if k.startswith("out/")}
     values = {
-        "last_hidden_state": found.last, "penultimate": found.hidden[-2], "pooled": found.pooled,
+        "last_hidden_state": found.last,
+        "penultimate": found.hidden[-2],
+        "pooled": found.pooled,
         "text_embeds": found.projected,
-    } | {f"hidden_states/{i}": state for i, state in enumerate(found.hidden)}  # fmt: skip
+    } | {f"hidden_states/{i}": state for i, state in enumerate(found.hidden)}
     for key, wanted in expected.items():
         np.testing.assert_allclose(values[key], wanted, atol=5e-5, err_msg=key)
     assert len(found.hidden) == 4 and (found.projected is None) == ("text_embeds" not in expected)
@@ -139,8 +141,9 @@ def test_both_towers_of_a_pair(pair):
         )
     text, image = load_text_encoder(path), load_image_encoder(path)
     for network, inputs, theirs in (
-        (text, IDS, wanted.text_embeds), (image, IMAGES, wanted.image_embeds)
-    ):  # fmt: skip
+        (text, IDS, wanted.text_embeds),
+        (image, IMAGES, wanted.image_embeds),
+    ):
         ours = encode(network, inputs).projected
         ours = ours / jnp.linalg.norm(ours, axis=-1, keepdims=True)
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
@@ -195,8 +198,10 @@ def test_shards_variants_pickles_and_old_buffers(tmp_path):
     assert load_text_encoder(path).sha256 == wanted
     for file in {*files.values(), index.name}:
         (path / file).unlink()
-    save_file({k: v.astype(np.float16) if v.dtype == np.float32 else v for k, v in tensors.items()},
-              path / "model.fp16.safetensors")  # fmt: skip
+    save_file(
+        {k: v.astype(np.float16) if v.dtype == np.float32 else v for k, v in tensors.items()},
+        path / "model.fp16.safetensors",
+    )
     with pytest.raises(ValueError, match=r"model.safetensors or pytorch_model.bin.*\['fp16'\]"):
         load_text_encoder(path)
     halves = load_text_encoder(tmp_path, "text_encoder.fp16")
@@ -209,9 +214,9 @@ def test_the_one_of_a_pipeline_is_found(tmp_path):
     text_folder(tmp_path)
     # As of Stable Diffusion 1: of the model type of both towers, and neither.
     (tmp_path / "safety_checker").mkdir()
-    (tmp_path / "safety_checker" / "config.json").write_text(json.dumps(
-        {"architectures": ["StableDiffusionSafetyChecker"], "model_type": "clip"}
-    ))  # fmt: skip
+    (tmp_path / "safety_checker" / "config.json").write_text(
+        json.dumps({"architectures": ["StableDiffusionSafetyChecker"], "model_type": "clip"})
+    )
     assert load_text_encoder(tmp_path).config.vocab_size == 40
     shutil.copytree(tmp_path / "text_encoder", tmp_path / "text_encoder_2")
     with pytest.raises(ValueError, match=r"\['text_encoder', 'text_encoder_2'\]; choose one"):
@@ -233,14 +238,17 @@ def test_an_old_config_of_a_pair_goes_by_its_older_part(pair, tmp_path):
     assert load_text_encoder(path).sha256 == load_text_encoder(pair[0]).sha256
 
 
-@pytest.mark.parametrize(("field", "value", "message"), [
-    ("hidden_act", "gelu_new", "hidden_act 'gelu_new': must be one of ['gelu', 'quick_gelu']"),
-    ("num_attention_heads", 3, "num_attention_heads 3 does not divide hidden_size 16"),
-    ("num_hidden_layers", 10**6, "num_hidden_layers must be a whole number in 1..1000"),
-    ("hidden_size", "wide", "hidden_size must be a whole number"),
-    ("vocab_size", 41, "text_model.embeddings.token_embedding.weight: has shape (40, 16)"),
-    ("num_hidden_layers", 1, "text_model.encoder.layers.1.layer_norm1.bias: unexpected"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_act", "gelu_new", "hidden_act 'gelu_new': must be one of ['gelu', 'quick_gelu']"),
+        ("num_attention_heads", 3, "num_attention_heads 3 does not divide hidden_size 16"),
+        ("num_hidden_layers", 10**6, "num_hidden_layers must be a whole number in 1..1000"),
+        ("hidden_size", "wide", "hidden_size must be a whole number"),
+        ("vocab_size", 41, "text_model.embeddings.token_embedding.weight: has shape (40, 16)"),
+        ("num_hidden_layers", 1, "text_model.encoder.layers.1.layer_norm1.bias: unexpected"),
+    ],
+)
 def test_what_does_not_fit_is_named(tmp_path, field, value, message):
     path, _ = text_folder(tmp_path)
     fields = json.loads((path / "config.json").read_text())

@@ -27,8 +27,9 @@ PICTURES = RNG.integers(0, 256, (4, 18, 18, 3), dtype=np.uint8)
 def test_cosines_are_those_of_transformers(clip_folder):
     clip, model = evaluation.load_clip(clip_folder), CLIPModel.from_pretrained(clip_folder).eval()
     tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
-    inputs = tokenizer(PROMPTS, padding="max_length", max_length=LENGTH, truncation=True,
-                       return_tensors="pt")  # fmt: skip
+    inputs = tokenizer(
+        PROMPTS, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
+    )
     images = [Image.fromarray(picture) for picture in PICTURES]
     pixels = processor()(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
@@ -81,19 +82,22 @@ def test_of_a_folder_without_a_preparation_it_is_openais(tmp_path):
     assert load_preparation(tmp_path, CLIPVisionConfig()).mean == (0.5, 0.5, 0.5)
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"size": {"shortest_edge": 0}}, "size must be a whole number in 1..65536, got 0"),
-    ({"size": {"longest_edge": 9}}, "size {'longest_edge': 9} must have height and width"),
-    ({"crop_size": {"height": 14, "width": 13}}, "crop_size (14, 13) is no square"),
-    ({"crop_size": 13}, "pictures become 13, the tower takes 14"),
-    ({"size": 13, "crop_size": 14}, "crop_size 14 is larger than size 13"),
-    ({"do_center_crop": False, "size": 18}, "pictures become 18, the tower takes 14"),
-    ({"image_std": [1.0, 0.0, 1.0]}, "image_std [1.0, 0.0, 1.0] must be above 0"),
-    ({"image_mean": [0.5], "image_std": [0.5]}, "image_mean and image_std must be 3 numbers"),
-    ({"image_mean": "bright"}, "image_mean must be a sequence"),
-    ({"resample": 17}, "resample 17 is none of Pillow's ways"),
-    ({"rescale_factor": "1/255"}, "rescale_factor must be a number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": {"shortest_edge": 0}}, "size must be a whole number in 1..65536, got 0"),
+        ({"size": {"longest_edge": 9}}, "size {'longest_edge': 9} must have height and width"),
+        ({"crop_size": {"height": 14, "width": 13}}, "crop_size (14, 13) is no square"),
+        ({"crop_size": 13}, "pictures become 13, the tower takes 14"),
+        ({"size": 13, "crop_size": 14}, "crop_size 14 is larger than size 13"),
+        ({"do_center_crop": False, "size": 18}, "pictures become 18, the tower takes 14"),
+        ({"image_std": [1.0, 0.0, 1.0]}, "image_std [1.0, 0.0, 1.0] must be above 0"),
+        ({"image_mean": [0.5], "image_std": [0.5]}, "image_mean and image_std must be 3 numbers"),
+        ({"image_mean": "bright"}, "image_mean must be a sequence"),
+        ({"resample": 17}, "resample 17 is none of Pillow's ways"),
+        ({"rescale_factor": "1/255"}, "rescale_factor must be a number"),
+    ],
+)
 def test_a_preparation_that_cannot_be_is_refused(tmp_path, fields, message):
     usual = {"size": SIZE, "crop_size": SIZE}
     file = tmp_path / "preprocessor_config.json"
@@ -150,8 +154,10 @@ def test_scores_of_cosines_that_are_none():
     with pytest.raises(ValueError, match="want .N,. cosines"):
         evaluation.clip_score([])
     assert evaluation.clip_score([-0.5]) == {
-        "clip_score": -0.5, "clip_score_error": None, "clip_pairs": 1,
-    }  # fmt: skip
+        "clip_score": -0.5,
+        "clip_score_error": None,
+        "clip_pairs": 1,
+    }
 
 
 # Samples and their prompts ------------------------------------------------------------------------
@@ -164,9 +170,16 @@ def sample(params, keys, condition=None):
 def drawn(look, sharded, batch_size):
     mesh = sharding.batch_sharding(sharding.make_mesh({"data": -1})) if sharded else None
     return evaluation.collect(
-        sample, (), 10, batch_size=batch_size, extractor=None, seed=3, sharding=mesh,
-        keep_images=10, look=look,
-    )  # fmt: skip
+        sample,
+        (),
+        10,
+        batch_size=batch_size,
+        extractor=None,
+        seed=3,
+        sharding=mesh,
+        keep_images=10,
+        look=look,
+    )
 
 
 def test_sample_i_is_scored_with_prompt_i_however_it_is_drawn(clip_folder):

@@ -37,8 +37,10 @@ def test_batches_hand_on_every_column():
         "text", Column(jax.ShapeDtypeStruct((3, 2), np.float16), lambda i: states[i])
     )
     assert {name: (spec.shape, spec.dtype) for name, spec in source.columns.items()} == {
-        "label": ((), np.int32), "tokens": ((7,), np.int32), "text": ((3, 2), np.float16),
-    }  # fmt: skip
+        "label": ((), np.int32),
+        "tokens": ((7,), np.int32),
+        "text": ((3, 2), np.float16),
+    }
     with contextlib.closing(train_batches(source, batch_size=4, seed=3, flip=True)) as batches:
         seen = list(itertools.islice(batches, 4))
     plain = train_batches(numbers(), batch_size=4, seed=3, flip=True)

@@ -27,9 +27,14 @@ LATE = ("liftplace_jax.host.processes", "liftplace_jax.experiment")
 def commands(module, *arguments, imported=()):
     """[(exit status, stdout, stderr)] of a command with each list of arguments."""
     done = subprocess.run(
-        [sys.executable, "tests/forked_commands.py", module, *imported], cwd=ROOT, env=ENVIRONMENT,
-        input=json.dumps(arguments), text=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "tests/forked_commands.py", module, *imported],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        input=json.dumps(arguments),
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -117,12 +122,19 @@ def test_fields_are_spelt_as_after_the_colon_and_can_be_unset(tmp_path):
     spellings = {
         "a": [f"{CONFIG}:seeds=0+1+2", "--config.evaluation.clip=None"],
         "b": [CONFIG, "--config.seeds=0+1+2", "--config.evaluation.clip=None"],
-        "c": [CONFIG, "--config.seeds=(0, 1, 2)", "--config.data.crop=0+0+8+8",
-              "--config.data.crop=None", "--config.evaluation.features=None",
-              "--config.teacher.optimizer.grad_clip=None", "--noconfig.tensorboard"],
-    }  # fmt: skip
-    arguments = [[*given, teacher, f"--workdir={tmp_path / name}"]
-                 for name, given in spellings.items()]  # fmt: skip
+        "c": [
+            CONFIG,
+            "--config.seeds=(0, 1, 2)",
+            "--config.data.crop=0+0+8+8",
+            "--config.data.crop=None",
+            "--config.evaluation.features=None",
+            "--config.teacher.optimizer.grad_clip=None",
+            "--noconfig.tensorboard",
+        ],
+    }
+    arguments = [
+        [*given, teacher, f"--workdir={tmp_path / name}"] for name, given in spellings.items()
+    ]
     for status, _, err in commands("liftplace_jax.main", *arguments, imported=LATE):
         assert status == EXIT_BAD_INPUT and "/nowhere" in err, err
     found = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in spellings}
@@ -178,16 +190,21 @@ def test_a_path_that_is_no_config_file_is_one_line(tmp_path, monkeypatch):
         monkeypatch.chdir(ROOT)
         with pytest.raises(ConfigError, match=message):
             load_config(path)
-    monkeypatch.setattr(Path, "read_bytes", lambda self: (_ for _ in ()).throw(
-        PermissionError(13, "Permission denied")))  # fmt: skip
+    monkeypatch.setattr(
+        Path,
+        "read_bytes",
+        lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")),
+    )
     with pytest.raises(ConfigError, match="configs/digits.py cannot be read: Permission denied"):
         load_config("configs/digits.py")
 
 
 def test_a_good_config_file_leaves_nothing_behind(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("from ml_collections import ConfigDict\n"
-                    "def get_config(arg=None):\n    return ConfigDict({'arg': arg})\n")  # fmt: skip
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(arg=None):\n    return ConfigDict({'arg': arg})\n"
+    )
     assert load_config(f"{path}:a:b") == ConfigDict({"arg": "a:b"})
     assert load_config(str(path)).arg is None
     assert [found.name for found in tmp_path.iterdir()] == ["mine.py"]
@@ -195,17 +212,30 @@ def test_a_good_config_file_leaves_nothing_behind(tmp_path):
 
 def test_help_says_what_a_command_does_its_flags_and_its_config():
     plain, given, bad, full = commands(
-        "liftplace_jax.main", ["--help"], ["-h", "--config=configs/digits.py:ratio=0.5"],
-        ["--help", "--config=README.md"], ["--helpfull"],
-    )  # fmt: skip
+        "liftplace_jax.main",
+        ["--help"],
+        ["-h", "--config=configs/digits.py:ratio=0.5"],
+        ["--help", "--config=README.md"],
+        ["--helpfull"],
+    )
     assert plain[0] == given[0] == full[0] == 0 and plain[2] == given[2] == ""
-    for text in ("Trains a teacher", "python -m liftplace_jax.main --config=configs/digits.py",
-                 "--workdir", "--config.FIELD=VALUE", "FILE.py:KEY=VALUE",
-                 "--config=FILE.py --help"):  # fmt: skip
+    for text in (
+        "Trains a teacher",
+        "python -m liftplace_jax.main --config=configs/digits.py",
+        "--workdir",
+        "--config.FIELD=VALUE",
+        "FILE.py:KEY=VALUE",
+        "--config=FILE.py --help",
+    ):
         assert text in plain[1], text
-    for text in ("Arguments after a colon", "seeds=0+1+2", "--config.compress.ratio=0.5",
-                 "--config.teacher.steps=2400", "(a whole number in 1..2^31 - 1)",
-                 "--config.model.ch=32"):  # fmt: skip
+    for text in (
+        "Arguments after a colon",
+        "seeds=0+1+2",
+        "--config.compress.ratio=0.5",
+        "--config.teacher.steps=2400",
+        "(a whole number in 1..2^31 - 1)",
+        "--config.model.ch=32",
+    ):
         assert text in given[1], text
     assert bad[0] == EXIT_BAD_INPUT and bad[2].startswith("error: --config=README.md is no Python")
     assert "--coordinator" in full[1] and "--coordinator" not in plain[1]
@@ -227,9 +257,12 @@ def test_the_package_lists_its_commands():
         program = "import runpy, sys; runpy.run_module('liftplace_jax', run_name='__main__')"
         program += "; assert not {'flax', 'optax', 'tensorflow', 'orbax'} & set(sys.modules)"
         return subprocess.run(
-            [sys.executable, "-c", program, *arguments], env=ENVIRONMENT, text=True,
-            capture_output=True, timeout=60,
-        )  # fmt: skip
+            [sys.executable, "-c", program, *arguments],
+            env=ENVIRONMENT,
+            text=True,
+            capture_output=True,
+            timeout=60,
+        )
 
     for arguments in ((), ("--help",)):
         done = ask(*arguments)

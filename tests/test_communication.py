@@ -24,9 +24,17 @@ from liftplace_jax.training.prepare import prepare
 BATCH, SIDE, DEVICES = 40, 6, 8  # neither the batch nor a device's part is a parameter's size
 RULES = ((r"kernel", ("fsdp",)),)
 UNET = dict(
-    model="unet", image_size=SIDE, in_channels=3, out_channels=3, ch=16, ch_mult=(1,),
-    num_res_blocks=1, attn_resolutions=(), num_groups=4, dropout=0.1,
-)  # fmt: skip
+    model="unet",
+    image_size=SIDE,
+    in_channels=3,
+    out_channels=3,
+    ch=16,
+    ch_mult=(1,),
+    num_res_blocks=1,
+    attn_resolutions=(),
+    num_groups=4,
+    dropout=0.1,
+)
 DIT = dict(model="dit", image_size=SIDE, hidden_size=16, depth=2, num_heads=2, num_classes=10)
 
 
@@ -60,9 +68,13 @@ class Step:
             for tree in (run.state.params, run.frozen)
         )
         images = np.zeros((BATCH, SIDE, SIDE, model.in_channels), np.float32)
-        batch = next(iter(sharding.global_batches(
-            [{"image": images, "label": np.zeros(BATCH, np.int32)}], mesh
-        )))  # fmt: skip
+        batch = next(
+            iter(
+                sharding.global_batches(
+                    [{"image": images, "label": np.zeros(BATCH, np.int32)}], mesh
+                )
+            )
+        )
         self.compiled = run.step.lower(run.state, run.frozen, batch).compile()
         self.sent = collectives(self.compiled)
         self.local_rows = (BATCH // DEVICES, model.in_channels, SIDE**2)

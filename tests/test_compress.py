@@ -21,16 +21,30 @@ from liftplace_jax.weights import from_torch, to_torch
 def unet_config(published, **changes):
     model = published["model"]
     return UNetConfig(
-        image_size=published["data"]["image_size"], in_channels=model["in_channels"],
-        out_channels=model["out_ch"], ch=model["ch"], ch_mult=tuple(model["ch_mult"]),
-        num_res_blocks=model["num_res_blocks"], attn_resolutions=tuple(model["attn_resolutions"]),
-        dropout=model["dropout"], resamp_with_conv=model["resamp_with_conv"], **changes,
-    )  # fmt: skip
+        image_size=published["data"]["image_size"],
+        in_channels=model["in_channels"],
+        out_channels=model["out_ch"],
+        ch=model["ch"],
+        ch_mult=tuple(model["ch_mult"]),
+        num_res_blocks=model["num_res_blocks"],
+        attn_resolutions=tuple(model["attn_resolutions"]),
+        dropout=model["dropout"],
+        resamp_with_conv=model["resamp_with_conv"],
+        **changes,
+    )
 
 
 def tiny(**changes):
-    options = dict(image_size=8, in_channels=1, out_channels=1, ch=16, ch_mult=(1, 2),
-                   num_res_blocks=1, attn_resolutions=(4,), num_groups=4)  # fmt: skip
+    options = dict(
+        image_size=8,
+        in_channels=1,
+        out_channels=1,
+        ch=16,
+        ch_mult=(1, 2),
+        num_res_blocks=1,
+        attn_resolutions=(4,),
+        num_groups=4,
+    )
     return UNetConfig(**options | changes)
 
 

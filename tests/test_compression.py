@@ -38,10 +38,13 @@ ROOT = Path(__file__).parent.parent
 def benchmark(*flags):
     """Runs the command at the repository's root, on one device."""
     return subprocess.run(
-        [sys.executable, "-m", "liftplace_jax.benchmark", *flags], cwd=ROOT, timeout=600,
-        capture_output=True, text=True,
+        [sys.executable, "-m", "liftplace_jax.benchmark", *flags],
+        cwd=ROOT,
+        timeout=600,
+        capture_output=True,
+        text=True,
         env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
-    )  # fmt: skip
+    )
 
 
 # Sizes ------------------------------------------------------------------------------------------
@@ -100,9 +103,16 @@ def test_published_architectures_are_those_of_the_golden_facts():
 @pytest.mark.parametrize("resamp_with_conv", [True, False])
 def test_counted_parameters_are_those_of_the_model(resamp_with_conv):
     config = UNetConfig(
-        image_size=8, in_channels=1, out_channels=1, ch=16, ch_mult=(1, 2), num_res_blocks=1,
-        attn_resolutions=(4,), num_groups=4, resamp_with_conv=resamp_with_conv,
-    )  # fmt: skip
+        image_size=8,
+        in_channels=1,
+        out_channels=1,
+        ch=16,
+        ch_mult=(1, 2),
+        num_res_blocks=1,
+        attn_resolutions=(4,),
+        num_groups=4,
+        resamp_with_conv=resamp_with_conv,
+    )
     for c in (config, pruned_config(config, 0.5)):
         assert config_parameters(c) == building.count_parameters(building.abstract(c)[1])
 
@@ -194,9 +204,10 @@ def test_unfit_work_directories_are_refused_by_name(workdirs, experiment, tmp_pa
     other = UNetConfig.from_dict(teacher.to_dict() | {"dropout": 0.0})
     refused(workdirs[0], teacher=other, match="teacher of .*half is another.*dropout: 0.0 -> 0.1")
     refused(
-        workdirs[0], normalisation="adapted",
+        workdirs[0],
+        normalisation="adapted",
         match="no_kd of .*half is another network.*min_channels_per_group: 2 -> 1",
-    )  # fmt: skip
+    )
     again = make_workdir(tmp_path / "again", 0.5, seeds=(1, 2))
     refused(*workdirs, again, match="half and .*again both have a student no_kd of ratio 0.5 and")
     few = make_workdir(tmp_path / "few", 0.25, changes={"evaluation.num_samples": 8})
@@ -260,8 +271,8 @@ def test_what_fails_is_a_row_that_says_so(monkeypatch, tmp_path, workdirs):
     monkeypatch.setattr(compression, "measure_network", network)
     monkeypatch.setattr(compression, "measure_training", training)
     options = Options(
-        config=tiny_config.get_config(), ratios=(0.5, 1.5), workdirs=tuple(workdirs), batch_size=16,
-    )  # fmt: skip
+        config=tiny_config.get_config(), ratios=(0.5, 1.5), workdirs=tuple(workdirs), batch_size=16
+    )
     result = compression.run(options)
     status = {row["ratio"]: row["status"] for row in result["rows"]}
     assert list(status) == [0.0, 0.5, 0.75, 1.5], "those of the work directories are measured too"
@@ -281,9 +292,17 @@ def test_what_fails_is_a_row_that_says_so(monkeypatch, tmp_path, workdirs):
     assert "| 1.5 | - | - | - |" in text and "| out of memory: RESOURCE" in text
     stem = "compression_tiny"
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {f"{stem}.json", f"{stem}.md", f"{stem}.csv", f"{stem}_training.csv",
-                     f"{stem}_quality.csv", f"{stem}_cost.png", f"{stem}_cost.svg",
-                     f"{stem}_pareto.png", f"{stem}_pareto.svg"}  # fmt: skip
+    assert files == {
+        f"{stem}.json",
+        f"{stem}.md",
+        f"{stem}.csv",
+        f"{stem}_training.csv",
+        f"{stem}_quality.csv",
+        f"{stem}_cost.png",
+        f"{stem}_cost.svg",
+        f"{stem}_pareto.png",
+        f"{stem}_pareto.svg",
+    }
     for kind in ("cost", "pareto"):
         assert f"({stem}_{kind}.png)" in text
         assert imread(tmp_path / f"{stem}_{kind}.png").std() > 0.02
@@ -294,9 +313,13 @@ def test_what_fails_is_a_row_that_says_so(monkeypatch, tmp_path, workdirs):
 
 def test_compression_command(tmp_path):
     process = benchmark(
-        "--suite=compression", "--config=tests/tiny_config.py", "--quick", "--repeats=3",
-        "--ratios=0.99", f"--out={tmp_path}",
-    )  # fmt: skip
+        "--suite=compression",
+        "--config=tests/tiny_config.py",
+        "--quick",
+        "--repeats=3",
+        "--ratios=0.99",
+        f"--out={tmp_path}",
+    )
     assert process.returncode == 0, process.stderr
     assert "ratio 0: no_kd" in process.stderr, "progress"
     result = json.loads((tmp_path / "compression_tiny.json").read_text())

@@ -26,8 +26,14 @@ def summary(seeds=3, **scores):
 
 
 def test_the_best_method_is_compared_with_the_baseline():
-    text = conclude(summary(no_kd=(221.5, 13.9), output_kd=(199.1, 10.8), lift=(152.8, 10.6),
-                            lift_place=(169.6, 7.1)))  # fmt: skip
+    text = conclude(
+        summary(
+            no_kd=(221.5, 13.9),
+            output_kd=(199.1, 10.8),
+            lift=(152.8, 10.6),
+            lift_place=(169.6, 7.1),
+        )
+    )
     assert text == (
         "The lowest Frechet distance, mean of 3 seeds, is that of lift: 152.8 +- 10.6 "
         "(teacher: 5.0). That is 46.3 (23%) below output_kd, 199.1 +- 10.8: "
@@ -120,9 +126,11 @@ def test_the_processor_is_named_on_any_machine(tmp_path, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "arch")
     monkeypatch.setattr("platform.processor", lambda: "")
     assert provenance.processor() == {  # no such file
-        "processor": "arch", "instructions": "arch", "threads": 3,
+        "processor": "arch",
+        "instructions": "arch",
+        "threads": 3,
         "xla_flags": "--xla_cpu_max_isa=AVX2 --xla_dump_to=x",
-    }  # fmt: skip
+    }
     path.write_text(EPYC)
     found = provenance.processor()
     assert provenance.line(found) == "AMD EPYC (family 26, model 2), AVX2, 3 threads"

@@ -18,10 +18,24 @@ from liftplace_jax.families.unet.config import UNetConfig
 from liftplace_jax.host.sharding import batch_sharding, make_mesh
 
 CLASSES = 5
-MODEL = DiTConfig(image_size=2, patch_size=1, hidden_size=4, depth=1, num_heads=1, in_channels=2,
-                  num_classes=CLASSES)  # fmt: skip
-FIELDS = dict(sampler="ddim", sample_steps=4, skip_type="uniform", eta=0.0, guidance=1.0,
-              guidance_channels=None, precision="highest")  # fmt: skip
+MODEL = DiTConfig(
+    image_size=2,
+    patch_size=1,
+    hidden_size=4,
+    depth=1,
+    num_heads=1,
+    in_channels=2,
+    num_classes=CLASSES,
+)
+FIELDS = dict(
+    sampler="ddim",
+    sample_steps=4,
+    skip_type="uniform",
+    eta=0.0,
+    guidance=1.0,
+    guidance_channels=None,
+    precision="highest",
+)
 PROCESS = GaussianDiffusion(beta_schedule("linear", 8), variance="learned_range")
 KEYS = jax.random.split(jax.random.key(0), 6)
 
@@ -127,14 +141,22 @@ def test_samples_of_given_classes_count_exactly_on_any_devices(sharded):
         )
 
     samples = evaluation.collect(
-        by_class(), 0.0, 11, batch_size=8, extractor=None, seed=0, sharding=sharding,
-        keep_images=11, condition=labels,
-    )  # fmt: skip
+        by_class(),
+        0.0,
+        11,
+        batch_size=8,
+        extractor=None,
+        seed=0,
+        sharding=sharding,
+        keep_images=11,
+        condition=labels,
+    )
     expected = np.round((labels / 10 + 1) * 127.5)
     np.testing.assert_array_equal(samples.images[:, 0, 0, 0], expected)
     with pytest.raises(ValueError, match="want 11 conditions, got an array of .10,."):
-        evaluation.collect(by_class(), 0.0, 11, batch_size=8, extractor=None, seed=0,
-                           condition=labels[:10])  # fmt: skip
+        evaluation.collect(
+            by_class(), 0.0, 11, batch_size=8, extractor=None, seed=0, condition=labels[:10]
+        )
 
 
 def test_the_subfolders_of_a_folder_are_its_classes(tmp_path):
@@ -146,8 +168,10 @@ def test_the_subfolders_of_a_folder_are_its_classes(tmp_path):
     batch = source.get(np.arange(3))
     assert source.num_classes == 2
     assert dict(zip(batch["image"][:, 0, 0, 0].tolist(), batch["label"].tolist(), strict=True)) == {
-        20: 0, 30: 0, 10: 1,
-    }  # fmt: skip
+        20: 0,
+        30: 0,
+        10: 1,
+    }
     # One image beside the subfolders, and they are no classes.
     Image.new("L", (4, 4), 40).save(tmp_path / "train" / "loose.png")
     source = load_source("folder", "train", path=tmp_path)

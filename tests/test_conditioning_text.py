@@ -27,8 +27,13 @@ def stored(params, columns):
     return {k: v.astype(jnp.float32) for k, v in columns.items()}
 
 
-TOKENS = Encoding((("tokens", (LENGTH,), "int32"),), look_up, LENGTH, WIDTH,
-                  origin=(("tokens", '{"sha256": "one"}'),))  # fmt: skip
+TOKENS = Encoding(
+    (("tokens", (LENGTH,), "int32"),),
+    look_up,
+    LENGTH,
+    WIDTH,
+    origin=(("tokens", '{"sha256": "one"}'),),
+)
 STATES = Encoding(
     (("context", (LENGTH, WIDTH), "float16"), ("pooled", (2,), "float16")), stored, LENGTH, WIDTH, 2
 )
@@ -128,9 +133,10 @@ def test_what_does_not_fit_is_refused():
 def test_data_must_have_the_tokens_of_this_tokenizer():
     def source(**changes):
         fields = {
-            "name": "pictures", "columns": dict(TEXT.columns),
+            "name": "pictures",
+            "columns": dict(TEXT.columns),
             "column_identities": {"tokens": {"sha256": "one"}},
-        }  # fmt: skip
+        }
         return SimpleNamespace(**fields | changes)
 
     check_sources(TEXT, [source()])

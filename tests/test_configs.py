@@ -52,8 +52,14 @@ def test_models_and_processes_are_the_published_ones(name):
     config, facts = get_config(name), FACTS[CONFIGS[name][0]]["config"]
     renamed = {"out_ch": "out_channels", "image_size": "image_size"}
     fields = {renamed.get(k, k): v for k, v in facts["model"].items()}
-    for key in ("in_channels", "out_channels", "ch", "num_res_blocks", "dropout",
-                "resamp_with_conv"):  # fmt: skip
+    for key in (
+        "in_channels",
+        "out_channels",
+        "ch",
+        "num_res_blocks",
+        "dropout",
+        "resamp_with_conv",
+    ):
         assert config.model[key] == fields[key], key
     for key in ("ch_mult", "attn_resolutions"):
         assert list(config.model[key]) == fields[key]
@@ -62,11 +68,20 @@ def test_models_and_processes_are_the_published_ones(name):
     assert config.teacher.ema_decay == config.distill.ema_decay == fields["ema_rate"]
     diffusion = facts["diffusion"]
     assert config.process.to_dict() == dict(
-        kind="gaussian", schedule=diffusion["beta_schedule"], beta_start=diffusion["beta_start"],
-        beta_end=diffusion["beta_end"], num_timesteps=diffusion["num_diffusion_timesteps"],
-        prediction="epsilon", variance="fixed", timesteps="antithetic", reduction="sum",
-        shift=1.0, logit_mean=0.0, logit_std=1.0, mode_scale=1.29,
-    )  # fmt: skip
+        kind="gaussian",
+        schedule=diffusion["beta_schedule"],
+        beta_start=diffusion["beta_start"],
+        beta_end=diffusion["beta_end"],
+        num_timesteps=diffusion["num_diffusion_timesteps"],
+        prediction="epsilon",
+        variance="fixed",
+        timesteps="antithetic",
+        reduction="sum",
+        shift=1.0,
+        logit_mean=0.0,
+        logit_std=1.0,
+        mode_scale=1.29,
+    )
 
 
 @NAMES
@@ -101,22 +116,34 @@ def test_training_is_as_published(name, teacher, batch, rate, clip, data, test):
     for run in (config.teacher, config.distill):
         assert (run.batch_size, run.accumulation, run.dtype) == (batch, 1, "float32")
         assert run.optimizer.to_dict() == dict(
-            name="adam", learning_rate=rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
-            grad_clip=clip, schedule="constant", warmup_steps=0, final_scale=0.0,
-        )  # fmt: skip
+            name="adam",
+            learning_rate=rate,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            weight_decay=0.0,
+            grad_clip=clip,
+            schedule="constant",
+            warmup_steps=0,
+            final_scale=0.0,
+        )
     for ratio, steps in CONFIGS[name][1].items():
         assert get_config(name, f"ratio={ratio}").distill.steps == steps, ratio
     assert (config.data.name, config.data.train_split, config.data.test_split) == (
-        data, "train", test,
-    )  # fmt: skip
+        data,
+        "train",
+        test,
+    )
     assert config.method == "lift_place_feature_kd"
     loss, evaluation = config.distill.loss, config.evaluation
     assert (config.distill.scale, config.distill.feature_scale) == (1.0, 1e-6)
     assert (loss.variant, loss.group_size, loss.grouping) == ("pixel", 16, "error")
     assert config.distill.weight.name == "adaptive" and config.compress.importance == "taylor"
     assert (evaluation.num_samples, evaluation.sampler, evaluation.sample_steps) == (
-        50_000, "ddim", 100,
-    )  # fmt: skip
+        50_000,
+        "ddim",
+        100,
+    )
     assert (evaluation.eta, evaluation.clip, evaluation.neighbours) == (0.0, None, 5)
     assert evaluation.skip_type == ("quad" if name == "cifar10_unet" else "uniform")
 
@@ -199,9 +226,13 @@ def finished(tmp_path_factory):
             images(folder / "pictures" / get_config(name).data.test_split, 3)
         config = f"--config={ROOT / 'configs' / name}.py:runlocal"
         return folder, subprocess.run(
-            [sys.executable, "-m", "liftplace_jax.main", config, *flags], cwd=folder,
-            env=environment, text=True, capture_output=True, timeout=600,
-        )  # fmt: skip
+            [sys.executable, "-m", "liftplace_jax.main", config, *flags],
+            cwd=folder,
+            env=environment,
+            text=True,
+            capture_output=True,
+            timeout=600,
+        )
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(CONFIGS, pool.map(run, CONFIGS), strict=True))

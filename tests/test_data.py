@@ -738,9 +738,11 @@ def test_the_upper_bits_of_16_are_taken(tmp_path):
 
     header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
     (tmp_path / "x.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" + values.tobytes())) + chunk(b"IEND", b"")
-    )  # fmt: skip
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" + values.tobytes()))
+        + chunk(b"IEND", b"")
+    )
     source = load_source("folder", "all", path=tmp_path)
     assert source.get([0])["image"].ravel().tolist() == [0x12, 0xFF, 0x80]
     assert "1 with 16 bits a channel, of which the upper 8 are taken" in source.note
@@ -757,10 +759,14 @@ def broken_files(folder):
     picture(folder / "deep.png", 3000, mode="I;16")
     picture(folder / "large.png", 1, size=(8, 17))
     return {
-        "empty.png": "it is empty", "text.tif": "it is of no format that is known here",
-        "drawing.jpg": "it is of no format", "link.gif": "No such file", "pipe.bmp": "no regular",
-        "deep.png": "pixels of mode I;16, want 8 bits", "large.png": "decompression bomb",
-    }  # fmt: skip
+        "empty.png": "it is empty",
+        "text.tif": "it is of no format that is known here",
+        "drawing.jpg": "it is of no format",
+        "link.gif": "No such file",
+        "pipe.bmp": "no regular",
+        "deep.png": "pixels of mode I;16, want 8 bits",
+        "large.png": "decompression bomb",
+    }
 
 
 def test_broken_images_are_refused_before_any_work(tmp_path, monkeypatch):

@@ -49,9 +49,15 @@ from liftplace_jax.training.metrics_io import read_metrics
 from liftplace_jax.weights import to_torch
 
 CONFIG = DiTConfig(
-    image_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=4, num_heads=2,
-    num_classes=10, learn_sigma=False,
-)  # fmt: skip
+    image_size=8,
+    patch_size=4,
+    in_channels=1,
+    hidden_size=16,
+    depth=4,
+    num_heads=2,
+    num_classes=10,
+    learn_sigma=False,
+)
 
 
 @pytest.fixture(scope="module")
@@ -269,10 +275,13 @@ def test_updates_are_of_the_blocks_linear_layers_and_start_at_zero(constructed, 
 def test_a_step_of_the_search_sees_the_drawn_blocks_alone(constructed, start, dtype, tolerance):
     graphdef, params = constructed
     searched = searched_apply(
-        building.abstract(CONFIG, jnp.dtype(dtype))[0], params, make_groups(1, 2, 4),
+        building.abstract(CONFIG, jnp.dtype(dtype))[0],
+        params,
+        make_groups(1, 2, 4),
         lora_scale=2.0,
-        gate_scale=1000.0, temperature=0.1,
-    )  # fmt: skip
+        gate_scale=1000.0,
+        temperature=0.1,
+    )
     x, t, cond = inputs()
     found = jax.jit(lambda key: searched(start, x, t, False, key, cond)[0])
     seen = set()
@@ -280,8 +289,9 @@ def test_a_step_of_the_search_sees_the_drawn_blocks_alone(constructed, start, dt
         prediction = found(jax.random.key(seed))
         gaps = {
             (a, b): np.abs(prediction - gated(graphdef, params, [a, 1 - a, b, 1 - b])).max()
-            for a in (0, 1) for b in (0, 1)
-        }  # fmt: skip
+            for a in (0, 1)
+            for b in (0, 1)
+        }
         seen.add(min(gaps, key=gaps.get))
         scale = np.abs(gated(graphdef, params, [1, 1, 1, 1])).max()
         assert min(gaps.values()) < tolerance * scale
@@ -399,8 +409,7 @@ def test_a_search_that_was_cut_ends_as_one_that_was_not(tmp_path, constructed):
     small = from_tensors(student.replace(kept_layers=None), tensors)
     weights.save_model(tmp_path / "teacher", small.config.described(), small.params)
     teacher = tmp_path / "teacher"
-    changes = dict(compress__layers="learned",
-                   compress__depth=1, model__depth=2)  # fmt: skip
+    changes = dict(compress__layers="learned", compress__depth=1, model__depth=2)
     whole = experiment(tmp_path / "whole", teacher, **changes)
     compress(whole)
     # As if it had been killed after step 3: the checkpoint of step 2 is the newest.
@@ -422,8 +431,9 @@ def test_a_search_that_was_cut_ends_as_one_that_was_not(tmp_path, constructed):
     assert record["layers"] == "learned" and record["masks"] == [[1, 0], [0, 1]]
     np.testing.assert_allclose(np.sum(record["probabilities"], 1), 1, rtol=1e-6)
     assert record["kept"] == [np.argmax(record["probabilities"])]
-    np.testing.assert_allclose([row["temperature"] for row in rows[0]], [4.0, 2.7, 1.4, 0.1],
-                               rtol=1e-5)  # fmt: skip
+    np.testing.assert_allclose(
+        [row["temperature"] for row in rows[0]], [4.0, 2.7, 1.4, 0.1], rtol=1e-5
+    )
     last = rows[0][-1]
     np.testing.assert_allclose(last["keep.0"] + last["keep.1"], 1, rtol=1e-5)
     assert len({row["keep.1"] for row in rows[0]}) > 1
@@ -437,29 +447,72 @@ def test_a_search_that_was_cut_ends_as_one_that_was_not(tmp_path, constructed):
     )
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(compress__depth=None), "config.compress.depth must be set: how many of 4 blocks stay"),
-    (dict(compress__depth=4), r"config.compress.depth must be in 1\.\.3, below the teacher's 4"),
-    (dict(compress__layers="best"), "config.compress.layers must be .*got 'best'; .*'similarity'"),
-    (dict(compress__layers="0,1,2"), "config.compress.layers names 3 blocks, compress.depth is 2"),
-    (dict(compress__layers="3,1"), r"config.compress.layers must be .*ascending order, got \[3, 1"),
-    (dict(compress__layers="learned", compress__depth=3, compress__learned__keep=1,
-          compress__learned__group=2),
-     "config.compress.learned: to keep 1 of 2 leaves 2 of .* 4 blocks, compress.depth is 3"),
-    (dict(compress__layers="learned", compress__learned__keep=1, compress__learned__group=5),
-     "config.compress.learned: keep 1 and group 5 must have"),
-    (dict(compress__layers="learned", compress__learned__keep=1),
-     "config.compress.learned: set keep and group both or neither, got 1 and None"),
-    (dict(compress__layers="learned", compress__learned__batch_size=12),
-     "config.compress.learned.batch_size 12 is not a multiple of the 8 devices"),
-    (dict(compress__learned__rank=0), r"config.compress.learned.rank must be a whole number in"),
-    (dict(compress__learned__temperature_end=0.0),
-     r"config.compress.learned.temperature_end must be a number in \(0, "),
-    (dict(compress__learned__optimizer__name="sgd"),
-     "config.compress.learned.optimizer.name must be one of"),
-    (dict(compress__score_batches=0), r"config.compress.score_batches must be a whole number in"),
-    (dict(model__embedders="per_block"), "config.compress.a DiT with embedders='per_block' cannot"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(compress__depth=None),
+            "config.compress.depth must be set: how many of 4 blocks stay",
+        ),
+        (
+            dict(compress__depth=4),
+            r"config.compress.depth must be in 1\.\.3, below the teacher's 4",
+        ),
+        (
+            dict(compress__layers="best"),
+            "config.compress.layers must be .*got 'best'; .*'similarity'",
+        ),
+        (
+            dict(compress__layers="0,1,2"),
+            "config.compress.layers names 3 blocks, compress.depth is 2",
+        ),
+        (
+            dict(compress__layers="3,1"),
+            r"config.compress.layers must be .*ascending order, got \[3, 1",
+        ),
+        (
+            dict(
+                compress__layers="learned",
+                compress__depth=3,
+                compress__learned__keep=1,
+                compress__learned__group=2,
+            ),
+            "config.compress.learned: to keep 1 of 2 leaves 2 of .* 4 blocks, compress.depth is 3",
+        ),
+        (
+            dict(compress__layers="learned", compress__learned__keep=1, compress__learned__group=5),
+            "config.compress.learned: keep 1 and group 5 must have",
+        ),
+        (
+            dict(compress__layers="learned", compress__learned__keep=1),
+            "config.compress.learned: set keep and group both or neither, got 1 and None",
+        ),
+        (
+            dict(compress__layers="learned", compress__learned__batch_size=12),
+            "config.compress.learned.batch_size 12 is not a multiple of the 8 devices",
+        ),
+        (
+            dict(compress__learned__rank=0),
+            r"config.compress.learned.rank must be a whole number in",
+        ),
+        (
+            dict(compress__learned__temperature_end=0.0),
+            r"config.compress.learned.temperature_end must be a number in \(0, ",
+        ),
+        (
+            dict(compress__learned__optimizer__name="sgd"),
+            "config.compress.learned.optimizer.name must be one of",
+        ),
+        (
+            dict(compress__score_batches=0),
+            r"config.compress.score_batches must be a whole number in",
+        ),
+        (
+            dict(model__embedders="per_block"),
+            "config.compress.a DiT with embedders='per_block' cannot",
+        ),
+    ],
+)
 def test_bad_fields_are_named_before_anything_is_written(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         open_experiment(tiny(**changes), tmp_path / "run")

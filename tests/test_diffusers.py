@@ -123,11 +123,14 @@ def test_outputs_of_the_golden_network(golden, tmp_path):
     )
     np.testing.assert_allclose(y, nhwc(arrays["out/sample"]), atol=5e-5)
     for theirs, ours in {
-        "down_blocks.0": "down.0.downsample.conv", "down_blocks.1": "down.1.downsample.conv",
-        "down_blocks.2": "down.2.block.1", "mid_block": "mid.block_2",
-        "up_blocks.0": "up.2.upsample.conv", "up_blocks.1": "up.1.upsample.conv",
+        "down_blocks.0": "down.0.downsample.conv",
+        "down_blocks.1": "down.1.downsample.conv",
+        "down_blocks.2": "down.2.block.1",
+        "mid_block": "mid.block_2",
+        "up_blocks.0": "up.2.upsample.conv",
+        "up_blocks.1": "up.1.upsample.conv",
         "up_blocks.2": "up.0.block.2",
-    }.items():  # fmt: skip
+    }.items():
         expected = nhwc(arrays[f"out/block/{theirs}"])
         np.testing.assert_allclose(features[ours], expected, atol=5e-5)
 
@@ -312,9 +315,10 @@ def test_misfits_with_the_wanted_config_are_listed(copy):
     with pytest.raises(ValueError, match="unet is not what config.model says") as error:
         load_checkpoint(copy, wanted)
     assert str(error.value).splitlines()[1:4] == [
-        "  attn_resolutions: [8] -> [4]", "  ch_mult: [1, 2, 2, 2] -> [1, 2, 2]",
+        "  attn_resolutions: [8] -> [4]",
+        "  ch_mult: [1, 2, 2, 2] -> [1, 2, 2]",
         "  image_size: 16 -> 8",
-    ]  # fmt: skip
+    ]
     with pytest.raises(ValueError, match="is the weights of diffusers alone: give its folder"):
         load_checkpoint(copy / "diffusion_pytorch_model.safetensors", wanted)
 
@@ -329,8 +333,9 @@ def test_irregular_networks_are_refused_with_their_layers(tmp_path):
     with pytest.raises(DiffusersError, match="no UNet2DModel is equal to it") as error:
         write_diffusers(tmp_path / "unet", changed, building.abstract(changed)[1])
     assert str(error.value).splitlines()[1:] == [
-        "  down.0.block.0.conv1: 4 channels, must be 8", "  mid.attn_1.q: 8 channels, must be 16",
-    ]  # fmt: skip
+        "  down.0.block.0.conv1: 4 channels, must be 8",
+        "  mid.attn_1.q: 8 channels, must be 16",
+    ]
     assert list(tmp_path.iterdir()) == []
     # What pruning leaves of a level may be regular, but it never narrows the embedding of t.
     with pytest.raises(DiffusersError, match="  conv_in: 4 channels, must be 8"):
@@ -369,12 +374,15 @@ def commands(*arguments):
     """Runs conversions side by side; returns (exit status, stdout, stderr) of each."""
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "liftplace_jax.convert", *map(str, line)], cwd=ROOT, text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+            [sys.executable, "-m", "liftplace_jax.convert", *map(str, line)],
+            cwd=ROOT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
         for line in arguments
-    ]  # fmt: skip
+    ]
     ends = [process.communicate(timeout=240) for process in started]
     return [(p.returncode, *end) for p, end in zip(started, ends, strict=True)]
 
@@ -396,9 +404,15 @@ def test_the_command_there_and_back(folder, network, tmp_path):
     )
     ends = commands(
         [f"--model={state}", "--entry=unet_ema", "--to=published", f"--out={there}"],
-        [f"--model={file}", f"--config={config}", "--config.model.image_size=16", "--entry=-1",
-         "--to=diffusers", f"--out={back}"],
-    )  # fmt: skip
+        [
+            f"--model={file}",
+            f"--config={config}",
+            "--config.model.image_size=16",
+            "--entry=-1",
+            "--to=diffusers",
+            f"--out={back}",
+        ],
+    )
     assert [(status, err) for status, _, err in ends] == 2 * [(0, "")]
     assert re.match(rf"{there}: [\d,]+ parameters of ", ends[0][1])
     assert json.loads((there / "config.json").read_text()) == fields
@@ -420,14 +434,23 @@ def test_refused_commands_are_one_error_and_leave_nothing(folder, tmp_path):
         f"error: {tmp_path / 'state'}: holds several networks, ['unet', 'unet_ema']; choose one as "
         "entry (--entry)": [f"--model={tmp_path / 'state'}", "--to=published", out],
         "error: flag --to=None": [f"--model={tmp_path}", out],
-        f"error: no model.safetensors and config.json in {tmp_path}":
-            [f"--model={tmp_path}", "--to=diffusers", out],
-        f"error: {tmp_path / 'model.pt'}: a file of weights does not say its model, so give":
-            [f"--model={tmp_path / 'model.pt'}", "--to=published", out],
-        f"error: {tmp_path / 'model.pt'}: cannot be read as weights only":
-            [f"--model={tmp_path / 'model.pt'}", "--to=published", out,
-             "--config=configs/digits.py"],
-    }  # fmt: skip
+        f"error: no model.safetensors and config.json in {tmp_path}": [
+            f"--model={tmp_path}",
+            "--to=diffusers",
+            out,
+        ],
+        f"error: {tmp_path / 'model.pt'}: a file of weights does not say its model, so give": [
+            f"--model={tmp_path / 'model.pt'}",
+            "--to=published",
+            out,
+        ],
+        f"error: {tmp_path / 'model.pt'}: cannot be read as weights only": [
+            f"--model={tmp_path / 'model.pt'}",
+            "--to=published",
+            out,
+            "--config=configs/digits.py",
+        ],
+    }
     for (status, printed, err), message in zip(commands(*errors.values()), errors, strict=True):
         assert (status, printed) == (2, "")
         assert err.startswith(message) and len(err.splitlines()) == 1, err

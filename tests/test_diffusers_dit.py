@@ -99,9 +99,15 @@ def test_published_arrays(golden, tmp_path):
 def test_live_and_written_back(saved, equal, tmp_path):
     network = load_checkpoint(saved[equal].parent)  # as a pipeline's
     assert network.config == DiTConfig(
-        image_size=8, hidden_size=16, depth=2, num_heads=2, num_classes=5, frequency_shift=1,
-        norm_epsilon=1e-5, embedders="shared" if equal else "per_block",
-    )  # fmt: skip
+        image_size=8,
+        hidden_size=16,
+        depth=2,
+        num_heads=2,
+        num_classes=5,
+        frequency_shift=1,
+        norm_epsilon=1e-5,
+        embedders="shared" if equal else "per_block",
+    )
     np.testing.assert_allclose(
         output(network, X, T, LABELS)[0], torch_output(peer(equal)), atol=1e-5
     )
@@ -171,9 +177,14 @@ def test_tensors_that_do_not_fit_are_listed_by_their_own_names(copy):
 
 def test_what_diffusers_cannot_be_is_refused_and_nothing_written(saved, tmp_path):
     published = DiTConfig(
-        image_size=4, hidden_size=8, depth=1, num_heads=2, num_classes=2, mlp_ratio=2.0,
+        image_size=4,
+        hidden_size=8,
+        depth=1,
+        num_heads=2,
+        num_classes=2,
+        mlp_ratio=2.0,
         class_dropout=0.0,
-    )  # fmt: skip
+    )
     with pytest.raises(DiffusersError, match="no DiTTransformer2DModel is equal") as error:
         write_diffusers(tmp_path / "out", published, building.create(published)[1])
     for field in ("frequency_shift 0: must be 1, ", "mlp_ratio 2.0: must be 4", "class_dropout 0"):

@@ -119,10 +119,19 @@ def test_live_and_written_back(saved, name, tmp_path):
 
 def test_the_fields_are_read():
     assert config_from_diffusers(PEERS["student"]) == SDUNetConfig(
-        image_size=8, in_channels=3, out_channels=5, widths=(8, 16), layers=(2, 1), heads=(4, 4),
-        down_attention=(True, False), up_attention=(True, False), mid_block=False, context_dim=6,
-        linear_projection=False, num_groups=4,
-    )  # fmt: skip
+        image_size=8,
+        in_channels=3,
+        out_channels=5,
+        widths=(8, 16),
+        layers=(2, 1),
+        heads=(4, 4),
+        down_attention=(True, False),
+        up_attention=(True, False),
+        mid_block=False,
+        context_dim=6,
+        linear_projection=False,
+        num_groups=4,
+    )
     assert config_from_diffusers(SD14) == PUBLISHED_SD_UNETS["sd-1.4"]
     assert config_from_diffusers(SD21) == PUBLISHED_SD_UNETS["sd-2.1"]
     # One value for each level, the size as a pair, and the whole of a newer file.
@@ -156,14 +165,18 @@ def saved_as(**options):
     return save
 
 
-@pytest.mark.parametrize("change, entry", [
-    (renamed, None),
-    (saved_as(safe_serialization=False), None),
-    (saved_as(max_shard_size="40KB"), None),
-    (saved_as(max_shard_size="40KB", safe_serialization=False), None),
-    (saved_as(variant="fp16"), "fp16"),
-    (saved_as(variant="fp16", safe_serialization=False), "fp16"),
-], ids=["old names", "bin", "shards", "shards of bin", "fp16", "fp16 of bin"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, entry",
+    [
+        (renamed, None),
+        (saved_as(safe_serialization=False), None),
+        (saved_as(max_shard_size="40KB"), None),
+        (saved_as(max_shard_size="40KB", safe_serialization=False), None),
+        (saved_as(variant="fp16"), "fp16"),
+        (saved_as(variant="fp16", safe_serialization=False), "fp16"),
+    ],
+    ids=["old names", "bin", "shards", "shards of bin", "fp16", "fp16 of bin"],
+)
 def test_all_layouts_of_files_are_read(saved, tmp_path, change, entry):
     folder = shutil.copytree(saved("v2"), tmp_path / "unet")
     change(folder)

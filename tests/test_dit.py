@@ -29,8 +29,15 @@ from liftplace_jax.suites import sizes
 NAMES = ("dit_d4", "dit_d2p4")
 FACTS = json.loads((GOLDEN / "dit_facts.json").read_text())
 TINY = DiTConfig(image_size=4, hidden_size=16, depth=2, num_heads=2, in_channels=1, num_classes=3)
-UNET = UNetConfig(image_size=4, in_channels=1, ch=8, ch_mult=(1,), num_res_blocks=1,
-                  attn_resolutions=(), num_groups=4)  # fmt: skip
+UNET = UNetConfig(
+    image_size=4,
+    in_channels=1,
+    ch=8,
+    ch_mult=(1,),
+    num_res_blocks=1,
+    attn_resolutions=(),
+    num_groups=4,
+)
 X = np.random.default_rng(0).normal(size=(2, 4, 4, 1)).astype(np.float32)
 T = jnp.array([3, 700])
 LABELS = jnp.array([0, 3])
@@ -136,9 +143,12 @@ def test_initial_weights_are_the_published_ones_and_blocks_the_identity():
     graphdef, params = building.create(config, 1)
     tensors = weights.to_torch(params)
     for name, fans in {
-        "x_embedder.proj": (4, 64), "blocks.1.attn.qkv": (64, 192), "blocks.0.attn.proj": (64, 64),
-        "blocks.0.mlp.fc1": (64, 256), "blocks.1.mlp.fc2": (256, 64),
-    }.items():  # fmt: skip
+        "x_embedder.proj": (4, 64),
+        "blocks.1.attn.qkv": (64, 192),
+        "blocks.0.attn.proj": (64, 64),
+        "blocks.0.mlp.fc1": (64, 256),
+        "blocks.1.mlp.fc2": (256, 64),
+    }.items():
         weight, bound = tensors[f"{name}.weight"], (6 / sum(fans)) ** 0.5
         assert 0.95 * bound < np.abs(weight).max() <= bound
         assert weight.std() == pytest.approx(bound / 3**0.5, rel=0.1)
@@ -199,9 +209,9 @@ def test_remat_gives_the_same_gradients_and_positions_are_not_trained(config, la
     assert untrained == ({"pos_embed"} if config is TINY else set())
 
 
-@pytest.mark.parametrize("changes, remat", [
-    ({}, None), ({}, "nothing_saveable"), ({"embedders": "per_block"}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, remat", [({}, None), ({}, "nothing_saveable"), ({"embedders": "per_block"}, None)]
+)
 def test_scanned_blocks_give_the_same_numbers_by_the_same_names(changes, remat):
     config = TINY.replace(depth=3, **changes)
     params = tiny(depth=3, **changes)[1]
@@ -224,8 +234,9 @@ def test_scanned_blocks_give_the_same_numbers_by_the_same_names(changes, remat):
     assert list(found[0][1][1]) == list(expected[0][1][1]) == [f"blocks.{n}" for n in range(3)]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * max(1, np.abs(b).max())),
-        found, expected,
-    )  # fmt: skip
+        found,
+        expected,
+    )
 
 
 def test_scanning_changes_no_file_and_is_refused_without_equal_blocks(tmp_path):
@@ -429,10 +440,12 @@ def test_published_files_load(file):
     [
         ({"depth": 5}, ["  depth: 2 -> 5"]),
         ({"depth": 1, "num_classes": 10}, ["  depth: 2 -> 1", "  num_classes: 3 -> 10"]),
-        ({"hidden_size": 32, "patch_size": 1, "in_channels": 3},
-         ["  hidden_size: 16 -> 32", "  in_channels: 1 -> 3", "  patch_size: 2 -> 1"]),
+        (
+            {"hidden_size": 32, "patch_size": 1, "in_channels": 3},
+            ["  hidden_size: 16 -> 32", "  in_channels: 1 -> 3", "  patch_size: 2 -> 1"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_file_of_another_model_is_a_line_for_each_field(file, changes, lines):
     with pytest.raises(ValueError, match="plain.pt is not what config.model says") as error:
         load_checkpoint(file("plain.pt"), TINY.replace(**changes))

@@ -42,10 +42,20 @@ def test_imagenet_is_as_published():
     model = registry.config_from_dict(config.model.to_dict(), partial=True)
     assert config_parameters(model) == FACTS["models"]["DiT-XL/2"]["total_params"]
     assert config.process.to_dict() == dict(
-        kind="gaussian", schedule="linear", num_timesteps=1000, beta_start=1e-4, beta_end=0.02,
-        prediction="epsilon", variance="learned_range", timesteps="uniform", reduction="mean",
-        shift=1.0, logit_mean=0.0, logit_std=1.0, mode_scale=1.29,
-    )  # fmt: skip
+        kind="gaussian",
+        schedule="linear",
+        num_timesteps=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        prediction="epsilon",
+        variance="learned_range",
+        timesteps="uniform",
+        reduction="mean",
+        shift=1.0,
+        logit_mean=0.0,
+        logit_std=1.0,
+        mode_scale=1.29,
+    )
     distill = config.distill
     assert (distill.task_scale, distill.scale, distill.feature_scale) == (0.1, 0.9, 0.01)
     assert distill.feature.to_dict() == dict(
@@ -54,9 +64,17 @@ def test_imagenet_is_as_published():
     assert (distill.loss.variant, distill.loss.group_size) == ("dit", 16)
     assert (distill.batch_size, distill.steps, distill.ema_decay) == (256, 500_000, 0.9999)
     assert distill.optimizer.to_dict() == dict(
-        name="adamw", learning_rate=2e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
-        grad_clip=0.0, schedule="cosine", warmup_steps=0, final_scale=0.5,
-    )  # fmt: skip
+        name="adamw",
+        learning_rate=2e-4,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=0.0,
+        grad_clip=0.0,
+        schedule="cosine",
+        warmup_steps=0,
+        final_scale=0.5,
+    )
     fields = config.evaluation
     assert (fields.sampler, fields.sample_steps, fields.skip_type) == ("ancestral", 250, "spaced")
     assert (fields.guidance, fields.guidance_channels, fields.num_samples) == (1.5, None, 50_000)
@@ -144,34 +162,56 @@ def finished(tmp_path_factory):
     write_random_autoencoder(home / "autoencoder", channels=1, image_size=8, levels=2)
     latent = [
         f"--config={ROOT / 'configs' / 'imagenet256_dit.py'}:runlocal,student=D14",
-        "--config.data.name=digits", "--config.data.test_split=test", "--config.data.flip=False",
-        "--config.data.image_size=8", "--config.model.num_classes=10",
-        "--config.latents.autoencoder=autoencoder", "--config.latents.path=latents",
-    ]  # fmt: skip
+        "--config.data.name=digits",
+        "--config.data.test_split=test",
+        "--config.data.flip=False",
+        "--config.data.image_size=8",
+        "--config.model.num_classes=10",
+        "--config.latents.autoencoder=autoencoder",
+        "--config.latents.path=latents",
+    ]
     commands = {
         "digits_dit": [
-            ["main", f"--config={ROOT / 'configs' / 'digits_dit.py'}:runlocal",
-             "--workdir=digits_dit"],
+            [
+                "main",
+                f"--config={ROOT / 'configs' / 'digits_dit.py'}:runlocal",
+                "--workdir=digits_dit",
+            ],
         ],
         "imagenet256_dit": [
             ["encode", *latent],
-            ["main", *latent, "--workdir=imagenet256_dit", "--config.evaluation.features=digits",
-             "--config.evaluation.num_samples=80", "--config.evaluation.curve_every=30",
-             "--config.distill.remat=nothing_saveable", "--config.distill.dtype=bfloat16",
-             "--config.distill.scan_blocks", "--config.distill.accumulation=2",
-             "--config.evaluation.dtype=bfloat16", "--config.latents.decode_dtype=bfloat16",
-             "--config.latents.tile=4"],
+            [
+                "main",
+                *latent,
+                "--workdir=imagenet256_dit",
+                "--config.evaluation.features=digits",
+                "--config.evaluation.num_samples=80",
+                "--config.evaluation.curve_every=30",
+                "--config.distill.remat=nothing_saveable",
+                "--config.distill.dtype=bfloat16",
+                "--config.distill.scan_blocks",
+                "--config.distill.accumulation=2",
+                "--config.evaluation.dtype=bfloat16",
+                "--config.latents.decode_dtype=bfloat16",
+                "--config.latents.tile=4",
+            ],
         ],
-    }  # fmt: skip
+    }
     load_source("digits", "train", data_dir=str(home / "data"))  # not by two at once
 
     def run(name):
         done = []
         for module_name, *arguments in commands[name]:
-            done.append(subprocess.run(
-                [sys.executable, "-m", f"liftplace_jax.{module_name}", *arguments], cwd=home,
-                env=environment, text=True, capture_output=True, timeout=900,
-            ))  # fmt: skip
+            done.append(
+                subprocess.run(
+                    [sys.executable, "-m", f"liftplace_jax.{module_name}", *arguments],
+                    cwd=home,
+                    env=environment,
+                    text=True,
+                    capture_output=True,
+                    timeout=900,
+                )
+            )
             if done[-1].returncode:
                 break
         return home, done

@@ -58,14 +58,24 @@ def test_the_table_and_the_sheet_are_whole():
     middle = {caption(entry): mean for entry, mean in zip(table, means, strict=True)}
     assert middle["red apple"].argmax() == 0 and middle["blue heart"].argmax() == 2
     assert middle["green book"].argmax() == 1 and middle["black large square"].max() < 80
-    tones = [middle[f"raised fist: {tone} skin tone"].sum()
-             for tone in ("light", "medium-light", "medium", "medium-dark", "dark")]  # fmt: skip
+    tones = [
+        middle[f"raised fist: {tone} skin tone"].sum()
+        for tone in ("light", "medium-light", "medium", "medium-dark", "dark")
+    ]
     assert tones == sorted(tones, reverse=True)
 
 
 def test_what_is_drawn_is_what_is_read(tmp_path, monkeypatch):
-    entries = [{"emoji": chr(65 + n), "name": f"Letter {n}", "group": n % 2, "subgroup": n,
-                "keywords": ["a", "b"][:n]} for n in range(3)]  # fmt: skip
+    entries = [
+        {
+            "emoji": chr(65 + n),
+            "name": f"Letter {n}",
+            "group": n % 2,
+            "subgroup": n,
+            "keywords": ["a", "b"][:n],
+        }
+        for n in range(3)
+    ]
     drawn = [Image.new("RGB", (32, 32), (n, 0, 9)) for n in range(3)]
     make_emoji.write(drawn, entries, tmp_path)
     monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)

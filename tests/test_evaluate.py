@@ -26,9 +26,14 @@ def home(tmp_path_factory):
     """A folder with data, and with a finished work directory "run" whose training had a curve."""
     folder = tmp_path_factory.mktemp("evaluate")
     python(
-        folder, "-m", "liftplace_jax.main", f"--config={TESTS / 'tiny_config.py'}", "--workdir=run",
-        "--config.evaluation.curve_every=4", "--config.evaluation.curve_samples=80",
-    )  # fmt: skip
+        folder,
+        "-m",
+        "liftplace_jax.main",
+        f"--config={TESTS / 'tiny_config.py'}",
+        "--workdir=run",
+        "--config.evaluation.curve_every=4",
+        "--config.evaluation.curve_samples=80",
+    )
     return folder
 
 
@@ -40,9 +45,13 @@ def python(folder, *arguments):
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True,
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
         timeout=600,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -73,24 +82,47 @@ def test_a_reference_has_the_statistics_of_its_images(home, reference_file):
 
 
 def test_generated_samples_are_scored_with_their_protocol(home, run, reference_file):
-    said = run("gen", "--workdir=run", "--ref=ref.npz", DIGITS, "--num_samples=100", "--save_npz",
-               "--batch_size=48", "--model=lift_place seed 0", "--out=scores")  # fmt: skip
+    said = run(
+        "gen",
+        "--workdir=run",
+        "--ref=ref.npz",
+        DIGITS,
+        "--num_samples=100",
+        "--save_npz",
+        "--batch_size=48",
+        "--model=lift_place seed 0",
+        "--out=scores",
+    )
     assert "lift_place seed 0 (ema): digit-feature Frechet distance" in said
     result = json.loads((home / "scores" / "lift_place_seed_0-ema-100.json").read_text())
     protocol = result["protocol"]
     assert protocol["reference"]["sha256"] == evaluation.load_reference(reference_file).digest
     assert protocol["reference"]["count"] == 1437
-    for name, value in {"num_samples": 100, "sampler": "ddim", "sample_steps": 4, "eta": 0.0,
-                        "skip_type": "uniform", "seed": 12345, "params": "ema",
-                        "features": "digits", "precision": "highest",
-                        "dtype": "float32"}.items():  # fmt: skip
+    for name, value in {
+        "num_samples": 100,
+        "sampler": "ddim",
+        "sample_steps": 4,
+        "eta": 0.0,
+        "skip_type": "uniform",
+        "seed": 12345,
+        "params": "ema",
+        "features": "digits",
+        "precision": "highest",
+        "dtype": "float32",
+    }.items():
         assert protocol[name] == value
     assert result["num_samples"] == 100 and "jax" in result["versions"]
     # What was saved scores the same: images go through uint8 either way.
     images = np.load(home / "scores" / "lift_place_seed_0-ema-100.npz", allow_pickle=False)["arr_0"]
     assert images.shape == (100, 8, 8, 1) and images.dtype == np.uint8
-    run("calc", "--images=scores/lift_place_seed_0-ema-100.npz", "--ref=ref.npz", DIGITS,
-        "--out=again.json", "--batch_size=32")  # fmt: skip
+    run(
+        "calc",
+        "--images=scores/lift_place_seed_0-ema-100.npz",
+        "--ref=ref.npz",
+        DIGITS,
+        "--out=again.json",
+        "--batch_size=32",
+    )
     again = json.loads((home / "again.json").read_text())
     for name in ("frechet", "precision", "recall", "kid"):
         assert again[name] == pytest.approx(result[name], rel=1e-3, abs=1e-4)
@@ -208,14 +240,22 @@ def sets(home, reference_file):
     mean, covariance = reference.statistics["features"]
     statistics = {"mu": mean, "sigma": covariance}
     files = {
-        "a": few, "b": {"arr_0": images[80:]}, "rgb": {"arr_0": rgb}, "fid": statistics,
-        "adm": few | statistics, "float": {"arr_0": images[:80] / 255.0},
-        "four": {"arr_0": np.repeat(images[:80], 4, axis=-1)}, "none": {"arr_0": images[:0]},
-        "first": {"arr_0": np.moveaxis(rgb, -1, 1)}, "flat": {"arr_0": images[:80, ..., 0]},
+        "a": few,
+        "b": {"arr_0": images[80:]},
+        "rgb": {"arr_0": rgb},
+        "fid": statistics,
+        "adm": few | statistics,
+        "float": {"arr_0": images[:80] / 255.0},
+        "four": {"arr_0": np.repeat(images[:80], 4, axis=-1)},
+        "none": {"arr_0": images[:0]},
+        "first": {"arr_0": np.moveaxis(rgb, -1, 1)},
+        "flat": {"arr_0": images[:80, ..., 0]},
         "other": {"samples": images, "labels": np.arange(200)},
-        "half": {"arr_0": images[:80], "mu": mean}, "negative": statistics | {"sigma": -covariance},
-        "complex": statistics | {"sigma": covariance + 1j}, "tiny": {"arr_0": images[:5]},
-    }  # fmt: skip
+        "half": {"arr_0": images[:80], "mu": mean},
+        "negative": statistics | {"sigma": -covariance},
+        "complex": statistics | {"sigma": covariance + 1j},
+        "tiny": {"arr_0": images[:5]},
+    }
     for name, arrays in files.items():
         np.savez(folder / f"{name}.npz", **arrays)
     np.save(folder / "single.npy", images)
@@ -249,10 +289,14 @@ def test_two_sets_of_any_kind_are_compared(home, sets, reference_file):
     extractor = evaluation.feature_extractor("digits")
     images = [np.load(sets / f"{name}.npz")["arr_0"] for name in "ab"]
     samples = [
-        evaluation.reference(data.Source(str(i), [{"image": x} for x in images[i]],
-                             image_shape=(8, 8, 1)), extractor, batch_size=80, generated=True)
+        evaluation.reference(
+            data.Source(str(i), [{"image": x} for x in images[i]], image_shape=(8, 8, 1)),
+            extractor,
+            batch_size=80,
+            generated=True,
+        )
         for i in range(2)
-    ]  # fmt: skip
+    ]
     expected = evaluation.score(samples[1], samples[0])
     for pair in ("a b", "grey b", "rgb b", "colour b"):
         for name in ("frechet", "kid", "precision", "recall", "density", "coverage"):
@@ -298,8 +342,14 @@ def test_files_that_cannot_be_compared_are_refused_by_name(home, sets, side):
 
 def test_out_is_looked_at_first_and_holds_one_result(home, sets):
     def calc(out, *more, images="a"):
-        return ("calc", f"--images=sets/{images}.npz", "--ref=sets/b.npz", DIGITS, f"--out={out}",
-                *more)  # fmt: skip
+        return (
+            "calc",
+            f"--images=sets/{images}.npz",
+            "--ref=sets/b.npz",
+            DIGITS,
+            f"--out={out}",
+            *more,
+        )
 
     def ref(out, *more):
         return ("ref", "--data=sets/a.npz", f"--out={out}", DIGITS, *more)
@@ -352,8 +402,14 @@ def test_references_of_pytorch_fid_and_adm(tmp_path):
     found = evaluation.load_reference(tmp_path / "fid.npz")
     assert found.features is None and found.info == {} and set(found.statistics) == {"features"}
     images = np.zeros((2, 4, 4, 3), np.uint8)
-    np.savez(tmp_path / "adm.npz", mu=mean, sigma=covariance, mu_s=np.zeros(5), sigma_s=np.eye(5),
-             arr_0=images)  # fmt: skip
+    np.savez(
+        tmp_path / "adm.npz",
+        mu=mean,
+        sigma=covariance,
+        mu_s=np.zeros(5),
+        sigma_s=np.eye(5),
+        arr_0=images,
+    )
     found = evaluation.load_reference(tmp_path / "adm.npz")
     rows = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32)
     singular = np.cov(rows, rowvar=False).astype(np.float32)  # not quite positive, as stored
@@ -369,30 +425,39 @@ def test_unusable_references(tmp_path):
         "mu and sigma must be (D,) and (D, D)": dict(mu=np.zeros(3), sigma=np.eye(4)),
         "sigma has non-finite values": dict(mu=np.zeros(2), sigma=np.full((2, 2), np.nan)),
         "features (5, 3) do not fit mu": dict(
-            mu=np.zeros(2), sigma=np.eye(2), features=np.zeros((5, 3))),
+            mu=np.zeros(2), sigma=np.eye(2), features=np.zeros((5, 3))
+        ),
         "meta is [1], want a JSON object": dict(
-            mu=np.zeros(2), sigma=np.eye(2), meta=np.array("[1]")),
+            mu=np.zeros(2), sigma=np.eye(2), meta=np.array("[1]")
+        ),
         "Expecting property name": dict(mu=np.zeros(2), sigma=np.eye(2), meta=np.array("{")),
         "could not convert string": dict(mu=np.array(["a"]), sigma=np.eye(1)),
         "sigma has negative variances (1 of 2, down to -1)": dict(
-            mu=np.zeros(2), sigma=np.diag([1.0, -1])),
+            mu=np.zeros(2), sigma=np.diag([1.0, -1])
+        ),
         "sigma is not symmetric": dict(mu=np.zeros(2), sigma=np.array([[1, 0.5], [0, 1]])),
         "sigma is not positive semidefinite": dict(
-            mu=np.zeros(2), sigma=np.array([[1, 2.0], [2, 1]])),
+            mu=np.zeros(2), sigma=np.array([[1, 2.0], [2, 1]])
+        ),
         "sigma_s is not positive semidefinite": dict(
-            mu=np.zeros(1), sigma=np.eye(1), mu_s=np.zeros(2), sigma_s=np.array([[1, 2], [2, 1]])),
+            mu=np.zeros(1), sigma=np.eye(1), mu_s=np.zeros(2), sigma_s=np.array([[1, 2], [2, 1]])
+        ),
         "mu has complex numbers": dict(mu=np.zeros(2) + 1j, sigma=np.eye(2)),
         "mu and sigma must be (D,) and (D, D) with one D, got (0,)": dict(
-            mu=np.zeros(0), sigma=np.zeros((0, 0))),
+            mu=np.zeros(0), sigma=np.zeros((0, 0))
+        ),
         "has no sigma_s, though the other of mu_s and sigma_s": dict(
-            mu=np.zeros(2), sigma=np.eye(2), mu_s=np.zeros(2)),
+            mu=np.zeros(2), sigma=np.eye(2), mu_s=np.zeros(2)
+        ),
         "features has non-finite values": dict(
-            mu=np.zeros(2), sigma=np.eye(2), features=np.full((9, 2), np.inf)),
+            mu=np.zeros(2), sigma=np.eye(2), features=np.full((9, 2), np.inf)
+        ),
         "meta has count 'many'": dict(
-            mu=np.zeros(2), sigma=np.eye(2), meta=np.array('{"count": "many"}')),
+            mu=np.zeros(2), sigma=np.eye(2), meta=np.array('{"count": "many"}')
+        ),
         "it has arr_1 (2,) int64": dict(arr_1=np.arange(2)),
         "no readable .npz": dict(mu=np.array([{"a": 1}], object), sigma=np.eye(1)),
-    }  # fmt: skip
+    }
     for message, arrays in cases.items():
         np.savez(tmp_path / "bad.npz", **arrays)
         with pytest.raises(ReferenceFileError) as error:
@@ -412,9 +477,11 @@ def test_a_reference_of_other_features_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has features of 5 images, 5 neighbours need more"):
         evaluation.check_reference(evaluation.load_reference(tmp_path / "rows.npz"), extractor, 5)
     evaluation.save_reference(
-        tmp_path / "other.npz", {"features": (np.zeros(64), np.eye(64))}, None,
+        tmp_path / "other.npz",
+        {"features": (np.zeros(64), np.eye(64))},
+        None,
         {"extractor": "inception"},
-    )  # fmt: skip
+    )
     with pytest.raises(ValueError, match="made with features 'inception', the samples with 'digit"):
         evaluation.check_reference(evaluation.load_reference(tmp_path / "other.npz"), extractor)
 
@@ -437,8 +504,9 @@ def told(home, sets):
     """Pictures with prompts: "told" (metadata.csv), "told.npz", lists, and oblong pictures."""
     images, folder = np.load(sets / "a.npz")["arr_0"], home / "told"
     folder.mkdir()
-    prompts = [f"picture {index}, {'red cat' if index % 3 else 'two blue dogs'}"
-               for index in range(80)]  # fmt: skip
+    prompts = [
+        f"picture {index}, {'red cat' if index % 3 else 'two blue dogs'}" for index in range(80)
+    ]
     rows = [f'{index:02d}.png,"{prompt}"' for index, prompt in enumerate(prompts)]
     for index, image in enumerate(images):
         Image.fromarray(image[..., 0]).save(folder / f"{index:02d}.png")
@@ -474,8 +542,13 @@ def test_a_clip_score_is_of_handled_pictures_and_their_own_prompts(home, told, c
         "npz": ("--images=sets/a.npz", "--prompts=lines.txt", "--batch_size=24"),
         "few": ("--images=sets/a.npz", "--prompts=few.txt", "--repeat_prompts"),
     }  # fmt: skip
-    done = attempt(home, [("calc", *more, *common, f"--out=out/clip-{name}.json")
-                          for name, more in commands.items()])  # fmt: skip
+    done = attempt(
+        home,
+        [
+            ("calc", *more, *common, f"--out=out/clip-{name}.json")
+            for name, more in commands.items()
+        ],
+    )
     for name, (code, text) in zip(commands, done, strict=True):
         assert code == 0 and "CLIP score" in text, text
         said = "its images were handled otherwise than those that fit the samples" in text
@@ -509,8 +582,9 @@ def test_real_images_of_any_size_are_squeezed(home, told):
     assert found.info["handling"] == {"jpeg_before": 0, "resize": 8, "jpeg": 75}
     assert found.info["squeeze"] and found.info["image_shape"] == [8, 8, 1]
     handling = evaluation.Handling(resize=8, jpeg=75)
-    pictures = [np.asarray(Image.open(path))[..., None]
-                for path in sorted((home / "oblong").iterdir())]  # fmt: skip
+    pictures = [
+        np.asarray(Image.open(path))[..., None] for path in sorted((home / "oblong").iterdir())
+    ]
     handled = np.stack([handling(picture) for picture in pictures])
     features = evaluation.feature_extractor("digits")(handled / 127.5 - 1)
     np.testing.assert_allclose(found.features, features, rtol=1e-3, atol=1e-4)
@@ -554,15 +628,28 @@ for arguments in json.loads(sys.argv[1]):
 print(json.dumps(found))
 """
     given = [
-        [], ["--protocol=bk_sdm", "--jpeg_before=0", "--resize=0"], ["--jpeg=90", DIGITS],
-        ["--protocol=bk_sdm", DIGITS, "--inception_rule=adm", "--clip_model=c", "--prompts=p.txt",
-         "--repeat_prompts"],
-    ]  # fmt: skip
+        [],
+        ["--protocol=bk_sdm", "--jpeg_before=0", "--resize=0"],
+        ["--jpeg=90", DIGITS],
+        [
+            "--protocol=bk_sdm",
+            DIGITS,
+            "--inception_rule=adm",
+            "--clip_model=c",
+            "--prompts=p.txt",
+            "--repeat_prompts",
+        ],
+    ]
     plain, two, one, four = json.loads(python(home, "-c", script, json.dumps(given)))
     off = {"jpeg_before": 0, "resize": None, "jpeg": 0, "inception_rule": "adm"}
     assert plain | off == plain and plain["features"] == "inception"
     assert two | evaluation.BK_SDM | {"jpeg_before": 0, "resize": None} == two
     assert one | off | {"jpeg": 90, "features": "digits"} == one
-    told = {"features": "digits", "inception_rule": "adm", "clip_model": "c", "prompts": "p.txt",
-            "repeat_prompts": True}  # fmt: skip
+    told = {
+        "features": "digits",
+        "inception_rule": "adm",
+        "clip_model": "c",
+        "prompts": "p.txt",
+        "repeat_prompts": True,
+    }
     assert four | evaluation.BK_SDM | told == four

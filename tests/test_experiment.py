@@ -95,9 +95,11 @@ def test_arguments_take_the_types_of_their_defaults():
     read = functools.partial(
         parse_arg, method="lift", ratio=0.9, seed=0, seeds=(-1,), names=("a",), runlocal=False
     )
-    assert read(None).to_dict() == read("").to_dict() == dict(
-        method="lift", ratio=0.9, seed=0, seeds=(-1,), names=("a",), runlocal=False
-    )  # fmt: skip
+    assert (
+        read(None).to_dict()
+        == read("").to_dict()
+        == dict(method="lift", ratio=0.9, seed=0, seeds=(-1,), names=("a",), runlocal=False)
+    )
     args = read("method=no_kd,ratio=.5,seed=3,seeds=0+1+2,names=x+y,runlocal")
     assert args.to_dict() == dict(
         method="no_kd", ratio=0.5, seed=3, seeds=(0, 1, 2), names=("x", "y"), runlocal=True
@@ -244,40 +246,69 @@ def test_batches_are_checked_by_the_stage_that_needs_them(tmp_path):
     assert open_experiment(given, tmp_path / "run").mesh.size == 8
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(method="lift", distill__loss__per="pixel"), "config.distill.loss.per must be one of"),
-    (dict(distill__loss__grouping="space", distill__loss__group_size=8),
-     "config.distill.loss.group_size=8 is no cubic patch"),
-    (dict(distill__weight__name="learnable", distill__weight__value=1.0),
-     r"config.distill.weight.value of a learnable weight must be in \(0, 1\)"),
-    (dict(method="feature_kd", distill__layer_map='{"mid.block_9": "mid.block_1"}'),
-     r"layer_map: the student has no feature 'mid.block_9'; it has \['down.0.block.0'"),
-    (dict(method="all", distill__layer_map='{"mid.block_1": "up.9"}'),
-     "layer_map: the teacher has no feature 'up.9'"),
-    (dict(method="feature_kd", model__ch_mult=(1, 2),
-          distill__layer_map='{"mid.block_1": "down.0.block.0"}'),
-     r"layer_map: 'mid.block_1' is \(4, 4, "
-     r".*'down.0.block.0' \(8, 8, .*only widths may differ"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(method="lift", distill__loss__per="pixel"), "config.distill.loss.per must be one of"),
+        (
+            dict(distill__loss__grouping="space", distill__loss__group_size=8),
+            "config.distill.loss.group_size=8 is no cubic patch",
+        ),
+        (
+            dict(distill__weight__name="learnable", distill__weight__value=1.0),
+            r"config.distill.weight.value of a learnable weight must be in \(0, 1\)",
+        ),
+        (
+            dict(method="feature_kd", distill__layer_map='{"mid.block_9": "mid.block_1"}'),
+            r"layer_map: the student has no feature 'mid.block_9'; it has \['down.0.block.0'",
+        ),
+        (
+            dict(method="all", distill__layer_map='{"mid.block_1": "up.9"}'),
+            "layer_map: the teacher has no feature 'up.9'",
+        ),
+        (
+            dict(
+                method="feature_kd",
+                model__ch_mult=(1, 2),
+                distill__layer_map='{"mid.block_1": "down.0.block.0"}',
+            ),
+            r"layer_map: 'mid.block_1' is \(4, 4, "
+            r".*'down.0.block.0' \(8, 8, .*only widths may differ",
+        ),
+    ],
+)
 def test_fields_that_do_not_go_together_are_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         open_experiment(tiny(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("changes", [
-    dict(distill__loss__variant=variant, distill__loss__grouping=grouping)
-    for variant in PUBLISHED for grouping in ("error", "space")
-] + [
-    dict(method="lift", distill__loss__per="sample", distill__loss__terms="coarse"),
-    dict(distill__loss__norm="l2", distill__loss__eps=1e-3, distill__loss__group_size=7),
-    dict(method="feature_kd", distill__layer_map='{"mid.block_1": "mid.block_2"}'),
-    dict(evaluation__sampler="ancestral", evaluation__skip_type="quad", evaluation__sample_steps=7),
-    dict(compress__normalisation="adapted", compress__ratio=0.6, mesh__fsdp=2),
-    dict(evaluation__features=None, model__image_size=16, model__in_channels=3,
-         model__out_channels=3),
-    dict(data__name="folder", data__path="pictures", data__crop=(0, 0, 8, 8)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(distill__loss__variant=variant, distill__loss__grouping=grouping)
+        for variant in PUBLISHED
+        for grouping in ("error", "space")
+    ]
+    + [
+        dict(method="lift", distill__loss__per="sample", distill__loss__terms="coarse"),
+        dict(distill__loss__norm="l2", distill__loss__eps=1e-3, distill__loss__group_size=7),
+        dict(method="feature_kd", distill__layer_map='{"mid.block_1": "mid.block_2"}'),
+        dict(
+            evaluation__sampler="ancestral",
+            evaluation__skip_type="quad",
+            evaluation__sample_steps=7,
+        ),
+        dict(compress__normalisation="adapted", compress__ratio=0.6, mesh__fsdp=2),
+        dict(
+            evaluation__features=None,
+            model__image_size=16,
+            model__in_channels=3,
+            model__out_channels=3,
+        ),
+        dict(data__name="folder", data__path="pictures", data__crop=(0, 0, 8, 8)),
+    ],
+)
 def test_good_choices_are_taken(tmp_path, changes):
     open_experiment(tiny(**changes), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
@@ -291,8 +322,11 @@ def test_a_refused_first_run_does_not_bind_the_work_directory(tmp_path):
         open_experiment(tiny(), tmp_path / "run")
     open_experiment(tiny(seed=3, mesh__data=2, mesh__fsdp=4), tmp_path / "run")
     # What computes nothing may change.
-    changes = {f"{room}__{field}": 2 for room in ("teacher", "distill")
-               for field in ("log_every", "checkpoint_every")}  # fmt: skip
+    changes = {
+        f"{room}__{field}": 2
+        for room in ("teacher", "distill")
+        for field in ("log_every", "checkpoint_every")
+    }
     open_experiment(tiny(seed=3, tensorboard=True, **changes), tmp_path / "run")
     with pytest.raises(ValueError, match="teacher.steps: 8 -> 9\n") as error:
         open_experiment(tiny(seed=3, teacher__steps=9, teacher__log_every=3), tmp_path / "run")
@@ -312,9 +346,11 @@ def test_samplers_are_a_function_of_the_keys(tmp_path):
         return params * x, {}
 
     for changes in (
-        {}, {"evaluation__eta": 0.5}, {"evaluation__sampler": "ancestral"},
+        {},
+        {"evaluation__eta": 0.5},
+        {"evaluation__sampler": "ancestral"},
         {"evaluation__skip_type": "quad"},
-    ):  # fmt: skip
+    ):
         experiment = open_experiment(tiny(**changes), tmp_path / "run")
         fields = experiment.config.evaluation
         sample = jax.jit(make_sampler(fields, experiment.process, experiment.model, predict))
@@ -404,15 +440,26 @@ def test_adapters_fit_the_widths_of_both_networks():
 
 def rows():
     base = dict(parameters=100, macs=2_500_000, compression=1.0, steps=8)
-    teacher = base | dict(method="teacher", seed=0, frechet=5.0, precision=0.5, recall=0.25,
-                          train_seconds=None)  # fmt: skip
+    teacher = base | dict(
+        method="teacher", seed=0, frechet=5.0, precision=0.5, recall=0.25, train_seconds=None
+    )
     rng = np.random.default_rng(0)
     return [teacher] + [
-        base | dict(method=method, seed=seed, **dict(zip(
-            ("frechet", "precision", "recall", "output_error", "train_seconds"), rng.random(5),
-            strict=True)))
-        for method in ("no_kd", "lift") for seed in (0, 1, 2)
-    ]  # fmt: skip
+        base
+        | dict(
+            method=method,
+            seed=seed,
+            **dict(
+                zip(
+                    ("frechet", "precision", "recall", "output_error", "train_seconds"),
+                    rng.random(5),
+                    strict=True,
+                )
+            ),
+        )
+        for method in ("no_kd", "lift")
+        for seed in (0, 1, 2)
+    ]
 
 
 def test_summaries_are_means_and_spreads_over_seeds():
@@ -435,8 +482,18 @@ def test_the_table_has_a_line_for_each_method(tmp_path):
     table = [re.split(r"\s*\|\s*", line)[1:-1] for line in text.splitlines() if line[:2] == "| "]
     assert [line[0] for line in table] == ["method", "teacher", "no_kd (3 seeds)", "lift (3 seeds)"]
     # Nothing was sampled with clipping or timed: no columns for them.
-    assert table[0] == ["method", "params", "MACs", "compression", "Frechet", "precision", "recall",
-                        "output error", "steps", "time"]  # fmt: skip
+    assert table[0] == [
+        "method",
+        "params",
+        "MACs",
+        "compression",
+        "Frechet",
+        "precision",
+        "recall",
+        "output error",
+        "steps",
+        "time",
+    ]
     assert table[1] == ["teacher", "100", "2.50M", "1.0x", "5.0", "0.500", "0.250", "-", "8", "-"]
     values = [row["precision"] for row in rows() if row["method"] == "lift"]
     assert table[3][5] == f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}"

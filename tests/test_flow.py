@@ -59,9 +59,13 @@ def test_timesteps_are_drawn_as_by_diffusers(fields, shift):
     t = np.asarray(jax.jit(flow.draw_t, static_argnums=1)(jax.random.key(0), 40_000))
     assert t.dtype == np.float32 and t.min() >= 0 and t.max() <= 1000
     u = compute_density_for_timestep_sampling(
-        flow.timesteps, 40_000, -flow.logit_mean, flow.logit_std, flow.mode_scale,
+        flow.timesteps,
+        40_000,
+        -flow.logit_mean,
+        flow.logit_std,
+        flow.mode_scale,
         generator=torch.Generator().manual_seed(0),
-    ).numpy()  # fmt: skip
+    ).numpy()
     sigma = shift * (1 - u) / (1 + (shift - 1) * (1 - u))
     shares = np.linspace(0.02, 0.98, 25)
     np.testing.assert_allclose(
@@ -126,9 +130,15 @@ def test_losses_see_the_velocities(method):
     if method == "lift_place":
         options = options | {"group_size": 4}
     objective = make_objective(
-        METHODS[method], network, flow, 3, task=task, teacher_apply=network, loss_options=options,
+        METHODS[method],
+        network,
+        flow,
+        3,
+        task=task,
+        teacher_apply=network,
+        loss_options=options,
         layer_map={"hidden": "hidden"},
-    )  # fmt: skip
+    )
     batch, params = {"image": X0}, {"student": 0.7}
     loss, metrics = objective(params, 0.2, batch, 5)
     t, noise, _ = draw_inputs(flow, task, 3, batch, 5)
@@ -174,32 +184,66 @@ def test_the_usual_sampler_follows_the_process(tmp_path):
     assert config.process.kind == "flow" and config.evaluation.sampler == "heun"
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(process__variance="learned_range"),
-     "config.process.variance must be 'fixed' with config.process.kind=flow, which has none"),
-    (dict(process__prediction="v"), "config.process.prediction must be 'epsilon' with config.proc"),
-    (dict(process__schedule="quad"), "config.process.schedule must be 'linear' with config.proc"),
-    (dict(process__beta_end=0.012), "config.process.beta_end must be 0.02 with config.process.ki"),
-    (dict(evaluation__eta=0.5), "config.evaluation.eta must be 0.0 with config.evaluation.sampler"),
-    (dict(evaluation__steps_offset=1), "config.evaluation.steps_offset must be 0 with"),
-    (dict(evaluation__set_alpha_to_one=False), "config.evaluation.set_alpha_to_one must be True"),
-    (dict(evaluation__sampler="ddim"), "config.evaluation: unknown sampler 'ddim'; known: .*euler"),
-    (dict(evaluation__skip_type="leading"), "config.evaluation: unknown skip_type 'leading'"),
-    (dict(evaluation__sample_steps=21), r"config.evaluation: steps must be in 1\.\.20"),
-    (dict(process__timesteps="random"), "config.process: unknown timesteps 'random'; known"),
-    (dict(process__logit_std=2.0), "config.process: logit_std is for timesteps 'logit_normal'"),
-    (dict(process__shift=0.0), r"config.process.shift must be a number in \(0, 1000\], got 0.0"),
-    (dict(model__out_channels=2), "predicts 2 channels .* config.process.kind=flow with"),
-    (dict(process__kind="gaussian", process__shift=3.0),
-     "config.process.shift must be 1.0 with config.process.kind=gaussian"),
-    (dict(process__kind="gaussian", evaluation__sampler="pndm", evaluation__eta=0.5),
-     "config.evaluation.eta must be 0.0 with config.evaluation.sampler=pndm"),
-    (dict(process__kind="gaussian", evaluation__sampler="ancestral", evaluation__eta=1.0),
-     "config.evaluation.eta must be 0.0 with config.evaluation.sampler=ancestral"),
-    (dict(process__kind="gaussian", evaluation__steps_offset=1),
-     "config.evaluation: steps_offset 1 is for skip_type 'leading', not uniform"),
-    (dict(process__kind="diffusion"), "config.process: unknown kind 'diffusion'; known"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(process__variance="learned_range"),
+            "config.process.variance must be 'fixed' with config.process.kind=flow, which has none",
+        ),
+        (
+            dict(process__prediction="v"),
+            "config.process.prediction must be 'epsilon' with config.proc",
+        ),
+        (
+            dict(process__schedule="quad"),
+            "config.process.schedule must be 'linear' with config.proc",
+        ),
+        (
+            dict(process__beta_end=0.012),
+            "config.process.beta_end must be 0.02 with config.process.ki",
+        ),
+        (
+            dict(evaluation__eta=0.5),
+            "config.evaluation.eta must be 0.0 with config.evaluation.sampler",
+        ),
+        (dict(evaluation__steps_offset=1), "config.evaluation.steps_offset must be 0 with"),
+        (
+            dict(evaluation__set_alpha_to_one=False),
+            "config.evaluation.set_alpha_to_one must be True",
+        ),
+        (
+            dict(evaluation__sampler="ddim"),
+            "config.evaluation: unknown sampler 'ddim'; known: .*euler",
+        ),
+        (dict(evaluation__skip_type="leading"), "config.evaluation: unknown skip_type 'leading'"),
+        (dict(evaluation__sample_steps=21), r"config.evaluation: steps must be in 1\.\.20"),
+        (dict(process__timesteps="random"), "config.process: unknown timesteps 'random'; known"),
+        (dict(process__logit_std=2.0), "config.process: logit_std is for timesteps 'logit_normal'"),
+        (
+            dict(process__shift=0.0),
+            r"config.process.shift must be a number in \(0, 1000\], got 0.0",
+        ),
+        (dict(model__out_channels=2), "predicts 2 channels .* config.process.kind=flow with"),
+        (
+            dict(process__kind="gaussian", process__shift=3.0),
+            "config.process.shift must be 1.0 with config.process.kind=gaussian",
+        ),
+        (
+            dict(process__kind="gaussian", evaluation__sampler="pndm", evaluation__eta=0.5),
+            "config.evaluation.eta must be 0.0 with config.evaluation.sampler=pndm",
+        ),
+        (
+            dict(process__kind="gaussian", evaluation__sampler="ancestral", evaluation__eta=1.0),
+            "config.evaluation.eta must be 0.0 with config.evaluation.sampler=ancestral",
+        ),
+        (
+            dict(process__kind="gaussian", evaluation__steps_offset=1),
+            "config.evaluation: steps_offset 1 is for skip_type 'leading', not uniform",
+        ),
+        (dict(process__kind="diffusion"), "config.process: unknown kind 'diffusion'; known"),
+    ],
+)
 def test_fields_of_another_process_or_sampler_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         open_experiment(flow_config(**changes), tmp_path / "run")
@@ -256,11 +300,19 @@ def jobs(tmp_path_factory):
     def run(*names):
         lists = [[*COMMANDS[name], *SMALL, f"--workdir={home / name}"] for name in names]
         done = subprocess.run(
-            [sys.executable, "tests/forked_commands.py", "liftplace_jax.main",
-             "liftplace_jax.experiment.stages"],
-            cwd=ROOT, env=environment, text=True, capture_output=True, timeout=900,
+            [
+                sys.executable,
+                "tests/forked_commands.py",
+                "liftplace_jax.main",
+                "liftplace_jax.experiment.stages",
+            ],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            capture_output=True,
+            timeout=900,
             input=json.dumps(lists),
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
         for status, _, err in json.loads(done.stdout):
             assert status == 0, err

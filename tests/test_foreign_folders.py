@@ -100,11 +100,15 @@ def test_any_two_networks_are_not_guessed_between(state, tmp_path):
     assert bias(tmp_path) is not None
 
 
-@pytest.mark.parametrize("variant, options", [
-    ("fp16", {}),
-    ("non_ema", {"safe_serialization": False}),
-    ("fp16", {"max_shard_size": "40KB"}),
-], ids=["fp16", "non_ema.bin", "shards"])  # fmt: skip
+@pytest.mark.parametrize(
+    "variant, options",
+    [
+        ("fp16", {}),
+        ("non_ema", {"safe_serialization": False}),
+        ("fp16", {"max_shard_size": "40KB"}),
+    ],
+    ids=["fp16", "non_ema.bin", "shards"],
+)
 def test_variants_are_read_when_asked_for(tmp_path, variant, options):
     folder = tmp_path / "pipeline" / "unet"
     peer("tiny").save_pretrained(folder, variant=variant, **options)

@@ -61,14 +61,18 @@ def compiled_parts(model):
     return torch.nn.Sequential(*(torch.compile(part) for part in model))
 
 
-@pytest.mark.parametrize("wrap", [
-    averaged,
-    torch.compile,
-    torch.nn.DataParallel,
-    lambda model: torch.compile(averaged(torch.nn.DataParallel(torch.compile(model)))),
-    lambda model: torch.nn.DataParallel(averaged(torch.compile(model))),
-    compiled_parts,
-], ids=["averaged", "compiled", "parallel", "chain", "other chain", "compiled parts"])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        averaged,
+        torch.compile,
+        torch.nn.DataParallel,
+        lambda model: torch.compile(averaged(torch.nn.DataParallel(torch.compile(model)))),
+        lambda model: torch.nn.DataParallel(averaged(torch.compile(model))),
+        compiled_parts,
+    ],
+    ids=["averaged", "compiled", "parallel", "chain", "other chain", "compiled parts"],
+)
 def test_what_pytorch_puts_around_a_model_leaves_its_names(read, model, state, wrap):
     wrapped = wrap(model).state_dict()
     assert wrapped.keys() != state.keys()
@@ -117,11 +121,17 @@ def test_what_lies_beside_weights_is_no_state_dict(read, model, state):
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    assert_same(read({
-        "model": dict(state), "optimizer": optimizer.state_dict(),
-        "rng": {"cpu": torch.get_rng_state(), "numpy": np.random.get_state()},
-        "decay": torch.tensor(0.9),
-    }), state)  # fmt: skip
+    assert_same(
+        read(
+            {
+                "model": dict(state),
+                "optimizer": optimizer.state_dict(),
+                "rng": {"cpu": torch.get_rng_state(), "numpy": np.random.get_state()},
+                "decay": torch.tensor(0.9),
+            }
+        ),
+        state,
+    )
     # More tensors beside could be what is meant.
     content = {"model": dict(state), "betas": torch.ones(5)}
     with pytest.raises(EntryError, match=r"\['.', 'model'\]; choose.*'.' is the tensors beside"):
@@ -132,11 +142,18 @@ def test_what_lies_beside_weights_is_no_state_dict(read, model, state):
 
 
 BESIDE = {
-    "float64": np.float64(3), "int32": np.int32(2), "bool": np.bool_(True), "text": np.str_("a"),
-    "date": np.datetime64("2026-01-01"), "dtype": np.dtype("f4"), "path": pathlib.Path("a/b"),
-    "namespace": types.SimpleNamespace(lr=1e-4), "flags": argparse.Namespace(out=pathlib.Path("a")),
-    "defaultdict": collections.defaultdict(list, {"loss": [1.0]}), "version": torch.__version__,
-}  # fmt: skip
+    "float64": np.float64(3),
+    "int32": np.int32(2),
+    "bool": np.bool_(True),
+    "text": np.str_("a"),
+    "date": np.datetime64("2026-01-01"),
+    "dtype": np.dtype("f4"),
+    "path": pathlib.Path("a/b"),
+    "namespace": types.SimpleNamespace(lr=1e-4),
+    "flags": argparse.Namespace(out=pathlib.Path("a")),
+    "defaultdict": collections.defaultdict(list, {"loss": [1.0]}),
+    "version": torch.__version__,
+}
 
 
 @pytest.mark.parametrize("kind", BESIDE)
@@ -149,9 +166,11 @@ def test_plain_data_beside_weights(read, state, kind):
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
 def test_weights_that_are_arrays_of_numpy(read, options):
     arrays = {
-        "c": np.arange(6, dtype=np.float32).reshape(2, 3), "big": np.arange(3, dtype=">f8"),
-        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "none": np.zeros((0, 2)),
-    }  # fmt: skip
+        "c": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "big": np.arange(3, dtype=">f8"),
+        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "none": np.zeros((0, 2)),
+    }
     found = read(arrays, **options)
     assert found.keys() == arrays.keys()
     for name, value in arrays.items():
@@ -210,14 +229,19 @@ def test_many_misfits_are_few_lines():
     assert str(WeightMismatchError(misfits)).splitlines()[-1] == "  and 84 more"
 
 
-@pytest.mark.parametrize("change, problem", [
-    (lambda v: v.astype(bool), "is of bool, the model needs numbers of float32"),
-    (lambda v: v.astype(np.int64), "is of int64, the model needs numbers of float32"),
-    (lambda v: v.astype(np.complex64), "is of complex64, the model needs numbers of float32"),
-    (lambda v: np.array([1, np.nan, np.inf], np.float32),
-     "has values that are not finite in float32: 2 of 3"),
-    (lambda v: np.array([1, 2, 1e300]), "has values that are not finite in float32: 1 of 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (lambda v: v.astype(bool), "is of bool, the model needs numbers of float32"),
+        (lambda v: v.astype(np.int64), "is of int64, the model needs numbers of float32"),
+        (lambda v: v.astype(np.complex64), "is of complex64, the model needs numbers of float32"),
+        (
+            lambda v: np.array([1, np.nan, np.inf], np.float32),
+            "has values that are not finite in float32: 2 of 3",
+        ),
+        (lambda v: np.array([1, 2, 1e300]), "has values that are not finite in float32: 1 of 3"),
+    ],
+)
 def test_values_that_are_no_weights(change, problem):
     params = expected(1)
     found = tensors_of(params)
@@ -270,13 +294,20 @@ def test_programs_are_refused(tmp_path, model):
         weights.read_tensors(tmp_path / "program.pt")
 
 
-@pytest.mark.parametrize("tensor, message", [
-    (torch.eye(2).to_sparse(), r"a is sparse, quantised or nested \(float32\): save it dense"),
-    (torch.ones(2, device="meta"), "a has no content, only a shape"),
-    (torch.ones(2).to(torch.float8_e4m3fn), "a is of float8_e4m3fn, of a quantised model"),
-    (torch.ones(1).expand(10**6, 10**6), r"a has shape \(1000000, 1000000\), but the file holds f"),
-    (torch.ones(1).bfloat16().expand(10**6, 10**6), r"a has shape \(1000000, 1000000\), but"),
-], ids=["sparse", "meta", "float8", "expanded", "expanded bfloat16"])  # fmt: skip
+@pytest.mark.parametrize(
+    "tensor, message",
+    [
+        (torch.eye(2).to_sparse(), r"a is sparse, quantised or nested \(float32\): save it dense"),
+        (torch.ones(2, device="meta"), "a has no content, only a shape"),
+        (torch.ones(2).to(torch.float8_e4m3fn), "a is of float8_e4m3fn, of a quantised model"),
+        (
+            torch.ones(1).expand(10**6, 10**6),
+            r"a has shape \(1000000, 1000000\), but the file holds f",
+        ),
+        (torch.ones(1).bfloat16().expand(10**6, 10**6), r"a has shape \(1000000, 1000000\), but"),
+    ],
+    ids=["sparse", "meta", "float8", "expanded", "expanded bfloat16"],
+)
 def test_tensors_that_are_no_plain_arrays_are_named(read, tensor, message):
     with pytest.raises(WeightFileError, match=f"w.pt: {message}"):
         read({"a": tensor, "b": torch.ones(2)})
@@ -318,10 +349,12 @@ def test_what_is_no_file_is_said_at_once(tmp_path):
     (tmp_path / "blob.pt").symlink_to("gone")
     (tmp_path / "endless.pt").symlink_to("/dev/zero")
     for name, message in {
-        "pipe": "it is a pipe, a socket or a device", "folder": "it is a folder",
-        "loop": "it is a link that leads to no file", "blob": "it is a link that leads to no file",
+        "pipe": "it is a pipe, a socket or a device",
+        "folder": "it is a folder",
+        "loop": "it is a link that leads to no file",
+        "blob": "it is a link that leads to no file",
         "endless": "it is a pipe, a socket or a device",
-    }.items():  # fmt: skip
+    }.items():
         with pytest.raises(WeightFileError, match=f"{name}.pt: cannot be read: {message}"):
             weights.read_tensors(tmp_path / f"{name}.pt")
 
@@ -335,14 +368,20 @@ def part(begin, end, shape=(2,), dtype="F32"):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
-@pytest.mark.parametrize("content, message", [
-    (safetensors({}, length=2**62), "it is damaged.*header too large"),
-    (safetensors({"a": part(0, 8), "b": part(4, 12)}, bytes(12)), "it is damaged.*offset.*`b`"),
-    (safetensors({"a": part(0, 8, (10**12,))}, bytes(8)), "it is damaged.*invalid shape"),
-    (safetensors({"a": part(0, 8, (2**63, 2**63))}, bytes(8)), "it is damaged.*overflow"),
-    (safetensors({"a": part(0, 8)}, bytes(20)), "it is damaged.*not fully covered"),
-    (safetensors({"a": part(0, 2, dtype="F8_E4M3")}, bytes(2)), "numbers of the kind float8_e4m3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (safetensors({}, length=2**62), "it is damaged.*header too large"),
+        (safetensors({"a": part(0, 8), "b": part(4, 12)}, bytes(12)), "it is damaged.*offset.*`b`"),
+        (safetensors({"a": part(0, 8, (10**12,))}, bytes(8)), "it is damaged.*invalid shape"),
+        (safetensors({"a": part(0, 8, (2**63, 2**63))}, bytes(8)), "it is damaged.*overflow"),
+        (safetensors({"a": part(0, 8)}, bytes(20)), "it is damaged.*not fully covered"),
+        (
+            safetensors({"a": part(0, 2, dtype="F8_E4M3")}, bytes(2)),
+            "numbers of the kind float8_e4m3",
+        ),
+    ],
+)
 def test_headers_of_safetensors_that_lie(tmp_path, content, message):
     (tmp_path / "w.safetensors").write_bytes(content)
     with pytest.raises(WeightFileError, match=f"w.safetensors: cannot be read .*: .*{message}"):

@@ -19,13 +19,25 @@ from liftplace_jax.nn.network import make_apply
 from liftplace_jax.training.objective import METHODS, Task, make_objective
 
 UNET = UNetConfig(
-    image_size=8, in_channels=2, out_channels=2, ch=8, ch_mult=(1, 2), num_res_blocks=1,
-    attn_resolutions=(4,), num_groups=4,
-)  # fmt: skip
+    image_size=8,
+    in_channels=2,
+    out_channels=2,
+    ch=8,
+    ch_mult=(1, 2),
+    num_res_blocks=1,
+    attn_resolutions=(4,),
+    num_groups=4,
+)
 DIT = DiTConfig(
-    image_size=8, in_channels=2, hidden_size=16, depth=2, num_heads=2, num_classes=3,
-    learn_sigma=False, class_dropout=0.0,
-)  # fmt: skip
+    image_size=8,
+    in_channels=2,
+    hidden_size=16,
+    depth=2,
+    num_heads=2,
+    num_classes=3,
+    learn_sigma=False,
+    class_dropout=0.0,
+)
 
 
 def random_params(config):
@@ -48,10 +60,13 @@ def test_a_teacher_in_bfloat16_takes_half_the_bytes_and_gives_the_same_loss(conf
     assert half.graphdef == whole.graphdef
     student = building.create(config, 1, jnp.bfloat16)
     objective = make_objective(
-        METHODS["lift_place_feature_kd"], make_apply(student[0]),
-        make_process(default_config().process), 0, teacher_apply=make_apply(half.graphdef),
+        METHODS["lift_place_feature_kd"],
+        make_apply(student[0]),
+        make_process(default_config().process),
+        0,
+        teacher_apply=make_apply(half.graphdef),
         task=Task(conditioning=config.conditioning),
-    )  # fmt: skip
+    )
     batch = {"image": np.random.default_rng(0).normal(size=(4, 8, 8, 2)).astype("f4")}
     batch["label"] = np.array([0, 1, 2, 0])
     loss = jax.jit(objective)

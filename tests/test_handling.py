@@ -51,8 +51,10 @@ def test_samples_are_handled_as_bk_sdm_handles_files(tmp_path, channels):
     np.testing.assert_array_equal(handling(image), published(image, tmp_path))
     assert handling.shape((512, 512, channels)) == (256, 256, channels)
     # Every part can be switched off, and makes a difference.
-    parts = [evaluation.Handling(**handling.identity | {name: None if name == "resize" else 0})
-             for name in handling.identity]  # fmt: skip
+    parts = [
+        evaluation.Handling(**handling.identity | {name: None if name == "resize" else 0})
+        for name in handling.identity
+    ]
     found = [part(image) for part in (handling, *parts)]
     assert found[2].shape == (512, 512, channels)
     assert len({one.tobytes() for one in found}) == 4
@@ -106,8 +108,9 @@ def test_features_are_of_handled_samples(colours_extractor, sharded):
     mesh = sharding.batch_sharding(sharding.make_mesh({"data": -1})) if sharded else None
     options = {"seed": 5, "batch_size": 8, "keep_images": 20, "sharding": mesh}
     plain = evaluation.collect(sample, (), 20, extractor=None, **options)
-    found = evaluation.collect(sample, (), 20, extractor=colours_extractor,
-                               look=evaluation.Look(handling), **options)  # fmt: skip
+    found = evaluation.collect(
+        sample, (), 20, extractor=colours_extractor, look=evaluation.Look(handling), **options
+    )
     expected = np.stack([handling(image) for image in plain.images])
     np.testing.assert_array_equal(found.images, expected)
     means = expected.mean((1, 2)) / 127.5 - 1
@@ -126,9 +129,14 @@ def test_a_sample_that_is_not_finite_is_named(colours_extractor):
 
     with pytest.raises(ValueError, match="image 3 or its features have non-finite values"):
         evaluation.collect(
-            broken, (), 12, extractor=colours_extractor, batch_size=4, seed=0,
+            broken,
+            (),
+            12,
+            extractor=colours_extractor,
+            batch_size=4,
+            seed=0,
             look=evaluation.Look(evaluation.Handling(jpeg=75)),
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("count", [10, 999, 1003])

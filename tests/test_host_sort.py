@@ -212,6 +212,9 @@ def test_a_script_may_end_raise_and_reload_while_steps_are_under_way(ending):
     environment = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-c", SETUP + ending, "one core" if "one core" in ending else "all"],
-        env=environment, timeout=300, capture_output=True, text=True,
-    )  # fmt: skip
+        env=environment,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == ENDINGS[ending], done.stderr

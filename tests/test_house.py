@@ -90,8 +90,11 @@ def find_circle(arrows):
 
 
 def test_only_commands_stand_at_the_door():
-    here = {path.stem if path.suffix else path.name for path in PACKAGE.iterdir()
-            if path.suffix == ".py" or (path / "__init__.py").exists()}  # fmt: skip
+    here = {
+        path.stem if path.suffix else path.name
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     unknown = sorted(here - LEVEL.keys() - {"__init__"})
     assert not unknown, (
         f"{unknown} have no place in the house: put a module into the room it belongs to "
@@ -132,10 +135,12 @@ def test_no_circles():
 def test_a_family_is_named_in_its_folder_alone(family):
     own = Path("families") / family
     config = next(
-        node.name for module in INSIDE if module.path == own / "config.py"
+        node.name
+        for module in INSIDE
+        if module.path == own / "config.py"
         for node in module.tree.body
         if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
-    )  # fmt: skip
+    )
     for module in INSIDE:
         if own in module.path.parents or module.path.as_posix() in NAMES_FAMILIES:
             continue
@@ -149,10 +154,11 @@ def test_a_family_is_named_in_its_folder_alone(family):
             )
         # diffusers may call a folder of its pipelines as a family of ours is called.
         parts = {
-            id(argument) for node in ast.walk(module.tree)
+            id(argument)
+            for node in ast.walk(module.tree)
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Format"
             for argument in node.args[1:2]
-        }  # fmt: skip
+        }
         for node in ast.walk(module.tree):
             # Benchmarks' cases are named like configs, variants of losses after families.
             named = module.room in ("suites", "losses") or id(node) in parts

@@ -67,8 +67,10 @@ def test_features_are_those_of_the_pytorch_port(golden, network, case):
     def features(images):
         x = scale(resize_bilinear(images, (299, 299), style))
         blocks = dict(model.blocks(x))
-        means = {k: blocks[n].mean((1, 2)) for k, n in
-                 (("64", "pool_3"), ("192", "pool_6"), ("768", "Mixed_6e"))}  # fmt: skip
+        means = {
+            k: blocks[n].mean((1, 2))
+            for k, n in (("64", "pool_3"), ("192", "pool_6"), ("768", "Mixed_6e"))
+        }
         return model(x), means
 
     found, means = features(images)

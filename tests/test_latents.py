@@ -32,9 +32,15 @@ from liftplace_jax.training.step import _part
 
 ROOT = Path(__file__).parent.parent
 TINY = AutoencoderConfig(
-    block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, in_channels=1,
-    out_channels=1, sample_size=8, scaling_factor=0.5, shift_factor=0.25,
-)  # fmt: skip
+    block_out_channels=(8, 8),
+    layers_per_block=1,
+    norm_num_groups=4,
+    in_channels=1,
+    out_channels=1,
+    sample_size=8,
+    scaling_factor=0.5,
+    shift_factor=0.25,
+)
 SPLITS = {"train[:3%]": 43, "test[:5%]": 18}
 TRAIN = "train[:3%]"
 SHARDS = 5  # three of the one, two of the other
@@ -127,9 +133,11 @@ def test_the_folder_says_what_it_holds(encoded, autoencoder):
     assert manifest["shape"] == [4, 4, 4] and manifest["dtype"] == "float16"
     assert manifest["data"]["name"] == "digits"
     assert manifest["autoencoder"] == {
-        "name": "tiny", "sha256": load_autoencoder(autoencoder).sha256, "scaling_factor": 0.5,
+        "name": "tiny",
+        "sha256": load_autoencoder(autoencoder).sha256,
+        "scaling_factor": 0.5,
         "shift_factor": 0.25,
-    }  # fmt: skip
+    }
     assert "jax" in manifest["versions"]
     assert len(shards(encoded)) == SHARDS == len(list(encoded.iterdir())) - 1
 
@@ -237,13 +245,19 @@ def test_resume_and_processes_see_the_same_numbers(source, processes, start, pre
     parts = [
         take(
             train_batches(
-                source, batch_size=8, seed=5, flip=True, start_step=start, prefetch=prefetch,
-                process_index=i, process_count=processes,
+                source,
+                batch_size=8,
+                seed=5,
+                flip=True,
+                start_step=start,
+                prefetch=prefetch,
+                process_index=i,
+                process_count=processes,
             ),
             6 - start,
         )
         for i in range(processes)
-    ]  # fmt: skip
+    ]
     for step, batch in enumerate(whole):
         for name in ("moments", "label"):
             joined = np.concatenate([part[step][name] for part in parts])
@@ -280,11 +294,12 @@ def test_shards_hold_the_columns_of_the_images(
     assert manifest["columns"] == {
         "label": {"shape": [], "dtype": "int32"},
         "text": {"shape": [5, 2], "dtype": "float16", "identity": {"encoder": "tiny"}},
-    }  # fmt: skip
+    }
     found = load_latents(tmp_path, TRAIN)
     assert {name: spec.shape for name, spec in found.columns.items()} == {
-        "label": (), "text": (5, 2),
-    }  # fmt: skip
+        "label": (),
+        "text": (5, 2),
+    }
     indices = np.array([20, 3, 42])
     batch, plain = found.get(indices), source.get(indices)
     np.testing.assert_array_equal(batch.pop("text"), with_states[TRAIN][indices])
@@ -519,16 +534,26 @@ def test_labels_that_are_no_class_are_refused_where_labels_are_used(copy):
 
 def test_the_command(encoded, data_dir, autoencoder, tmp_path):
     command = [
-        sys.executable, "-m", "liftplace_jax.encode", "--config=tests/tiny_config.py",
-        f"--config.data.data_dir={data_dir}", f"--config.data.train_split={TRAIN}",
-        "--config.data.test_split=test[:5%]", "--config.model.image_size=4",
-        "--config.model.in_channels=4", f"--config.latents.autoencoder={autoencoder}",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "liftplace_jax.encode",
+        "--config=tests/tiny_config.py",
+        f"--config.data.data_dir={data_dir}",
+        f"--config.data.train_split={TRAIN}",
+        "--config.data.test_split=test[:5%]",
+        "--config.model.image_size=4",
+        "--config.model.in_channels=4",
+        f"--config.latents.autoencoder={autoencoder}",
+    ]
     path = tmp_path / "latents"
     done = subprocess.run(
-        [*command, f"--config.latents.path={path}"], cwd=ROOT, text=True, capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300,
-    )  # fmt: skip
+        [*command, f"--config.latents.path={path}"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"Done: {path} holds latents 4x4x4 of 43 images")
     assert "encode: 100%" in done.stderr and "61/61" in done.stderr

@@ -27,9 +27,12 @@ def launch(script, *flags, **environment):
     """-> status, stdout, stderr; without any cloud's command on the path."""
     variables = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
     done = subprocess.run(
-        ["bash", ROOT / "launch" / script, *flags], capture_output=True, text=True, timeout=60,
+        ["bash", ROOT / "launch" / script, *flags],
+        capture_output=True,
+        text=True,
+        timeout=60,
         env=variables | environment,
-    )  # fmt: skip
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -145,28 +148,46 @@ sbatch --job-name=liftplace --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --cp
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["tpu_vm.sh", "--zone=z", "--list"],
-         ["gcloud compute tpus tpu-vm list --zone=z",
-          "gcloud compute tpus queued-resources list --zone=z"]),
-        (["tpu_vm.sh", "--zone=z", "--name=a", "--logs"],
-         ["gcloud compute tpus tpu-vm ssh a --zone=z --worker=all "
-          "--command='tail -n 20 liftplace/run.log'"]),
-        (["tpu_vm.sh", "--zone", "z", "--name", "a", "--delete"],
-         ["gcloud compute tpus tpu-vm delete a --zone=z --quiet"]),
-        (["tpu_vm.sh", "--zone=z", "--name=a", "--delete", "--queued"],
-         ["gcloud compute tpus queued-resources delete a --zone=z --force --quiet"]),
+        (
+            ["tpu_vm.sh", "--zone=z", "--list"],
+            [
+                "gcloud compute tpus tpu-vm list --zone=z",
+                "gcloud compute tpus queued-resources list --zone=z",
+            ],
+        ),
+        (
+            ["tpu_vm.sh", "--zone=z", "--name=a", "--logs"],
+            [
+                "gcloud compute tpus tpu-vm ssh a --zone=z --worker=all "
+                "--command='tail -n 20 liftplace/run.log'"
+            ],
+        ),
+        (
+            ["tpu_vm.sh", "--zone", "z", "--name", "a", "--delete"],
+            ["gcloud compute tpus tpu-vm delete a --zone=z --quiet"],
+        ),
+        (
+            ["tpu_vm.sh", "--zone=z", "--name=a", "--delete", "--queued"],
+            ["gcloud compute tpus queued-resources delete a --zone=z --force --quiet"],
+        ),
         (["xpk.sh", "--cluster=c", "--list"], ["xpk workload list --cluster=c"]),
-        (["xpk.sh", "--cluster=c", "--name=a", "--logs"],
-         ["kubectl logs --selector=jobset.sigs.k8s.io/jobset-name=a "
-          "--all-containers --prefix "
-          "--tail=20"]),
-        (["xpk.sh", "--cluster=c", "--name=a", "--delete"],
-         ["xpk workload delete --cluster=c --workload=a --force"]),
+        (
+            ["xpk.sh", "--cluster=c", "--name=a", "--logs"],
+            [
+                "kubectl logs --selector=jobset.sigs.k8s.io/jobset-name=a "
+                "--all-containers --prefix "
+                "--tail=20"
+            ],
+        ),
+        (
+            ["xpk.sh", "--cluster=c", "--name=a", "--delete"],
+            ["xpk workload delete --cluster=c --workload=a --force"],
+        ),
         (["slurm.sbatch", "--list"], ['squeue --user="$USER" --name=liftplace']),
         (["slurm.sbatch", "--name=a", "--logs"], ["tail -n 20 runs/logs/a-*.log"]),
         (["slurm.sbatch", "--delete"], ['scancel --user="$USER" --name=liftplace']),
     ],
-)  # fmt: skip
+)
 def test_list_logs_delete(flags, expected):
     assert dry_run(*flags).splitlines() == expected
 
@@ -192,9 +213,11 @@ def test_awkward_words_arrive_whole(flags, stand_ins, tmp_path):
     inner = 'for word; do case $word in --command=*main*) cd; sh -c "${word#*=}"; esac; done\n'
     program = f"exec > {tmp_path / 'words'}; for word; do printf '%s\\n' \"$word\"; done; echo end"
     variables = stand_ins(
-        gcloud=inner + '[ "$4" != describe ] || echo READY', xpk=inner, python=program,
+        gcloud=inner + '[ "$4" != describe ] || echo READY',
+        xpk=inner,
+        python=program,
         srun='while [ "$1" != python ]; do shift; done; exec "$@"',
-    )  # fmt: skip
+    )
     venv = tmp_path / "liftplace" / ".venv" / "bin"
     venv.mkdir(parents=True)
     shutil.copy(tmp_path / "python", venv)
@@ -211,12 +234,15 @@ def test_awkward_words_arrive_whole(flags, stand_ins, tmp_path):
         ([], ["READY"], ["describe"]),
         ([], [""], ["describe", "create"]),
         ([], ["PREEMPTED"], ["describe", "delete", "create"]),
-        (["--queued"], ["", "PROVISIONING", "ACTIVE"],
-         ["describe", "create", "describe", "describe"]),
+        (
+            ["--queued"],
+            ["", "PROVISIONING", "ACTIVE"],
+            ["describe", "create", "describe", "describe"],
+        ),
         (["--queued"], ["SUSPENDED", "ACTIVE"], ["describe", "delete", "create", "describe"]),
         (["--queued"], ["ACTIVE", "ACTIVE"], ["describe", "describe"]),
     ],
-)  # fmt: skip
+)
 def test_tpu_is_made_if_need_be(flags, states, expected, stand_ins, tmp_path):
     (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
     variables = stand_ins(
@@ -237,9 +263,10 @@ def test_failed_queued_resource_ends_the_command(stand_ins, tmp_path):
     assert " scp " not in (tmp_path / "calls").read_text()
 
 
-@pytest.mark.parametrize(("code", "restarts", "requeued"), [
-    (0, 0, False), (3, 0, False), (130, 99, True), (75, 9, True), (75, 10, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [(0, 0, False), (3, 0, False), (130, 99, True), (75, 9, True), (75, 10, False)],
+)
 def test_slurm_requeues_what_may_go_on(code, restarts, requeued, stand_ins, tmp_path):
     variables = stand_ins(srun=f"exit {code}", scontrol="")
     variables["SLURM_RESTART_COUNT"] = str(restarts)
@@ -266,10 +293,12 @@ def test_slurm_requeues_what_may_go_on(code, restarts, requeued, stand_ins, tmp_
         ([*TPU[1:], "--config=no.py:a=1", "--workdir=/mnt/c"], "--config: no file no.py in"),
         ([*TPU[1:], CONFIG, "--workdir=runs/a"], "--workdir must be in a bucket, gs://..., or"),
         ([*TPU[1:], CONFIG, "--workdir=s3://a"], "--workdir must be in a bucket, gs://..., or"),
-        (["--zone=z", "--name=a", "--accelerator-type=v9-8", *PLACES],
-         "--runtime-version is needed for --accelerator-type=v9-8;"),
+        (
+            ["--zone=z", "--name=a", "--accelerator-type=v9-8", *PLACES],
+            "--runtime-version is needed for --accelerator-type=v9-8;",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refused_in_one_line(flags, complaint):
     status, out, err = launch("tpu_vm.sh", *flags)
     assert (status, out, err.count("\n")) == (2, "", 1)
@@ -291,9 +320,11 @@ def test_shellcheck():
     files = sorted(path.name for path in (ROOT / "launch").glob("*.s*"))
     assert files == ["common.sh", "slurm.sbatch", "tpu_vm.sh", "xpk.sh"]
     done = subprocess.run(
-        [shellcheck, "--external-sources", *files], cwd=ROOT / "launch", capture_output=True,
+        [shellcheck, "--external-sources", *files],
+        cwd=ROOT / "launch",
+        capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -347,9 +378,12 @@ def wait_for(condition, seconds=30):
 def local(program, *flags):
     """The command, in the folder of the program."""
     return subprocess.Popen(
-        [sys.executable, ROOT / "launch" / "local.py", *flags], cwd=program.parent, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, ROOT / "launch" / "local.py", *flags],
+        cwd=program.parent,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_a_pod_runs_to_its_end(pod, capfd):
@@ -425,9 +459,16 @@ def test_command_passes_signals_on_and_shows_lists_and_ends_a_pod(program):
 
 def test_command_dry_run(program):
     process = local(
-        program, "--dry-run", "--processes=2", "--devices=1", "--port=4321", "--config=c.py:a=1",
-        "--workdir=a b", "--", "--mode=all",
-    )  # fmt: skip
+        program,
+        "--dry-run",
+        "--processes=2",
+        "--devices=1",
+        "--port=4321",
+        "--config=c.py:a=1",
+        "--workdir=a b",
+        "--",
+        "--mode=all",
+    )
     out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (0, "")
     flags = shlex.quote(

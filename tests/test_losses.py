@@ -108,9 +108,12 @@ def test_num_groups_is_the_other_way_to_say_group_size():
 def test_whole_channel_group_is_lift(variant, grouping):
     student, teacher = draw((2, 8, 8, 3))
     place = place_loss(
-        student, teacher, group_size=(8, 8) if grouping == "space" else 64, grouping=grouping,
+        student,
+        teacher,
+        group_size=(8, 8) if grouping == "space" else 64,
+        grouping=grouping,
         **PUBLISHED[variant],
-    )  # fmt: skip
+    )
     lift = lift_loss(student, teacher, per="channel", **PUBLISHED[variant])
     for a, b in zip(place, lift, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -546,10 +549,10 @@ def test_low_precision_under_strict_promotion():
         "adapted": lambda s: feature_kd_loss(
             {"a": s}, {"a": teacher[..., :2]}, adapters={"a": kernel}
         ),
-        "own groups": lambda s: lift_terms(
-            Groups(*(x.reshape(1, 2, 15, 4)[:, :, :3] for x in (s, teacher)), mask)
-        ).loss,
-    }  # fmt: skip
+        "own groups": lambda s: (
+            lift_terms(Groups(*(x.reshape(1, 2, 15, 4)[:, :, :3] for x in (s, teacher)), mask)).loss
+        ),
+    }
     with jax.numpy_dtype_promotion("strict"):
         for name, loss in losses.items():
             value, gradient = jax.eval_shape(jax.value_and_grad(loss), student)

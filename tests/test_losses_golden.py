@@ -243,9 +243,10 @@ def test_fitnet(golden):
     output = output_kd_loss(student, teacher)
     np.testing.assert_allclose(output, meta["kd_values"]["teacher_student_distance"], rtol=1e-5)
     np.testing.assert_allclose(
-        output * call["logit_fitnet"]["lamb"] + 1e-6 * loss, call["logit_fitnet"]["value"],
+        output * call["logit_fitnet"]["lamb"] + 1e-6 * loss,
+        call["logit_fitnet"]["value"],
         rtol=1e-5,
-    )  # fmt: skip
+    )
     place = place_loss(student, teacher, group_size=16, **PUBLISHED["pixel"]).loss
     np.testing.assert_allclose(place, meta["kd_values"]["LIFT_PLACE_p16_L1"], rtol=1e-5)
     np.testing.assert_allclose(place + 1e-6 * loss, call["LIFT_PLACE_fitnet"]["value"], rtol=1e-5)

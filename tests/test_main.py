@@ -57,9 +57,13 @@ def start(data_dir, tmp_path_factory):
 
     def start(*arguments):
         return subprocess.Popen(
-            [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, *map(str, arguments)],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     return start
 
@@ -158,8 +162,9 @@ def test_a_job_killed_anywhere_ends_as_one_that_was_not(start, finished, tmp_pat
             assert {k: v for k, v in ours.items() if k not in timing} == {
                 k: v for k, v in theirs.items() if k not in timing
             }
-        scores = [json.loads((d / name / "evaluation.json").read_text())
-                  for d in (workdir, finished)]  # fmt: skip
+        scores = [
+            json.loads((d / name / "evaluation.json").read_text()) for d in (workdir, finished)
+        ]
         assert scores[0] | {"seconds": 0} == scores[1] | {"seconds": 0}
     # Nothing half-written is left; the files inside a checkpoint have random names.
     names = [
@@ -174,8 +179,12 @@ def test_what_computes_nothing_may_change_when_a_run_goes_on(start, finished, tm
     flags = CONFIG, f"--workdir={workdir}"
     process = start(INTERRUPTED, "SIGTERM", "teacher metrics 1", *flags)
     assert process.wait(timeout=300) == main.EXIT_INTERRUPTED
-    changed = ("--config.teacher.log_every=3", "--config.teacher.checkpoint_every=5",
-               "--config.distill.log_every=2", "--config.tensorboard=true")  # fmt: skip
+    changed = (
+        "--config.teacher.log_every=3",
+        "--config.teacher.checkpoint_every=5",
+        "--config.distill.log_every=2",
+        "--config.tensorboard=true",
+    )
     out, err = start(*MAIN, *flags, "--mode=teacher", *changed).communicate(timeout=300)
     assert "teacher: goes on from step 2" in err
     assert [row["step"] for row in read_metrics(workdir / "teacher")] == [1, 2, 3, 6, 8]
@@ -213,9 +222,10 @@ def test_the_report_has_a_row_for_each_method_and_finite_numbers(finished):
             assert math.isfinite(node), name
 
     check(report)
-    student, score = report["rows"][1], json.loads(
-        (finished / "student" / "lift_place" / "seed0" / "evaluation.json").read_text()
-    )  # fmt: skip
+    student, score = (
+        report["rows"][1],
+        json.loads((finished / "student" / "lift_place" / "seed0" / "evaluation.json").read_text()),
+    )
     assert student["frechet"] == score["frechet"] and student["steps"] == 8
     teacher_tensors, student_tensors = (
         weights.read_tensors(finished / name / "model.safetensors")
@@ -268,11 +278,15 @@ def test_a_damaged_report_is_named(copy):
 
 def test_features_learnable_weight_bfloat16_and_fsdp_in_one_job(finished, tmp_path):
     changes = dict(
-        teacher__checkpoint=str(finished / "teacher"), method="lift_place_feature_kd",
-        distill__dtype="bfloat16", distill__steps=2, distill__weight__name="learnable",
-        distill__layer_map='{"mid.block_1": "mid.block_2"}', mesh__fsdp=4,
+        teacher__checkpoint=str(finished / "teacher"),
+        method="lift_place_feature_kd",
+        distill__dtype="bfloat16",
+        distill__steps=2,
+        distill__weight__name="learnable",
+        distill__layer_map='{"mid.block_1": "mid.block_2"}',
+        mesh__fsdp=4,
         sharding_rules=((r"conv\d\.kernel", ("fsdp",)),),
-    )  # fmt: skip
+    )
     for mode in ("teacher", "compress", "distill"):
         run(tmp_path / "run", mode, **changes)
     workdir = tmp_path / "run"
@@ -306,8 +320,11 @@ def test_taylor_pruning_uses_the_data_in_the_teachers_precision(finished, tmp_pa
         return output_kd_loss(*args)
 
     monkeypatch.setattr(compressing, "output_kd_loss", loss)
-    changes = dict(teacher__checkpoint=str(finished / "teacher"), compress__importance="taylor",
-                   teacher__precision="high")  # fmt: skip
+    changes = dict(
+        teacher__checkpoint=str(finished / "teacher"),
+        compress__importance="taylor",
+        teacher__precision="high",
+    )
     for mode in ("teacher", "compress"):
         run(tmp_path / "run", mode, **changes)
     ours, theirs = (
@@ -453,12 +470,18 @@ def test_a_truncated_checkpoint_is_named(copy):
     assert not (copy / "student" / "lift_place" / "seed0" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("changes, kind, message", [
-    (dict(data__name="no_such_data"), ValueError, "TFDS knows no data set 'no_such_data'"),
-    (dict(data__test_split="tset"), ValueError, "digits has no split 'tset', only"),
-    (dict(evaluation__neighbours=1700, evaluation__num_samples=5000), ValueError,
-     r"config.evaluation.neighbours 1700 must be below the number of real images, 1\d+$"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, kind, message",
+    [
+        (dict(data__name="no_such_data"), ValueError, "TFDS knows no data set 'no_such_data'"),
+        (dict(data__test_split="tset"), ValueError, "digits has no split 'tset', only"),
+        (
+            dict(evaluation__neighbours=1700, evaluation__num_samples=5000),
+            ValueError,
+            r"config.evaluation.neighbours 1700 must be below the number of real images, 1\d+$",
+        ),
+    ],
+)
 def test_unfit_data_is_refused_before_training(tmp_path, changes, kind, message):
     with pytest.raises(kind, match=message):
         run(tmp_path / "run", **changes)

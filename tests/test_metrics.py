@@ -73,8 +73,9 @@ def test_neighbours_do_not_depend_on_rounding(golden, offset, copies):
     assert precision_recall(rows, rows) == expected
     scale = np.linalg.norm(rows, axis=1, keepdims=True) / np.sqrt(rows.shape[1])
     for _ in range(3):
-        noisy = [(rows + 1e-7 * scale * rng.normal(size=rows.shape)).astype(np.float32)
-                 for _ in range(2)]  # fmt: skip
+        noisy = [
+            (rows + 1e-7 * scale * rng.normal(size=rows.shape)).astype(np.float32) for _ in range(2)
+        ]
         assert precision_recall(*noisy) == expected
         assert precision_recall(rows, noisy[0]) == precision_recall(noisy[0], rows) == expected
     line = np.arange(50.0)[:, None]  # neighbours lie on the surface: in its ball is each alone

@@ -23,9 +23,18 @@ from liftplace_jax.weights.diffusers import DiffusersError
 
 NAMES = ("peer_sd3", "peer_sd35_dual")
 TINY = MMDiTConfig(
-    4, 5, 2, head_size=8, in_channels=3, context_dim=12, pooled_dim=10, position_size=4,
-    qk_norm="rms_norm", dual_attention_layers=(0, 1, 3), context_tokens=5,
-)  # fmt: skip
+    4,
+    5,
+    2,
+    head_size=8,
+    in_channels=3,
+    context_dim=12,
+    pooled_dim=10,
+    position_size=4,
+    qk_norm="rms_norm",
+    dual_attention_layers=(0, 1, 3),
+    context_tokens=5,
+)
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 4, 4, 3)).astype(np.float32)
 T = np.array([3.0, 712.5], np.float32)
@@ -80,11 +89,14 @@ def test_outputs_and_blocks_of_an_oblong_input(golden, name):
     assert cost.parameters(config) - table == meta["num_params"]
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("sd3-medium", (2_028_328_000, 56_623_104, (918, 136), (3_006, 1_446))),
-    ("sd3.5-medium", (2_243_171_520, 226_492_416, (1_044, 178), (3_509, 2_116))),
-    ("sd3.5-large", (8_056_627_520, 89_653_248, (3_649, 340), (11_935, 3_626))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sd3-medium", (2_028_328_000, 56_623_104, (918, 136), (3_006, 1_446))),
+        ("sd3.5-medium", (2_243_171_520, 226_492_416, (1_044, 178), (3_509, 2_116))),
+        ("sd3.5-large", (8_056_627_520, 89_653_248, (3_649, 340), (11_935, 3_626))),
+    ],
+)
 def test_published_sizes(name, expected):
     config = PUBLISHED_MMDITS[name]
     table = config.position_size**2 * config.hidden_size
@@ -99,11 +111,19 @@ def test_published_sizes(name, expected):
         assert building.count_parameters(params) == sum(expected[:2])
 
 
-@pytest.mark.parametrize(("name", "kept", "parameters"), [
-    ("sd3-medium", 18, 1_518.4), ("sd3-medium", 12, 1_008.6), ("sd3-medium", 8, 668.6),
-    ("sd3-medium", 6, 498.7), ("sd3.5-medium", 18, 1_683.7), ("sd3.5-medium", 12, 1_124.2),
-    ("sd3.5-medium", 8, 751.3), ("sd3.5-medium", 6, 564.8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "kept", "parameters"),
+    [
+        ("sd3-medium", 18, 1_518.4),
+        ("sd3-medium", 12, 1_008.6),
+        ("sd3-medium", 8, 668.6),
+        ("sd3-medium", 6, 498.7),
+        ("sd3.5-medium", 18, 1_683.7),
+        ("sd3.5-medium", 12, 1_124.2),
+        ("sd3.5-medium", 8, 751.3),
+        ("sd3.5-medium", 6, 564.8),
+    ],
+)
 def test_sizes_of_students(name, kept, parameters):
     teacher = PUBLISHED_MMDITS[name]
     duals = {18: 10, 12: 7, 8: 5, 6: 4}[kept] if teacher.dual_attention_layers else 0
@@ -135,9 +155,11 @@ def peer():
 def theirs(model, x):
     with torch.no_grad():
         out = model(
-            torch.from_numpy(np.moveaxis(x, -1, 1)), torch.from_numpy(TEXT["context"]),
-            torch.from_numpy(TEXT["pooled"]), torch.from_numpy(T),
-        )  # fmt: skip
+            torch.from_numpy(np.moveaxis(x, -1, 1)),
+            torch.from_numpy(TEXT["context"]),
+            torch.from_numpy(TEXT["pooled"]),
+            torch.from_numpy(T),
+        )
     return np.moveaxis(out.sample.numpy(), 1, -1)
 
 
@@ -173,16 +195,19 @@ def test_a_student_is_a_network_of_diffusers(peer, tmp_path):
     np.testing.assert_allclose(found, expected, atol=5e-5)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"caption_projection_dim": 20}, "caption_projection_dim 20: must be num_attention_heads"),
-    ({"out_channels": 8}, "out_channels 8: must be in_channels, 4"),
-    ({"qk_norm": "layer_norm"}, "qk_norm 'layer_norm': must be"),
-    ({"num_layers": 0}, "num_layers 0: must be a number above 0"),
-    ({"dual_attention_layers": [3]}, "dual_attention_layers must be different block numbers"),
-    ({"dual_attention_layers": "all"}, "dual_attention_layers 'all': must be a list"),
-    ({"pos_embed_max_size": 2}, "sample_size|position_size"),
-    ({"new": 1}, "new 1: not a field known here"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"caption_projection_dim": 20}, "caption_projection_dim 20: must be num_attention_heads"),
+        ({"out_channels": 8}, "out_channels 8: must be in_channels, 4"),
+        ({"qk_norm": "layer_norm"}, "qk_norm 'layer_norm': must be"),
+        ({"num_layers": 0}, "num_layers 0: must be a number above 0"),
+        ({"dual_attention_layers": [3]}, "dual_attention_layers must be different block numbers"),
+        ({"dual_attention_layers": "all"}, "dual_attention_layers 'all': must be a list"),
+        ({"pos_embed_max_size": 2}, "sample_size|position_size"),
+        ({"new": 1}, "new 1: not a field known here"),
+    ],
+)
 def test_fields_that_ours_cannot_be_are_named(changes, message):
     with pytest.raises(DiffusersError, match=message):
         FORMAT.config_from(FIELDS | changes)
@@ -259,16 +284,19 @@ def test_a_gate_of_zero_leaves_a_block_out():
     np.testing.assert_allclose(found, apply(graphdef, params, X, T, TEXT), atol=1e-5)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"x": X[:, :3]}, r"x must have shape \(B, H, W, 3\), H and W multiples of 2 up to 8"),
-    ({"x": np.zeros((2, 4, 10, 3), np.float32)}, "up to 8"),
-    ({"t": T[:1]}, "one per sample"),
-    ({"cond": None}, "text-conditional"),
-    ({"cond": {"context": TEXT["context"]}}, "text-conditional"),
-    ({"cond": TEXT | {"context": TEXT["context"][:, :, :3]}}, "context.* must have shape"),
-    ({"cond": TEXT | {"pooled": TEXT["pooled"][:1]}}, "pooled.* must have shape"),
-    ({"gates": jnp.ones(2)}, "gates must have shape"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": X[:, :3]}, r"x must have shape \(B, H, W, 3\), H and W multiples of 2 up to 8"),
+        ({"x": np.zeros((2, 4, 10, 3), np.float32)}, "up to 8"),
+        ({"t": T[:1]}, "one per sample"),
+        ({"cond": None}, "text-conditional"),
+        ({"cond": {"context": TEXT["context"]}}, "text-conditional"),
+        ({"cond": TEXT | {"context": TEXT["context"][:, :, :3]}}, "context.* must have shape"),
+        ({"cond": TEXT | {"pooled": TEXT["pooled"][:1]}}, "pooled.* must have shape"),
+        ({"gates": jnp.ones(2)}, "gates must have shape"),
+    ],
+)
 def test_bad_inputs(changes, message):
     arguments = {"x": X, "t": T, "cond": TEXT} | changes
     with pytest.raises(ValueError, match=message):
@@ -327,5 +355,6 @@ def test_features_are_compared_with_the_end_of_each_interval():
     assert numbers((1, 3, 5)) == numbers((0, 2, 5)) == [1, 3, 5]  # one in each share
     assert numbers((0, 1, 5)) == [0, 4, 5]
     assert list(teacher.keep((0, 5)).layer_map(teacher)) == [
-        "transformer_blocks.0", "transformer_blocks.1",
-    ]  # fmt: skip
+        "transformer_blocks.0",
+        "transformer_blocks.1",
+    ]

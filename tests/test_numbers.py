@@ -109,17 +109,21 @@ def test_a_number_without_a_range_is_found():
         assert numbers == set(ranges(config))
     for family in (UNetConfig, DiTConfig, AutoencoderConfig):
         annotated = {
-            field.name for field in dataclasses.fields(family)
+            field.name
+            for field in dataclasses.fields(family)
             if {"int", "float"} & set(re.findall(r"\w+", str(field.type))) - {"widths"}
-        }  # fmt: skip
+        }
         assert annotated - {"widths"} == set(family.RANGES), family
 
 
-@pytest.mark.parametrize("config", [
-    UNetConfig(8, 1, 1, 8, (1, 2), 1, (4,), num_groups=4),
-    DiTConfig(8, 16, 2, 2, kept_layers=(0, 1)),
-    AutoencoderConfig((32, 64)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        UNetConfig(8, 1, 1, 8, (1, 2), 1, (4,), num_groups=4),
+        DiTConfig(8, 16, 2, 2, kept_layers=(0, 1)),
+        AutoencoderConfig((32, 64)),
+    ],
+)
 def test_no_model_takes_what_is_no_number(config):
     for field, limits in config.RANGES.items():
         one = limits._replace(many=False)
@@ -169,19 +173,28 @@ def test_numbers_that_are_no_settings(tmp_path, field, value):
 def test_numbers_that_are_settings():
     config = tiny_config.get_config()
     for field, value in {
-        "distill.scale": 0, "distill.optimizer.grad_clip": 0, "teacher.optimizer.b1": 0,
-        "distill.optimizer.learning_rate": 1, "seed": np.int64(3), "evaluation.eta": np.float32(1),
-        "mesh.data": -1, "distill.feature_scale": 0, "distill.weight.value": 1,
-    }.items():  # fmt: skip
+        "distill.scale": 0,
+        "distill.optimizer.grad_clip": 0,
+        "teacher.optimizer.b1": 0,
+        "distill.optimizer.learning_rate": 1,
+        "seed": np.int64(3),
+        "evaluation.eta": np.float32(1),
+        "mesh.data": -1,
+        "distill.feature_scale": 0,
+        "distill.weight.value": 1,
+    }.items():
         check(changed(config, field, value))
 
 
-@pytest.mark.parametrize("changes", [
-    dict(method="no_kd", task_scale=0.0),
-    dict(method="all", task_scale=0.0),  # no_kd is one of them
-    dict(method="lift_place", task_scale=0.0, scale=0.0),
-    dict(method="feature_kd", task_scale=0.0, feature_scale=0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(method="no_kd", task_scale=0.0),
+        dict(method="all", task_scale=0.0),  # no_kd is one of them
+        dict(method="lift_place", task_scale=0.0, scale=0.0),
+        dict(method="feature_kd", task_scale=0.0, feature_scale=0.0),
+    ],
+)
 def test_a_loss_that_is_0_is_refused(changes):
     config = tiny_config.get_config()
     config.method = changes.pop("method")
@@ -197,10 +210,12 @@ def test_batches_that_fit_in_no_memory_are_named():
     channels, depth = tiny_config.get_config(), tiny_dit_config.get_config()
     check_batches(channels, (8, 8, 1))
     for config, field in (
-        (channels, "teacher.batch_size"), (channels, "compress.taylor_batch_size"),
-        (channels, "evaluation.batch_size"), (depth, "compress.learned.batch_size"),
+        (channels, "teacher.batch_size"),
+        (channels, "compress.taylor_batch_size"),
+        (channels, "evaluation.batch_size"),
+        (depth, "compress.learned.batch_size"),
         (depth, "compress.score_batch_size"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=f"config.{field} 2147483647: .* GiB, there are"):
             check_batches(changed(config, field, 2**31 - 1), (256, 256, 3))
 
@@ -213,9 +228,12 @@ def test_fields_that_nobody_reads_or_that_lack_are_named():
     with pytest.raises(ValueError, match="config.distill.optimizer.b1 is missing"):
         check_fields(changed(default_config(), "distill.optimizer", {"name": "adam"}))
     for field, value, kind in (
-        ("data.flip", 1, "true or false"), ("name", 5, "text"), ("sharding_rules", "x", "a tuple"),
-        ("method", None, "set"), ("model", 3, "the fields of a network"),
-    ):  # fmt: skip
+        ("data.flip", 1, "true or false"),
+        ("name", 5, "text"),
+        ("sharding_rules", "x", "a tuple"),
+        ("method", None, "set"),
+        ("model", 3, "the fields of a network"),
+    ):
         with pytest.raises(ValueError, match=f"config.{field}:? must be {kind}, got {value!r}"):
             check_fields(changed(default_config(), field, value))
 
@@ -244,8 +262,12 @@ def test_attention_is_where_it_was_asked_for():
 
 
 def test_the_library_refuses_them_too():
-    for changes in (dict(learning_rate=math.nan), dict(b1=2), dict(grad_clip=-1.0),
-                    dict(final_scale=math.nan)):  # fmt: skip
+    for changes in (
+        dict(learning_rate=math.nan),
+        dict(b1=2),
+        dict(grad_clip=-1.0),
+        dict(final_scale=math.nan),
+    ):
         with pytest.raises(ValueError, match=f"optimizer.{next(iter(changes))} must be"):
             make_optimizer(optimizer_config(**changes), 10)
     process = GaussianDiffusion(beta_schedule("linear", 10))

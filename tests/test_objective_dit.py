@@ -48,9 +48,12 @@ def config():
     config = default_config()
     config.process.update(variance="learned_range", timesteps="uniform", reduction="mean")
     config.distill.update(
-        steps=100, task_scale=0.1, scale=0.9, feature_scale=0.01,
+        steps=100,
+        task_scale=0.1,
+        scale=0.9,
+        feature_scale=0.01,
         layer_map='{"blocks.0": "blocks.0", "blocks.1": "blocks.1", "blocks.2": "blocks.3"}',
-    )  # fmt: skip
+    )
     config.distill.feature.update(
         mask_sigma=2.0, reduction="mean", layers="mean", adapters=False, schedule="linear"
     )
@@ -68,8 +71,11 @@ def golden_inputs(monkeypatch, arrays, labels=None):
 
 def check(metrics, loss, arrays, case, tolerance):
     """Against the published terms: means over the batch."""
-    expected = {name.rsplit("/", 1)[1]: value.mean() for name, value in arrays.items()
-                if name.startswith(f"out/{case}/") and value.ndim == 1}  # fmt: skip
+    expected = {
+        name.rsplit("/", 1)[1]: value.mean()
+        for name, value in arrays.items()
+        if name.startswith(f"out/{case}/") and value.ndim == 1
+    }
     names = {"diffusion": "mse", "vb": "vb", "vb_kd": "vb_kd", "feature_kd": "feat_loss",
              "coarse": "LIFT_PLACE", "output_kd": "OutKD", "slope": "slope",
              "intercept": "intercept"}  # fmt: skip
@@ -85,9 +91,9 @@ def check(metrics, loss, arrays, case, tolerance):
     assert {"mse", "vb", "vb_kd", "feat_loss", "kd_loss", "loss"} <= expected.keys() & found.keys()
 
 
-@pytest.mark.parametrize("case, method", [
-    ("LIFT_PLACE", "lift_place_feature_kd"), ("logit", "output_feature_kd"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "case, method", [("LIFT_PLACE", "lift_place_feature_kd"), ("logit", "output_feature_kd")]
+)
 def test_published_total(golden, networks, config, monkeypatch, case, method):
     arrays, meta = golden("dit_diffusion_losses")
     batch = golden_inputs(monkeypatch, arrays)
@@ -195,9 +201,11 @@ SMALL_TASK = Task("mean", 1.0, Classes(3, 3, 0.5))
 def small_net(seed):
     """Parameters of `small_apply`: a row for each label, the null label's last."""
     rng = np.random.default_rng(seed)
-    return {"inner": rng.normal(size=(2, 6)).astype(np.float32),
-            "labels": rng.normal(size=(4, 6)).astype(np.float32),
-            "outer": 0.3 * rng.normal(size=(6, 4)).astype(np.float32)}  # fmt: skip
+    return {
+        "inner": rng.normal(size=(2, 6)).astype(np.float32),
+        "labels": rng.normal(size=(4, 6)).astype(np.float32),
+        "outer": 0.3 * rng.normal(size=(6, 4)).astype(np.float32),
+    }
 
 
 def small_apply(params, x, t, return_features, dropout_key, cond):
@@ -244,8 +252,11 @@ def test_teacher_sees_the_labels_of_the_student_and_gets_no_gradient():
 def test_methods_without_an_output_loss_have_no_bound_of_the_teacher():
     _, metrics = jax.eval_shape(
         small_objective("feature_kd", task=SMALL_TASK),
-        {"student": small_net(0)}, {"teacher": small_net(1)}, BATCH, 0,
-    )  # fmt: skip
+        {"student": small_net(0)},
+        {"teacher": small_net(1)},
+        BATCH,
+        0,
+    )
     assert set(metrics) == {"diffusion", "vb", "output_kd", "feature_kd"}
 
 
@@ -287,9 +298,12 @@ def test_weight_decay_spares_the_position_embedding():
 
 def tiny_dit(depth, **changes):
     config = DiTConfig(
-        image_size=4, in_channels=2, num_heads=2, num_classes=3,
+        image_size=4,
+        in_channels=2,
+        num_heads=2,
+        num_classes=3,
         **{"depth": depth, "hidden_size": 8} | changes,
-    )  # fmt: skip
+    )
     graphdef, abstract = building.abstract(config)
     rng = np.random.default_rng(depth)
     draw = lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype)  # noqa: E731

@@ -59,17 +59,23 @@ def test_the_other_parts_are_copied(network, source, tmp_path):
     written = write_pipeline(tmp_path / "out", CONFIG, network, source)
     assert written.parts == ("vae", "text_encoder", "tokenizer", "scheduler")
     assert set(written.left_out) == {
-        "vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/pytorch_model.fp16.bin",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "text_encoder/pytorch_model.fp16.bin",
         "text_encoder/model.onnx",
-    }  # fmt: skip
+    }
     assert files(tmp_path / "out") == {
-        "model_index.json", "transformer/config.json", "vae/config.json",
+        "model_index.json",
+        "transformer/config.json",
+        "vae/config.json",
         "transformer/diffusion_pytorch_model.safetensors",
-        "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json",
         "text_encoder/model-00001-of-00001.safetensors",
-        "text_encoder/model.safetensors.index.json", "tokenizer/config.json",
-        "tokenizer/more/merges.txt", "scheduler/config.json",
-    }  # fmt: skip
+        "text_encoder/model.safetensors.index.json",
+        "tokenizer/config.json",
+        "tokenizer/more/merges.txt",
+        "scheduler/config.json",
+    }
     assert json.loads((tmp_path / "out" / "model_index.json").read_text()) == INDEX
     again = load_checkpoint(tmp_path / "out", CONFIG)
     for found, expected in zip(
@@ -85,13 +91,19 @@ def test_variants_alone_are_copied(network, source, tmp_path):
     assert "vae/diffusion_pytorch_model.fp16.safetensors" in files(tmp_path / "out")
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    (None, "no model_index.json there: it is no pipeline"),
-    ({"transformer": ["diffusers", "FluxTransformer2DModel"]}, "transformer is 'FluxTransformer2D"),
-    ({"transformer": None}, "transformer is None, must be SD3Transformer2DModel"),
-    ({"safety_checker": ["diffusers", "Checker"]}, r"names \['safety_checker'\], which are no"),
-    ({"../vae": ["diffusers", "AutoencoderKL"]}, "are no names of parts"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (None, "no model_index.json there: it is no pipeline"),
+        (
+            {"transformer": ["diffusers", "FluxTransformer2DModel"]},
+            "transformer is 'FluxTransformer2D",
+        ),
+        ({"transformer": None}, "transformer is None, must be SD3Transformer2DModel"),
+        ({"safety_checker": ["diffusers", "Checker"]}, r"names \['safety_checker'\], which are no"),
+        ({"../vae": ["diffusers", "AutoencoderKL"]}, "are no names of parts"),
+    ],
+)
 def test_a_folder_that_is_no_such_pipeline(network, source, tmp_path, changes, message):
     index = source / "model_index.json"
     if changes is None:

@@ -61,14 +61,22 @@ def start(tmp_path_factory, bucket):
     }
 
     def start(moment, workdir, processes, devices, *flags, config="tests/tiny_config.py"):
-        flags = [f"--config={config}", f"--workdir={workdir}",
-                 f"--heartbeat_timeout={HEARTBEAT}", *flags]  # fmt: skip
+        flags = [
+            f"--config={config}",
+            f"--workdir={workdir}",
+            f"--heartbeat_timeout={HEARTBEAT}",
+            *flags,
+        ]
         count = f"--xla_force_host_platform_device_count={devices}"
         return Pod(
-            [sys.executable, str(ROOT / "tests" / "pod_main.py"), moment, *flags], processes,
-            devices, home / "logs" / Path(workdir).name, echo=False, grace=120,
+            [sys.executable, str(ROOT / "tests" / "pod_main.py"), moment, *flags],
+            processes,
+            devices,
+            home / "logs" / Path(workdir).name,
+            echo=False,
+            grace=120,
             environment=environment | {"XLA_FLAGS": f"{environment['XLA_FLAGS']} {count}"},
-        )  # fmt: skip
+        )
 
     return start
 
@@ -134,8 +142,10 @@ def test_layouts_train_equally(run, undisturbed, tmp_path, devices):
     statuses, printed = run("none", tmp_path / "run", 1, devices)
     assert statuses == [0], printed
     equal(final(tmp_path / "run"), final(undisturbed), 1e-5)
-    losses = [[row["loss"] for row in read_metrics(d / "teacher")]
-              for d in (tmp_path / "run", undisturbed)]  # fmt: skip
+    losses = [
+        [row["loss"] for row in read_metrics(d / "teacher")]
+        for d in (tmp_path / "run", undisturbed)
+    ]
     assert len(losses[0]) == 20 and losses[0][-1] < losses[0][0]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
@@ -154,9 +164,13 @@ def latents(tmp_path_factory):
     """Flags of a config whose data are latents of 4x4x4, drawn and flipped in the step."""
     home = tmp_path_factory.mktemp("latents")
     config = AutoencoderConfig(
-        block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, in_channels=1,
-        out_channels=1, sample_size=8,
-    )  # fmt: skip
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        in_channels=1,
+        out_channels=1,
+        sample_size=8,
+    )
     weights.save_model(home / "autoencoder", config.described(), building.create(config)[1])
     config = tiny_config.get_config()
     config.data.train_split, config.data.test_split = "train[:3%]", "test[:5%]"
@@ -166,13 +180,17 @@ def latents(tmp_path_factory):
     over = sharding.batch_sharding(sharding.make_mesh({"data": -1}))
     encode_data(config, over, batch_size=8, shard_size=16)
     return [
-        "--config.data.train_split=train[:3%]", "--config.data.test_split=test[:5%]",
-        "--config.data.flip=True", "--config.evaluation.clip=None", "--config.model.image_size=4",
-        "--config.model.in_channels=4", "--config.model.out_channels=4",
+        "--config.data.train_split=train[:3%]",
+        "--config.data.test_split=test[:5%]",
+        "--config.data.flip=True",
+        "--config.evaluation.clip=None",
+        "--config.model.image_size=4",
+        "--config.model.in_channels=4",
+        "--config.model.out_channels=4",
         "--config.teacher.accumulation=2",
         f"--config.latents.autoencoder={home / 'autoencoder'}",
         f"--config.latents.path={home / 'latents'}",
-    ]  # fmt: skip
+    ]
 
 
 def test_latents_are_drawn_equally_on_any_layout_and_after_a_signal(run, latents, tmp_path):
@@ -260,9 +278,13 @@ def looped(folder, total_steps):
     return train(
         make_train_step(squares, SGD, ema_decay=0.9),
         create_state({"student": {"w": jax.random.normal(jax.random.key(0), (200, 200))}}, SGD),
-        None, lambda first: (None for _ in range(99)), total_steps=total_steps, folder=folder,
-        title="test", checkpoint_every=3,
-    )  # fmt: skip
+        None,
+        lambda first: (None for _ in range(99)),
+        total_steps=total_steps,
+        folder=folder,
+        title="test",
+        checkpoint_every=3,
+    )
 
 
 def largest_file(folder):

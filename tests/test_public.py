@@ -28,9 +28,15 @@ from liftplace_jax.training.metrics_io import read_metrics
 from liftplace_jax.weights.diffusers_files import read_weights
 
 CONFIG = UNetConfig(
-    image_size=8, in_channels=1, out_channels=1, ch=8, ch_mult=(1,), num_res_blocks=1,
-    attn_resolutions=(8,), num_groups=4,
-)  # fmt: skip
+    image_size=8,
+    in_channels=1,
+    out_channels=1,
+    ch=8,
+    ch_mult=(1,),
+    num_res_blocks=1,
+    attn_resolutions=(8,),
+    num_groups=4,
+)
 
 
 @pytest.mark.parametrize("package, names", [

@@ -35,9 +35,12 @@ BETAS = beta_schedule("scaled_linear", 1000, 0.00085, 0.012)
 EPSILON, V = GaussianDiffusion(BETAS), GaussianDiffusion(BETAS, "v")
 STABLE = dict(skip_type="leading", steps_offset=1)
 OF_STABLE = dict(
-    beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.012,
+    steps_offset=1,
     timestep_spacing="leading",
-)  # fmt: skip
+)
 START = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
 NETWORK = {
     np: lambda x, t: 0.6 * x + 0.3 * np.sin(3 * x + t / 150),
@@ -102,9 +105,13 @@ def test_stored_samples_of_diffusers(stored, name, process, kind):
     arrays, meta = stored
     with jax.disable_jit():
         sample = get_sampler(name)(
-            replay(arrays["in/model_out"]), nhwc(arrays["in/sample"]), process, steps=10,
-            set_alpha_to_one=False, **STABLE,
-        )  # fmt: skip
+            replay(arrays["in/model_out"]),
+            nhwc(arrays["in/sample"]),
+            process,
+            steps=10,
+            set_alpha_to_one=False,
+            **STABLE,
+        )
     close(sample, nhwc(arrays[f"out/{name}_{kind}/final"]))
     steps = len(meta["results"][f"{name}_{kind}"]["timesteps"])
     fields = ConfigDict(dict(sampler=name, sample_steps=10, **STABLE))
@@ -122,9 +129,12 @@ def test_stored_samples_of_flows(stored):
         )
     with jax.disable_jit():
         sample = flow_sample(
-            replay(arrays["in/model_out"]), nhwc(arrays["in/sample"]), flow, steps=10,
+            replay(arrays["in/model_out"]),
+            nhwc(arrays["in/sample"]),
+            flow,
+            steps=10,
             skip_type="diffusers",
-        )  # fmt: skip
+        )
     close(sample, nhwc(arrays["out/flow_match_euler/final"]))
 
 
@@ -173,9 +183,10 @@ def test_pndm_evaluates_as_often_as_stable_diffusion_does(stored):
         assert EPSILON.sampling(fields) == {"evaluations": count}
 
 
-@pytest.mark.parametrize("method, peer", [
-    ("euler", FlowMatchEulerDiscreteScheduler), ("heun", FlowMatchHeunDiscreteScheduler),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method, peer",
+    [("euler", FlowMatchEulerDiscreteScheduler), ("heun", FlowMatchHeunDiscreteScheduler)],
+)
 @pytest.mark.parametrize("shift, steps", [(1.0, 9), (3.0, 28), (3.0, 1)])
 def test_flows_are_sampled_as_by_diffusers(method, peer, shift, steps):
     expected, timesteps = diffusers_sample(peer(shift=shift), steps)
@@ -202,18 +213,27 @@ def scheduler_of(process, **fields):
     return made
 
 
-@pytest.mark.parametrize("fields", [
-    dict(sampler="pndm", set_alpha_to_one=False, **STABLE),
-    dict(sampler="ddim", set_alpha_to_one=False, **STABLE),
-    dict(sampler="ddim"),
-    dict(sampler="ddim", skip_type="trailing"),
-    dict(sampler="dpmpp_2m", **STABLE),
-    dict(sampler="dpmpp_2m", skip_type="linspace"),
-], ids=lambda fields: "-".join(map(str, fields.values())))  # fmt: skip
-@pytest.mark.parametrize("process", [
-    V, GaussianDiffusion(beta_schedule("cosine", 1000), "x0"),
-    GaussianDiffusion(beta_schedule("sigmoid", 1000)),
-], ids=["v", "x0-cosine", "sigmoid"])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(sampler="pndm", set_alpha_to_one=False, **STABLE),
+        dict(sampler="ddim", set_alpha_to_one=False, **STABLE),
+        dict(sampler="ddim"),
+        dict(sampler="ddim", skip_type="trailing"),
+        dict(sampler="dpmpp_2m", **STABLE),
+        dict(sampler="dpmpp_2m", skip_type="linspace"),
+    ],
+    ids=lambda fields: "-".join(map(str, fields.values())),
+)
+@pytest.mark.parametrize(
+    "process",
+    [
+        V,
+        GaussianDiffusion(beta_schedule("cosine", 1000), "x0"),
+        GaussianDiffusion(beta_schedule("sigmoid", 1000)),
+    ],
+    ids=["v", "x0-cosine", "sigmoid"],
+)
 def test_schedulers_that_are_written_sample_as_we_do(process, fields):
     if fields["sampler"] == "pndm" and process.prediction == "x0":
         with pytest.raises(ValueError, match="does not know networks that predict x0"):
@@ -304,18 +324,27 @@ def test_a_flow_that_is_straight_is_followed_exactly(method, steps):
     np.testing.assert_allclose(sample, path["x0"][-1], atol=1e-6)
 
 
-@pytest.mark.parametrize("process, names", [
-    (EPSILON, SAMPLERS), (GaussianDiffusion(BETAS, "x0"), SAMPLERS), (Flow(), Flow.samplers)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "process, names",
+    [(EPSILON, SAMPLERS), (GaussianDiffusion(BETAS, "x0"), SAMPLERS), (Flow(), Flow.samplers)],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_sampler_is_one_scan_of_keys(process, names, dtype):
     """Images are functions of their keys, in any batch, and one scan is compiled."""
     model = UNetConfig(8, ch=8, ch_mult=(1,), num_groups=4)
     for name in names:
         fields = ConfigDict(
-            dict(sampler=name, sample_steps=4, skip_type="uniform", eta=0.0, guidance=1.0,
-                 guidance_channels=None, dtype=dtype, precision="highest")
-        )  # fmt: skip
+            dict(
+                sampler=name,
+                sample_steps=4,
+                skip_type="uniform",
+                eta=0.0,
+                guidance=1.0,
+                guidance_channels=None,
+                dtype=dtype,
+                precision="highest",
+            )
+        )
         traced = []
 
         def apply(params, x, t, *_, traced=traced):

@@ -148,9 +148,16 @@ STEP = make_train_step(squares, ADAM, ema_decay=0.9)
 def looped(folder, total_steps, batches=lambda first: (None for _ in range(99)), **options):
     """A run of the loop, checkpoints after every 3 steps."""
     return train(
-        STEP, new_state(), None, batches, total_steps=total_steps, folder=folder, title="test",
-        checkpoint_every=3, **options,
-    )  # fmt: skip
+        STEP,
+        new_state(),
+        None,
+        batches,
+        total_steps=total_steps,
+        folder=folder,
+        title="test",
+        checkpoint_every=3,
+        **options,
+    )
 
 
 def equal(one, other):
@@ -328,9 +335,11 @@ def test_a_full_disk_is_named_whoever_comes_next(tmp_path, gate, disk, ends_by):
     disk(10_000)
     gate.set()
     call = {
-        "save": lambda: checkpoints.save(8, state), "wait": checkpoints.wait,
-        "restore": lambda: checkpoints.restore(state), "close": checkpoints.close,
-    }[ends_by]  # fmt: skip
+        "save": lambda: checkpoints.save(8, state),
+        "wait": checkpoints.wait,
+        "restore": lambda: checkpoints.restore(state),
+        "close": checkpoints.close,
+    }[ends_by]
     with pytest.raises(OSError, match="(?s)checkpoint of step 6 cannot be .*too large") as error:
         call()
     disk()

@@ -73,8 +73,9 @@ def test_efficiency_falls_with_devices_and_rises_with_overlap():
         found = [predict(row, PODS[f"{n} H100"]) for n in (8, 16, 32, 64)]
         efficiencies = [f["dp_efficiency"] for f in found]
         assert efficiencies == sorted(efficiencies, reverse=True)
-        assert all(f[f"{w}_efficiency"] <= f[f"{w}_overlapped"] <= 1
-                   for f in found for w in ("dp", "fsdp"))  # fmt: skip
+        assert all(
+            f[f"{w}_efficiency"] <= f[f"{w}_overlapped"] <= 1 for f in found for w in ("dp", "fsdp")
+        )
 
 
 def test_what_a_device_holds_by_hand():
@@ -100,8 +101,10 @@ def test_students_of_sd3_fit_where_blocks_are_gathered_one_by_one():
     fits = {(r["student"], r["pod"], r["way"]): r["fits"] for r in rows}
     for name in ("SD3 depth 18", "SD3 depth 12"):
         assert [fits[name, "TPU v5e-16", way] for way in ("whole", "split", "by block")] == [
-            False, False, True,
-        ]  # fmt: skip
+            False,
+            False,
+            True,
+        ]
     assert all(fit for (_, pod, way), fit in fits.items() if way == "by block" or "H100" in pod)
     assert all(r["fits"] == (r["total_gb"] < 0.9 * r["memory_gb"]) for r in rows)
 

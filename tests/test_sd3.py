@@ -52,29 +52,56 @@ def folder(golden, tmp_path_factory):
         made = train_tokenizer(folder / f"made{end}", [c + end for c in CAPTIONS], 530, LENGTH)
         parts[f"tokenizer{end}"] = CLIPTokenizer.from_pretrained(folder / f"made{end}")
         config = CLIPTextConfig(
-            vocab_size=made.vocab_size, hidden_size=width, intermediate_size=24, hidden_act=act,
-            num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=LENGTH,
-            projection_dim=projection, eos_token_id=made.pad_id,
-        )  # fmt: skip
+            vocab_size=made.vocab_size,
+            hidden_size=width,
+            intermediate_size=24,
+            hidden_act=act,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            max_position_embeddings=LENGTH,
+            projection_dim=projection,
+            eos_token_id=made.pad_id,
+        )
         parts[f"text_encoder{end}"] = CLIPTextModelWithProjection(config)
     (folder / "made_3").mkdir()
     for name, content in golden("tokenizer_ids")[1]["t5"]["files"].items():
         (folder / "made_3" / name).write_text(json.dumps(content))
     parts["tokenizer_3"] = AutoTokenizer.from_pretrained(folder / "made_3")
-    parts["text_encoder_3"] = T5EncoderModel(T5Config(
-        vocab_size=len(parts["tokenizer_3"]), d_model=WIDTH, d_kv=8, d_ff=40, num_layers=2,
-        num_heads=2, feed_forward_proj="gated-gelu",
-    ))  # fmt: skip
+    parts["text_encoder_3"] = T5EncoderModel(
+        T5Config(
+            vocab_size=len(parts["tokenizer_3"]),
+            d_model=WIDTH,
+            d_kv=8,
+            d_ff=40,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+        )
+    )
     parts["transformer"] = SD3Transformer2DModel(
-        sample_size=8, num_layers=3, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=WIDTH, caption_projection_dim=16, pooled_projection_dim=POOLED,
-        pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0, 1),
-    )  # fmt: skip
+        sample_size=8,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=POOLED,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0, 1),
+    )
     parts["vae"] = AutoencoderKL(
-        down_block_types=2 * ["DownEncoderBlock2D"], up_block_types=2 * ["UpDecoderBlock2D"],
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=16, use_quant_conv=False,
-        use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609, sample_size=16,
-    )  # fmt: skip
+        down_block_types=2 * ["DownEncoderBlock2D"],
+        up_block_types=2 * ["UpDecoderBlock2D"],
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        sample_size=16,
+    )
     for name in ("transformer", *NAMES):
         for parameter in parts[name].parameters():
             torch.nn.init.normal_(parameter, std=0.15)
@@ -93,9 +120,13 @@ def theirs(folder):
 def encoded(pipeline, captions=CAPTIONS):
     with torch.no_grad():
         context, _, pooled, _ = pipeline.encode_prompt(
-            captions, None, None, device="cpu", do_classifier_free_guidance=False,
+            captions,
+            None,
+            None,
+            device="cpu",
+            do_classifier_free_guidance=False,
             max_sequence_length=T5_TOKENS,
-        )  # fmt: skip
+        )
     return {"context": context.numpy(), "pooled": pooled.numpy()}
 
 
@@ -133,9 +164,12 @@ def test_texts_are_those_of_the_pipeline(texts, theirs):
     close(told(texts, cached=True), expected, 2e-3)
     columns = dict((name, shape) for name, shape, _ in texts.encoding(True, cached=True).columns)
     assert columns == {
-        "text": (LENGTH, 12), "pooled": (10,), "text_2": (LENGTH, 14), "pooled_2": (8,),
+        "text": (LENGTH, 12),
+        "pooled": (10,),
+        "text_2": (LENGTH, 14),
+        "pooled_2": (8,),
         "text_3": (T5_TOKENS, WIDTH),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -181,8 +215,15 @@ def test_columns_of_captions(texts):
     bound = Text(WIDTH, POOLED).bound(lambda pooled: texts.encoding(pooled, True))
     source = with_captions(pictures(), texts, bound, tokens=True)
     assert {*source.columns} >= {
-        "tokens", "tokens_2", "tokens_3", "text", "text_2", "text_3", "pooled", "pooled_2",
-    }  # fmt: skip
+        "tokens",
+        "tokens_2",
+        "tokens_3",
+        "text",
+        "text_2",
+        "text_3",
+        "pooled",
+        "pooled_2",
+    }
     check_sources(bound, [source])
     batch = source.get([2, 0])
     values = texts.values([CAPTIONS[2], CAPTIONS[0]], source.columns.keys() - {"label"})
@@ -227,9 +268,16 @@ def config(folder, tmp_path_factory):
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text(f"{CAPTIONS[0]}\n{CAPTIONS[2]}\n")
     config.evaluation.update(
-        prompts=str(prompts), repeat_prompts=True, negative_prompt="a house", guidance=4.0,
-        sample_steps=10, skip_type="diffusers", clip=None, features=None, batch_size=8,
-    )  # fmt: skip
+        prompts=str(prompts),
+        repeat_prompts=True,
+        negative_prompt="a house",
+        guidance=4.0,
+        sample_steps=10,
+        skip_type="diffusers",
+        clip=None,
+        features=None,
+        batch_size=8,
+    )
     return config
 
 
@@ -246,10 +294,16 @@ def ours(config, network, tmp_path):
 def of_theirs(pipeline, start, config):
     pipeline.set_progress_bar_config(disable=True)
     found = pipeline(
-        4 * [CAPTIONS[0], CAPTIONS[2].strip()], negative_prompt=8 * ["a house"],
-        num_inference_steps=10, guidance_scale=4.0, height=16, width=16, output_type="latent",
-        latents=torch.from_numpy(np.moveaxis(start, -1, 1).copy()), max_sequence_length=T5_TOKENS,
-    ).images  # fmt: skip
+        4 * [CAPTIONS[0], CAPTIONS[2].strip()],
+        negative_prompt=8 * ["a house"],
+        num_inference_steps=10,
+        guidance_scale=4.0,
+        height=16,
+        width=16,
+        output_type="latent",
+        latents=torch.from_numpy(np.moveaxis(start, -1, 1).copy()),
+        max_sequence_length=T5_TOKENS,
+    ).images
     vae = pipeline.vae
     with torch.no_grad():
         images = vae.decode(found / vae.config.scaling_factor + vae.config.shift_factor).sample

@@ -110,18 +110,24 @@ def home(tmp_path_factory):
 
 
 FLAGS = (
-    "--config.latents.autoencoder=tiny", "--config.text.folder=tiny", "--config.data.path=pictures",
+    "--config.latents.autoencoder=tiny",
+    "--config.text.folder=tiny",
+    "--config.data.path=pictures",
     "--config.latents.path=latents",
-)  # fmt: skip
+)
 
 
 def command(home, name, *arguments, arg="runlocal,teacher=sd3.5-medium"):
     environment = {**os.environ, "XLA_FLAGS": QUICK_XLA, "PYTHONPATH": str(ROOT)}
     config = f"--config={ROOT / 'configs' / 'sd3_mmdit.py'}:{arg}"
     return subprocess.run(
-        [sys.executable, "-m", f"liftplace_jax.{name}", config, *FLAGS, *arguments], cwd=home,
-        env=environment, text=True, capture_output=True, timeout=900,
-    )  # fmt: skip
+        [sys.executable, "-m", f"liftplace_jax.{name}", config, *FLAGS, *arguments],
+        cwd=home,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=900,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +161,10 @@ def test_runlocal_goes_from_captions_to_the_report(home, finished):
     assert student["output_error"] > 0 and student["compression"] > 1.5
     assert {"coarse", "fine", "weight", "feature_kd"} <= set(student["final_loss_terms"])
     assert student["protocol"]["prompts"]["text"].keys() == {
-        "text_encoder", "text_encoder_2", "text_encoder_3",
-    }  # fmt: skip
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+    }
     text = (home / "run" / "report.md").read_text()
     assert re.search(r"Text encoders: text_encoder \(\w+\), text_encoder_2 \(\w+\), text_enc", text)
     fields = json.loads(
@@ -178,12 +186,20 @@ def experiment_config(home, monkeypatch, arg="runlocal"):
     return config
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"t5_tokens": 6}, "column 'text_3' of .*8, 32.*, config.model is told .*6, 32"),
-    ({"dtype": "float32", "left_out": ("text_encoder_4",)}, "config.text.folder: left_out must be"),
-    ({"folder": "tiny/text_encoder", "t5_tokens": 256, "left_out": ("text_encoder_3",)},
-     "config.text.left_out is for a pipeline of several text encoders"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"t5_tokens": 6}, "column 'text_3' of .*8, 32.*, config.model is told .*6, 32"),
+        (
+            {"dtype": "float32", "left_out": ("text_encoder_4",)},
+            "config.text.folder: left_out must be",
+        ),
+        (
+            {"folder": "tiny/text_encoder", "t5_tokens": 256, "left_out": ("text_encoder_3",)},
+            "config.text.left_out is for a pipeline of several text encoders",
+        ),
+    ],
+)
 def test_texts_that_data_have_not_are_refused(
     home, finished, monkeypatch, tmp_path, changes, message
 ):

@@ -25,9 +25,16 @@ from liftplace_jax.nn.network import from_tensors, make_apply
 
 STUDENTS = ("base", "small", "tiny")
 TINY = SDUNetConfig(
-    image_size=4, widths=(8, 16), layers=(1, 1), heads=(2, 2), down_attention=(True, False),
-    up_attention=(False, True), context_dim=6, linear_projection=False, num_groups=4,
-)  # fmt: skip
+    image_size=4,
+    widths=(8, 16),
+    layers=(1, 1),
+    heads=(2, 2),
+    down_attention=(True, False),
+    up_attention=(False, True),
+    context_dim=6,
+    linear_projection=False,
+    num_groups=4,
+)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -94,9 +101,12 @@ def test_output_and_features(golden, published, name):
     assert len(wanted) >= 6
     for feature, value in wanted.items():
         np.testing.assert_allclose(
-            features[feature], channels_last(value), rtol=0, err_msg=feature,
+            features[feature],
+            channels_last(value),
+            rtol=0,
+            err_msg=feature,
             atol=1e-4 if np.abs(value).max() > 5 else 5e-5,
-        )  # fmt: skip
+        )
     assert building.count_parameters(network.params) == meta["num_params"]
     assert registry.config_parameters(network.config) == meta["num_params"]
 
@@ -157,12 +167,15 @@ def test_every_published_size():
         assert registry.config_parameters(config) == row["total_params"], name
         assert registry.count_macs(config) == row["macs_thop_unet"], name
     ours = {
-        "SD-2.1-base (teacher)": "sd-2.1-base", "SD-1.4 (teacher)": "sd-1.4",
+        "SD-2.1-base (teacher)": "sd-2.1-base",
+        "SD-1.4 (teacher)": "sd-1.4",
         **{f"v2-base/bk_{name}": f"bk-v2-{name}" for name in (*STUDENTS, "extreme")},
         **{f"v1/bk_{name}": f"bk-v1-{name}" for name in STUDENTS},
-        **{f"v1/C_{name}": f"bk-v1-channels-{name}" for name in (
-            "base", "small", "tiny", "micro", "extreme")},
-    }  # fmt: skip
+        **{
+            f"v1/C_{name}": f"bk-v1-channels-{name}"
+            for name in ("base", "small", "tiny", "micro", "extreme")
+        },
+    }
     for theirs, name in ours.items():
         assert PUBLISHED_SD_UNETS[name] == config_from_diffusers(facts[theirs]["config"]), name
 
@@ -187,8 +200,11 @@ def test_a_list_of_layers_says_what_a_published_student_is():
     down = "down_blocks.0.0, down_blocks.1.0 down_blocks.2.0"
     assert predict(f"{up}+{down}", teacher) == predict("tiny", teacher)
     assert kept_layers("base", teacher)[3:7] == (
-        "down_blocks.3.0", "mid_block", "up_blocks.0.0", "up_blocks.0.2"
-    )  # fmt: skip
+        "down_blocks.3.0",
+        "mid_block",
+        "up_blocks.0.0",
+        "up_blocks.0.2",
+    )
 
 
 def test_any_layers_that_fit_make_a_student(teacher):
@@ -234,8 +250,9 @@ def test_the_extreme_student_drops_channels_of_the_level_that_is_gone(teacher, p
     assert pairs == {
         "down_blocks.0": "down_blocks.0",
         "down_blocks.1.attentions.0.proj_out": "down_blocks.1.attentions.1.proj_out",
-        "up_blocks.0": "up_blocks.2", "up_blocks.1": "up_blocks.3",
-    }  # fmt: skip
+        "up_blocks.0": "up_blocks.2",
+        "up_blocks.1": "up_blocks.3",
+    }
     _, theirs = run(teacher, *inputs)
     assert all(features[s].shape == theirs[t].shape for s, t in pairs.items())
 
@@ -341,9 +358,13 @@ def test_remat_has_the_same_gradients_and_bfloat16_is_near():
 
     # One level, for less to compile: two residual blocks on the way up, three transformers.
     small = TINY.replace(
-        widths=(8,), layers=(1,), heads=(2,), down_attention=(True,), up_attention=(True,),
+        widths=(8,),
+        layers=(1,),
+        heads=(2,),
+        down_attention=(True,),
+        up_attention=(True,),
         mid_block=False,
-    )  # fmt: skip
+    )
     graphdef, params = building.create(small, seed=1)
     expected, y = gradient(graphdef, params)
     found, same = gradient(building.abstract(small, remat="nothing_saveable")[0], params)
@@ -364,18 +385,22 @@ def test_bad_inputs_name_the_argument():
         (X, T, CONTEXT[..., :5], r"not of shape \(2, 5, 5\)"),
         (X[:, :2], T, CONTEXT, r"x must have shape \(B, 4, 4, 4\), not"),
         (X, T[:1], CONTEXT, r"t must have shape \(2,\)"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(ValueError, match=message):
-            jax.eval_shape(lambda p, x, t, c: make_apply(graphdef)(p, x, t, False, None, c),
-                           params, x, t, cond)  # fmt: skip
+            jax.eval_shape(
+                lambda p, x, t, c: make_apply(graphdef)(p, x, t, False, None, c), params, x, t, cond
+            )
 
 
 def test_the_network_takes_what_its_conditioning_makes():
     graphdef, params = building.abstract(TINY)
     y, _ = jax.eval_shape(
         lambda p, x, t, c: make_apply(graphdef)(p, x, t, False, None, c),
-        params, X, T, TINY.conditioning.inputs(2),
-    )  # fmt: skip
+        params,
+        X,
+        T,
+        TINY.conditioning.inputs(2),
+    )
     assert y.shape == X.shape
     TINY.conditioning.check_student(TINY.replace(widths=(16, 32)).conditioning)
     with pytest.raises(ValueError, match="text of width 8, the teacher's is 6"):
@@ -385,8 +410,10 @@ def test_the_network_takes_what_its_conditioning_makes():
 def test_initial_weights_are_those_of_pytorch():
     _, params = building.create(TINY, seed=0)
     tensors = weights.to_torch(params)
-    for name, fan_in in (("conv_in", 36), ("mid_block.attentions.0.transformer_blocks.0."
-                                           "attn2.to_k", 6)):  # fmt: skip
+    for name, fan_in in (
+        ("conv_in", 36),
+        ("mid_block.attentions.0.transformer_blocks.0.attn2.to_k", 6),
+    ):
         weight = tensors[f"{name}.weight"]
         assert 0.9 / np.sqrt(fan_in) < np.abs(weight).max() <= 1 / np.sqrt(fan_in)
     assert "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.bias" not in tensors

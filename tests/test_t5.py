@@ -100,13 +100,16 @@ def test_the_published_size():
     assert round(expected / 1e9, 2) == 4.76
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"feed_forward_proj": "relu"}, "feed_forward_proj 'relu': must be 'gated-gelu'"),
-    ({"d_kv": 0}, "d_kv must be"),
-    ({"num_layers": None}, "num_layers must be"),
-    ({"relative_attention_num_buckets": 6}, "multiple of 4"),
-    ({"architectures": ["BertModel"]}, "is of .*BertModel.*, must be one of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feed_forward_proj": "relu"}, "feed_forward_proj 'relu': must be 'gated-gelu'"),
+        ({"d_kv": 0}, "d_kv must be"),
+        ({"num_layers": None}, "num_layers must be"),
+        ({"relative_attention_num_buckets": 6}, "multiple of 4"),
+        ({"architectures": ["BertModel"]}, "is of .*BertModel.*, must be one of"),
+    ],
+)
 def test_bad_folders_are_named(tmp_path, changes, message):
     fields = FIELDS | {"architectures": ["T5EncoderModel"], "model_type": "t5"} | changes
     (tmp_path / "config.json").write_text(json.dumps(fields))

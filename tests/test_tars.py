@@ -77,25 +77,31 @@ def test_a_changed_shard_is_told_from_the_old_one(shards):
     assert load(shards).fingerprint() != before
 
 
-@pytest.mark.parametrize(("members", "message"), [
-    ([("a.png", b"no picture")], r"cannot read image .*one.tar/a.png: it is of no format"),
-    ([("a.png", b"")], "one.tar/a.png: it is empty"),
-    ([("a.png", png(PIXELS["000"])), ("a.jpg", b"x")], "a has another image"),
-    ([("a.png", png(PIXELS["000"])), ("b.png", b"x"), ("a.txt", b"x")], "a comes twice"),
-    ([("a.txt", b"x")], "no images .* in the tar files"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.png", b"no picture")], r"cannot read image .*one.tar/a.png: it is of no format"),
+        ([("a.png", b"")], "one.tar/a.png: it is empty"),
+        ([("a.png", png(PIXELS["000"])), ("a.jpg", b"x")], "a has another image"),
+        ([("a.png", png(PIXELS["000"])), ("b.png", b"x"), ("a.txt", b"x")], "a comes twice"),
+        ([("a.txt", b"x")], "no images .* in the tar files"),
+    ],
+)
 def test_bad_members_are_named(tmp_path, members, message):
     write_tar(tmp_path / "one.tar", members)
     with pytest.raises(ValueError, match=message):
         load(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("000.txt", b"\xff", "one.tar/000.txt: line 1: byte 0xff is no UTF-8"),
-    ("000.json", b"{}", r"000.json: it must have one of \['caption', 'text'\]"),
-    ("000.json", b"[1", "cannot read caption .*000.json"),
-    ("001.txt", b"x", "one.tar/000.png has no caption, .txt or .json beside it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("000.txt", b"\xff", "one.tar/000.txt: line 1: byte 0xff is no UTF-8"),
+        ("000.json", b"{}", r"000.json: it must have one of \['caption', 'text'\]"),
+        ("000.json", b"[1", "cannot read caption .*000.json"),
+        ("001.txt", b"x", "one.tar/000.png has no caption, .txt or .json beside it"),
+    ],
+)
 def test_bad_captions_are_named(tmp_path, name, content, message):
     write_tar(tmp_path / "one.tar", [("000.png", png(PIXELS["000"])), (name, content)])
     with pytest.raises(ValueError, match=message):

@@ -53,9 +53,15 @@ from liftplace_jax.weights.diffusers import DiffusersError
 
 PROMPTS, NEGATIVE = ["a photo of a cat", "one two three! four"], "a blurred dog"
 STABLE = dict(
-    sample_steps=10, skip_type="leading", steps_offset=1, set_alpha_to_one=False, eta=0.0,
-    guidance=7.5, guidance_channels=None, precision="highest",
-)  # fmt: skip
+    sample_steps=10,
+    skip_type="leading",
+    steps_offset=1,
+    set_alpha_to_one=False,
+    eta=0.0,
+    guidance=7.5,
+    guidance_channels=None,
+    precision="highest",
+)
 BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 TOKENS = 8
 KEYS = jax.random.split(jax.random.key(3), len(PROMPTS))
@@ -72,33 +78,56 @@ def theirs(tmp_path_factory):
         train_tokenizer(folder / "words", [*PROMPTS, NEGATIVE], 530, TOKENS)
         tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
         text = CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=12, intermediate_size=24, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=TOKENS, hidden_act="gelu",
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=12,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=TOKENS,
+            hidden_act="gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
             projection_dim=12,
-        )  # fmt: skip
+        )
         vae = AutoencoderKL(
-            block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
-            down_block_types=2 * ("DownEncoderBlock2D",), up_block_types=2 * ("UpDecoderBlock2D",),
-        )  # fmt: skip
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            latent_channels=4,
+            sample_size=16,
+            down_block_types=2 * ("DownEncoderBlock2D",),
+            up_block_types=2 * ("UpDecoderBlock2D",),
+        )
         unet = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=12,
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=(2, 4),
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            cross_attention_dim=12,
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            attention_head_dim=(2, 4),
             use_linear_projection=True,
-        )  # fmt: skip
+        )
         for parameter in unet.parameters():  # so that the text matters
             with torch.no_grad():
                 parameter += 0.1 * torch.randn_like(parameter)
         scheduler = PNDMScheduler(
-            **BETAS, skip_prk_steps=True, steps_offset=1, prediction_type=prediction,
+            **BETAS,
+            skip_prk_steps=True,
+            steps_offset=1,
+            prediction_type=prediction,
             set_alpha_to_one=False,
-        )  # fmt: skip
+        )
         StableDiffusionPipeline(
-            vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet,
-            scheduler=scheduler, safety_checker=None, feature_extractor=None,
+            vae=vae,
+            text_encoder=CLIPTextModel(text),
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
             requires_safety_checker=False,
-        ).save_pretrained(folder / "pipeline")  # fmt: skip
+        ).save_pretrained(folder / "pipeline")
         return folder / "pipeline"
 
     return write
@@ -115,14 +144,19 @@ def sampled_here(folder, sampler, prediction, negative=""):
     decoder = load_autoencoder(folder).decoder()
     conditioning = Text(network.config.context_dim).bound(texts.encoding)
     sample = make_sampler(
-        ConfigDict(STABLE | {"sampler": sampler}), process_of(prediction), network.config,
-        make_apply(network.graphdef), decode=decoder.decode, texts=conditioning,
-    )  # fmt: skip
+        ConfigDict(STABLE | {"sampler": sampler}),
+        process_of(prediction),
+        network.config,
+        make_apply(network.graphdef),
+        decode=decoder.decode,
+        texts=conditioning,
+    )
     frozen = {"text": texts.frozen(negative, ("tokens",))}
     images = jax.jit(sample)(
-        (network.params, decoder.params, frozen), KEYS,
+        (network.params, decoder.params, frozen),
+        KEYS,
         conditioning.of({"tokens": texts.tokenizer.encode(PROMPTS)}),
-    )  # fmt: skip
+    )
     noise = [jax.random.normal(jax.random.fold_in(k, 0), network.config.shape) for k in KEYS]
     return np.clip(images / 2 + 0.5, 0, 1), np.stack(noise)
 
@@ -135,10 +169,13 @@ def sampled_there(folder, sampler, noise, negative=None):
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     assert type(pipeline.scheduler).__name__ == f"{sampler.upper()}Scheduler"
     return pipeline(
-        PROMPTS, num_inference_steps=10, guidance_scale=7.5, output_type="np",
+        PROMPTS,
+        num_inference_steps=10,
+        guidance_scale=7.5,
+        output_type="np",
         negative_prompt=negative and len(PROMPTS) * [negative],
         latents=torch.from_numpy(np.moveaxis(noise, -1, 1).copy()),
-    ).images  # fmt: skip
+    ).images
 
 
 @pytest.mark.parametrize("sampler, prediction, negative", [
@@ -202,13 +239,18 @@ def test_parts_that_are_not_the_pipelines_are_those_that_were_used(theirs, tmp_p
     write_random_autoencoder("vae", levels=2, seed=7)
     tokenizer = train_tokenizer("words/tokenizer", ["other words"], 520, TOKENS)
     write_random_text_encoder(
-        "words/text_encoder", vocab_size=tokenizer.vocab_size, width=12, length=TOKENS,
+        "words/text_encoder",
+        vocab_size=tokenizer.vocab_size,
+        width=12,
+        length=TOKENS,
         projection_dim=4,
-    )  # fmt: skip
+    )
     files = {
-        "vae": "vae/diffusion_pytorch_model.safetensors", "text": "text_encoder/model.safetensors",
-        "words": "tokenizer/tokenizer_config.json", "scheduler": "scheduler/scheduler_config.json",
-    }  # fmt: skip
+        "vae": "vae/diffusion_pytorch_model.safetensors",
+        "text": "text_encoder/model.safetensors",
+        "words": "tokenizer/tokenizer_config.json",
+        "scheduler": "scheduler/scheduler_config.json",
+    }
 
     def written(**fields):
         context = make_context(sd_config(source, **fields), tmp_path / "run")
@@ -219,8 +261,11 @@ def test_parts_that_are_not_the_pipelines_are_those_that_were_used(theirs, tmp_p
         return folder / "pipeline"
 
     def same(folder):
-        found = {name for name, file in files.items()
-                 if (folder / file).read_bytes() == (source / file).read_bytes()}  # fmt: skip
+        found = {
+            name
+            for name, file in files.items()
+            if (folder / file).read_bytes() == (source / file).read_bytes()
+        }
         pipeline = StableDiffusionPipeline.from_pretrained(folder)
         assert pipeline.vae.config.scaling_factor == 0.18215
         return found
@@ -267,9 +312,17 @@ def test_settings_are_the_published_ones(name):
     )
     assert (run.loss.variant, run.loss.group_size, run.weight.name) == ("sd", 16, "adaptive")
     assert run.optimizer.to_dict() == dict(
-        name="adamw", learning_rate=5e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2,
-        grad_clip=1.0, schedule="constant", warmup_steps=0, final_scale=0.0,
-    )  # fmt: skip
+        name="adamw",
+        learning_rate=5e-5,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=1e-2,
+        grad_clip=1.0,
+        schedule="constant",
+        warmup_steps=0,
+        final_scale=0.0,
+    )
     assert (run.batch_size, run.steps, run.ema_decay) == (batch, 50_000, 0.9999)
     assert (run.dtype, run.remat, run.write_pipeline) == ("bfloat16", "nothing_saveable", True)
     assert (config.text.dropout, config.data.image_size, config.data.flip) == (0.1, 512, True)

@@ -60,14 +60,22 @@ def commands():
                 command[number] = f"--config={ROOT / match[1]}:runlocal,{match[2]}"
     options = [
         f"--config={ROOT / 'configs' / 'sd14_bksdm.py'}:runlocal,student=extreme,method=output_kd",
-        f"--config.latents.autoencoder={SD14}", f"--config.text.folder={SD14}/",
-        "--config.data.path=laion", "--config.latents.path=latents", "--config.text.cached=True",
-    ]  # fmt: skip
+        f"--config.latents.autoencoder={SD14}",
+        f"--config.text.folder={SD14}/",
+        "--config.data.path=laion",
+        "--config.latents.path=latents",
+        "--config.text.cached=True",
+    ]
     own = [
         ["liftplace_jax.encode", *options],
-        ["liftplace_jax.main", *options, "--config.evaluation.prompts=prompts.txt",
-         "--config.evaluation.sampler=ddim", "--workdir=runs/own"],
-    ]  # fmt: skip
+        [
+            "liftplace_jax.main",
+            *options,
+            "--config.evaluation.prompts=prompts.txt",
+            "--config.evaluation.sampler=ddim",
+            "--workdir=runs/own",
+        ],
+    ]
     return {"page": [command[2:] for command in page], "own": own}
 
 
@@ -101,10 +109,16 @@ def finished(tmp_path_factory):
         name, folder = {"page": ("sd21_bksdm", SD21), "own": ("sd14_bksdm", SD14)}[part]
         write_random_pipeline(home / folder, module(name).get_config("runlocal"))
         for arguments in commands()[part]:
-            done.append(subprocess.run(
-                [sys.executable, "-m", *arguments], cwd=home, env=environment, text=True,
-                capture_output=True, timeout=900,
-            ))  # fmt: skip
+            done.append(
+                subprocess.run(
+                    [sys.executable, "-m", *arguments],
+                    cwd=home,
+                    env=environment,
+                    text=True,
+                    capture_output=True,
+                    timeout=900,
+                )
+            )
             if done[-1].returncode:
                 break
         return home, done
@@ -194,9 +208,12 @@ def test_students_are_sampled_by_diffusers_as_here(part, name, workdir, finished
     if part == "own":  # put together with the scheduler that the config samples with
         assert isinstance(pipeline.scheduler, DDIMScheduler)
     expected = pipeline(
-        Path("prompts.txt").read_text().splitlines(), num_inference_steps=10, guidance_scale=7.5,
-        latents=torch.from_numpy(np.moveaxis(np.stack(noise), -1, 1).copy()), output_type="np",
-    ).images  # fmt: skip
+        Path("prompts.txt").read_text().splitlines(),
+        num_inference_steps=10,
+        guidance_scale=7.5,
+        latents=torch.from_numpy(np.moveaxis(np.stack(noise), -1, 1).copy()),
+        output_type="np",
+    ).images
     assert images.std() > 0.02
     np.testing.assert_allclose(images, expected, rtol=0, atol=1e-4)
 
@@ -206,12 +223,17 @@ def test_a_teacher_of_its_own_has_no_pipeline_to_copy(finished):
     (folder,) = (home / "runs" / "own").glob("student/output_kd/seed0/pipeline")
     assert {path.name for path in folder.iterdir()} == PIPELINE_PARTS
     assert json.loads((folder / "model_index.json").read_text()) == {
-        "_class_name": "StableDiffusionPipeline", "requires_safety_checker": False,
-        "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], "feature_extractor": [None, None],
-        "unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", "DDIMScheduler"],
-        "image_encoder": [None, None], "safety_checker": [None, None],
-    }  # fmt: skip
+        "_class_name": "StableDiffusionPipeline",
+        "requires_safety_checker": False,
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "feature_extractor": [None, None],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "image_encoder": [None, None],
+        "safety_checker": [None, None],
+    }
     fields = json.loads((home / "latents" / "latents.json").read_text())["columns"]
     assert "text" in str(fields)
 

@@ -43,9 +43,12 @@ def pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     tokenizer = train_tokenizer(folder / "tokenizer", CAPTIONS, 540, LENGTH)
     write_random_text_encoder(
-        folder / "text_encoder", vocab_size=tokenizer.vocab_size, width=WIDTH, length=LENGTH,
+        folder / "text_encoder",
+        vocab_size=tokenizer.vocab_size,
+        width=WIDTH,
+        length=LENGTH,
         projection_dim=POOLED,
-    )  # fmt: skip
+    )
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return folder
 
@@ -115,18 +118,25 @@ def test_what_does_not_belong_together_is_refused(pipeline, texts, tmp_path):
 # Prompts ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "content", "expected"), [
-    ("p.txt", b"one\r\ntwo\n\n", ["one", "two"]),
-    ("p.txt", "\ufeffcaf\u00e9".encode(), ["caf\u00e9"]),
-    ("metadata.csv", b"file_name,text\na.png,\"a, b\"\nc.png,d\n", ["a, b", "d"]),
-    ("p.CSV", b"caption\nx\n", ["x"]),
-    ("p.txt", b"one\n\ntwo", "p.txt, line 2: an empty prompt"),
-    ("p.txt", b"", "p.txt: it is empty"),
-    ("p.txt", b"one\n\xff\n", "p.txt, line 2: is no text in UTF-8"),
-    ("m.csv", b"file_name,label\na,b\n", "m.csv: has no column of ['text', 'caption', 'prompt']"),
-    ("m.csv", b"file_name,text\n", "m.csv: has no prompts"),
-    ("m.csv", b"file_name,text\na.png,\n", "m.csv, line 2: an empty prompt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("p.txt", b"one\r\ntwo\n\n", ["one", "two"]),
+        ("p.txt", "\ufeffcaf\u00e9".encode(), ["caf\u00e9"]),
+        ("metadata.csv", b'file_name,text\na.png,"a, b"\nc.png,d\n', ["a, b", "d"]),
+        ("p.CSV", b"caption\nx\n", ["x"]),
+        ("p.txt", b"one\n\ntwo", "p.txt, line 2: an empty prompt"),
+        ("p.txt", b"", "p.txt: it is empty"),
+        ("p.txt", b"one\n\xff\n", "p.txt, line 2: is no text in UTF-8"),
+        (
+            "m.csv",
+            b"file_name,label\na,b\n",
+            "m.csv: has no column of ['text', 'caption', 'prompt']",
+        ),
+        ("m.csv", b"file_name,text\n", "m.csv: has no prompts"),
+        ("m.csv", b"file_name,text\na.png,\n", "m.csv, line 2: an empty prompt"),
+    ],
+)
 def test_files_of_prompts(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     if isinstance(expected, list):
@@ -145,9 +155,16 @@ def test_sample_i_has_prompt_i_and_guidance_its_null(texts):
     """The network predicts its text's mean: what samples are tells what it was told."""
     process = GaussianDiffusion(beta_schedule("linear", 4), "epsilon", "fixed")
     fields = ConfigDict(
-        dict(sampler="ddim", sample_steps=1, skip_type="uniform", eta=0.0, guidance=3.0,
-             guidance_channels=None, precision="highest")
-    )  # fmt: skip
+        dict(
+            sampler="ddim",
+            sample_steps=1,
+            skip_type="uniform",
+            eta=0.0,
+            guidance=3.0,
+            guidance_channels=None,
+            precision="highest",
+        )
+    )
     model = SimpleNamespace(conditioning=Text(WIDTH), in_channels=1, shape=(2, 2, 1))
 
     def apply(params, x, t, return_features, dropout_key, cond):
@@ -185,9 +202,13 @@ def test_teacher_and_student_are_told_the_same_dropped_text(texts):
         return x + params * cond.mean((1, 2))[:, None, None, None], {}
 
     objective = make_objective(
-        METHODS["output_kd"], apply, process, 0, teacher_apply=apply,
+        METHODS["output_kd"],
+        apply,
+        process,
+        0,
+        teacher_apply=apply,
         task=Task("mean", conditioning=text),
-    )  # fmt: skip
+    )
     batch = {"image": jnp.zeros((64, 2, 2, 1)), "tokens": texts.tokenizer.encode(["cat"] * 64)}
     frozen = {"teacher": 1.0, "text": texts.frozen("", text.columns)}
     _, metrics = objective({"student": 1.0}, frozen, batch, 0)
@@ -210,18 +231,35 @@ def test_teacher_and_student_are_told_the_same_dropped_text(texts):
 def config(pipeline):
     config = tiny_config.get_config("method=lift_place_feature_kd")
     config.model = ConfigDict(
-        dict(model="mmdit", image_size=8, in_channels=1, depth=2, num_heads=2, head_size=8,
-             context_dim=WIDTH, pooled_dim=POOLED, position_size=4, context_tokens=LENGTH)
-    )  # fmt: skip
+        dict(
+            model="mmdit",
+            image_size=8,
+            in_channels=1,
+            depth=2,
+            num_heads=2,
+            head_size=8,
+            context_dim=WIDTH,
+            pooled_dim=POOLED,
+            position_size=4,
+            context_tokens=LENGTH,
+        )
+    )
     config.compress = compress_config(family_named("mmdit"))
     config.compress.update(depth=1, layers="loss", score_batches=1, score_batch_size=8)
     config.distill.loss.variant = "sd"
     config.teacher.steps = config.distill.steps = 2
     config.text.update(folder=str(pipeline), dropout=0.25)
     config.evaluation.update(
-        prompts=str(pipeline / "prompts.txt"), guidance=2.0, clip=None, num_samples=8, batch_size=8,
-        sample_steps=2, features=None, negative_prompt="the digit nine", repeat_prompts=True,
-    )  # fmt: skip
+        prompts=str(pipeline / "prompts.txt"),
+        guidance=2.0,
+        clip=None,
+        num_samples=8,
+        batch_size=8,
+        sample_steps=2,
+        features=None,
+        negative_prompt="the digit nine",
+        repeat_prompts=True,
+    )
     return config
 
 
@@ -262,15 +300,17 @@ def test_samples_are_scored_with_their_prompts_as_the_protocol_says(
     config = config.copy_and_resolve_references()
     config.method = "no_kd"
     config.evaluation.update(
-        clip_model=str(clip_folder), jpeg_before=60, resize=4, jpeg=75, num_samples=16,
-    )  # fmt: skip
+        clip_model=str(clip_folder), jpeg_before=60, resize=4, jpeg=75, num_samples=16
+    )
     run(config, tmp_path, "all")
     for folder in (tmp_path / "teacher", *tmp_path.glob("student/*/seed0")):
         result = json.loads((folder / "evaluation.json").read_text())
         protocol = result["protocol"]
         assert {name: protocol[name] for name in ("jpeg_before", "resize", "jpeg")} == {
-            "jpeg_before": 60, "resize": 4, "jpeg": 75,
-        }  # fmt: skip
+            "jpeg_before": 60,
+            "resize": 4,
+            "jpeg": 75,
+        }
         assert protocol["repeat_prompts"] and protocol["inception_rule"] == "adm"
         assert protocol["clip_model"]["image"]["name"] == clip_folder.name
         assert protocol["clip_model"]["preparation"]["resample"] == "BICUBIC"
@@ -285,26 +325,51 @@ def test_samples_are_scored_with_their_prompts_as_the_protocol_says(
             assert result[name] == pytest.approx(value, abs=1e-6)
     report = (tmp_path / "report.md").read_text()
     for words in (
-        "| CLIP score |", "Samples are looked at saved as JPEG of quality 60, then squeezed to 4x4",
+        "| CLIP score |",
+        "Samples are looked at saved as JPEG of quality 60, then squeezed to 4x4",
         "CLIP score: mean cosine of samples' and prompts' projected features by ",
         f"{result['clip_score']:.4f}",
-    ):  # fmt: skip
+    ):
         assert words in report
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"text.folder": None}, "config.text.folder must be set: the network is told texts"),
-    ({"text.folder": "/nowhere"}, "config.text.folder: /nowhere: no config.json of a CLIP text"),
-    ({"evaluation.prompts": None}, "config.evaluation.prompts must be set"),
-    ({"evaluation.prompts": "/nowhere.txt"}, "config.evaluation.prompts: /nowhere.txt: no such"),
-    ({"evaluation.repeat_prompts": False}, "config.evaluation.num_samples 8 is more than the 3 "),
-    ({"evaluation.clip_model": "/nowhere"}, "config.evaluation.clip_model: /nowhere: no config"),
-    ({"evaluation.guidance": 1.0}, "config.evaluation.negative_prompt needs config.evaluation.gu"),
-    ({"model.context_dim": 12}, "config.text.folder has an encoder of states of width 16, config"),
-    ({"model.pooled_dim": 12}, "config.text.folder has an encoder of pooled vectors of width 8, "),
-    ({"text.dropout": 1.0}, "config.text.dropout must be a number in [0, 1)"),
-    ({"text.dtype": "float16"}, "config.text.dtype must be one of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text.folder": None}, "config.text.folder must be set: the network is told texts"),
+        (
+            {"text.folder": "/nowhere"},
+            "config.text.folder: /nowhere: no config.json of a CLIP text",
+        ),
+        ({"evaluation.prompts": None}, "config.evaluation.prompts must be set"),
+        (
+            {"evaluation.prompts": "/nowhere.txt"},
+            "config.evaluation.prompts: /nowhere.txt: no such",
+        ),
+        (
+            {"evaluation.repeat_prompts": False},
+            "config.evaluation.num_samples 8 is more than the 3 ",
+        ),
+        (
+            {"evaluation.clip_model": "/nowhere"},
+            "config.evaluation.clip_model: /nowhere: no config",
+        ),
+        (
+            {"evaluation.guidance": 1.0},
+            "config.evaluation.negative_prompt needs config.evaluation.gu",
+        ),
+        (
+            {"model.context_dim": 12},
+            "config.text.folder has an encoder of states of width 16, config",
+        ),
+        (
+            {"model.pooled_dim": 12},
+            "config.text.folder has an encoder of pooled vectors of width 8, ",
+        ),
+        ({"text.dropout": 1.0}, "config.text.dropout must be a number in [0, 1)"),
+        ({"text.dtype": "float16"}, "config.text.dtype must be one of"),
+    ],
+)
 def test_what_cannot_be_is_refused_before_anything_runs(config, tmp_path, changes, message):
     config = config.copy_and_resolve_references()
     for field, value in changes.items():
@@ -315,12 +380,15 @@ def test_what_cannot_be_is_refused_before_anything_runs(config, tmp_path, change
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize(("field", "value", "message"), [
-    ("text.folder", None, "config.text.folder is for networks that are told texts"),
-    ("evaluation.prompts", "prompts.txt", "config.evaluation.prompts is for networks that are"),
-    ("evaluation.negative_prompt", "blur", "config.evaluation.negative_prompt is for networks"),
-    ("evaluation.clip_model", "emoji", "config.evaluation.clip_model is for networks that are"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("text.folder", None, "config.text.folder is for networks that are told texts"),
+        ("evaluation.prompts", "prompts.txt", "config.evaluation.prompts is for networks that are"),
+        ("evaluation.negative_prompt", "blur", "config.evaluation.negative_prompt is for networks"),
+        ("evaluation.clip_model", "emoji", "config.evaluation.clip_model is for networks that are"),
+    ],
+)
 def test_texts_of_a_network_that_is_told_none(pipeline, tmp_path, field, value, message):
     config = tiny_config.get_config()
     room, name = field.split(".")

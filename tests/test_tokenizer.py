@@ -22,9 +22,11 @@ def known(golden):
 
 def write_clip(folder, known, files, **changes):
     folder.mkdir(parents=True, exist_ok=True)
-    contents = {
-        "vocab.json": {token: number for number, token in enumerate(known["vocab"])}
-    } | files | changes  # fmt: skip
+    contents = (
+        {"vocab.json": {token: number for number, token in enumerate(known["vocab"])}}
+        | files
+        | changes
+    )
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content))
     lines = ["#version: 0.2", *known["merges"]]
@@ -107,10 +109,21 @@ def test_a_vocabulary_of_ones_own(tmp_path, known):
 # Lengths ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("said", "most", "length"), [
-    (20, None, 20), (20, 16, 16), (1e30, None, 77), (10**30, 16, 16), (0, None, 77), (20.0, 77, 20),
-    ("long", 12, 12), (None, None, 77), (-1, 9, 9), (70_000, 16, 16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("said", "most", "length"),
+    [
+        (20, None, 20),
+        (20, 16, 16),
+        (1e30, None, 77),
+        (10**30, 16, 16),
+        (0, None, 77),
+        (20.0, 77, 20),
+        ("long", 12, 12),
+        (None, None, 77),
+        (-1, 9, 9),
+        (70_000, 16, 16),
+    ],
+)
 def test_lengths(tmp_path, known, said, most, length):
     folder = write_clip(tmp_path, known, {"tokenizer_config.json": {"model_max_length": said}})
     tokenizer = load_tokenizer(folder, most=most)
@@ -125,10 +138,15 @@ def test_a_length_without_room_for_words(tmp_path, known):
 # What cannot be -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    (None, "caption 1 is no text but None"), (b"cat", "caption 1 is no text but b'cat'"),
-    ("bad \udce9", "caption 1, .* has what is no character"), (3.5, "caption 1 is no text but 3.5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "caption 1 is no text but None"),
+        (b"cat", "caption 1 is no text but b'cat'"),
+        ("bad \udce9", "caption 1, .* has what is no character"),
+        (3.5, "caption 1 is no text but 3.5"),
+    ],
+)
 def test_texts_that_are_none(tmp_path, known, text, message):
     tokenizer = load_tokenizer(write_clip(tmp_path, known, {}))
     with pytest.raises(ValueError, match=message):
@@ -145,24 +163,31 @@ def spoil(name, content):
     return change
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (spoil("merges.txt", None), "merges.txt: no such file"),
-    (spoil("merges.txt", "a b c\n"), "merges.txt, line 1: 'a b c' are not two tokens"),
-    (spoil("merges.txt", b"\xff\xfe\xfa"), "merges.txt: is no text in UTF-8"),
-    (spoil("merges.txt", "qq zz\n"), "merges.txt does not fit vocab.json"),
-    (spoil("vocab.json", "{}"), "vocab.json: has no '<|startoftext|>', the bos_token"),
-    (spoil("vocab.json", '{"a": "b"}'), "vocab.json: 'a' has no whole number as its id"),
-    (spoil("vocab.json", None), 'nor vocab.json and merges.txt, there or in "tokenizer"'),
-    (spoil("tokenizer.json", "{}"), "tokenizer.json: is no tokenizer"),
-    (spoil("tokenizer.json", ""), "tokenizer.json: it is empty"),
-    (spoil("special_tokens_map.json", "["), "special_tokens_map.json: cannot be read"),
-    (spoil("special_tokens_map.json", '{"pad_token": "[PAD]"}'),
-     "the pad_token '[PAD]' is not in the vocabulary"),
-    (spoil("special_tokens_map.json", '{"pad_token": 3}'), "pad_token 3 is no token"),
-    (spoil("tokenizer_config.json", '{"tokenizer_class": "GPT2Tokenizer"}'),
-     "are of a 'GPT2Tokenizer', and read as CLIP's alone"),
-    (spoil("tokenizer_config.json", '{"padding_side": "up"}'), "padding_side 'up'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (spoil("merges.txt", None), "merges.txt: no such file"),
+        (spoil("merges.txt", "a b c\n"), "merges.txt, line 1: 'a b c' are not two tokens"),
+        (spoil("merges.txt", b"\xff\xfe\xfa"), "merges.txt: is no text in UTF-8"),
+        (spoil("merges.txt", "qq zz\n"), "merges.txt does not fit vocab.json"),
+        (spoil("vocab.json", "{}"), "vocab.json: has no '<|startoftext|>', the bos_token"),
+        (spoil("vocab.json", '{"a": "b"}'), "vocab.json: 'a' has no whole number as its id"),
+        (spoil("vocab.json", None), 'nor vocab.json and merges.txt, there or in "tokenizer"'),
+        (spoil("tokenizer.json", "{}"), "tokenizer.json: is no tokenizer"),
+        (spoil("tokenizer.json", ""), "tokenizer.json: it is empty"),
+        (spoil("special_tokens_map.json", "["), "special_tokens_map.json: cannot be read"),
+        (
+            spoil("special_tokens_map.json", '{"pad_token": "[PAD]"}'),
+            "the pad_token '[PAD]' is not in the vocabulary",
+        ),
+        (spoil("special_tokens_map.json", '{"pad_token": 3}'), "pad_token 3 is no token"),
+        (
+            spoil("tokenizer_config.json", '{"tokenizer_class": "GPT2Tokenizer"}'),
+            "are of a 'GPT2Tokenizer', and read as CLIP's alone",
+        ),
+        (spoil("tokenizer_config.json", '{"padding_side": "up"}'), "padding_side 'up'"),
+    ],
+)
 def test_what_is_wrong_is_named(tmp_path, known, change, message):
     change(write_clip(tmp_path, known, {}))
     with pytest.raises(ValueError, match=re.escape(message)) as error:

@@ -112,8 +112,9 @@ def close(a, b, tolerance=1e-5):
     """Whether two trees agree, on whatever devices they live."""
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance),
-        jax.device_get(a), jax.device_get(b),
-    )  # fmt: skip
+        jax.device_get(a),
+        jax.device_get(b),
+    )
 
 
 def equal(a, b):
@@ -126,8 +127,10 @@ def equal(a, b):
 def test_random_key_depends_on_seed_stream_and_step_alone():
     keys = {
         (seed, stream, step): jax.random.key_data(random_key(seed, stream, step)).tobytes()
-        for seed in (0, 1) for stream in STREAMS for step in (0, 1, 2)
-    }  # fmt: skip
+        for seed in (0, 1)
+        for stream in STREAMS
+        for step in (0, 1, 2)
+    }
     assert len(set(keys.values())) == len(keys)
     jitted = jax.jit(lambda step: jax.random.key_data(random_key(1, "noise", step)))
     assert jitted(2).tobytes() == keys[1, "noise", 2]
@@ -155,8 +158,10 @@ def test_schedules_have_their_closed_form(name, warmup):
 
 def test_adam_clips_by_the_global_norm_and_adamw_decays():
     params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])}
-    grads = [{"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])},
-             {"a": jnp.array([0.1, 0.2]), "b": jnp.array([0.0])}]  # fmt: skip
+    grads = [
+        {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])},
+        {"a": jnp.array([0.1, 0.2]), "b": jnp.array([0.0])},
+    ]
 
     def run(**changes):
         optimizer, _ = make_optimizer(optimizer_config(learning_rate=0.1, **changes), 10)
@@ -181,12 +186,15 @@ def test_adam_clips_by_the_global_norm_and_adamw_decays():
     np.testing.assert_allclose(run(name="adamw", weight_decay=0.2), by_hand(1.0, 0.2), rtol=1e-5)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(name="sgd"), "optimizer.name must be one of .*'adam', 'adamw'.*'sgd'"),
-    (dict(weight_decay=0.1), "weight_decay needs optimizer.name='adamw'"),
-    (dict(schedule="step"), "optimizer.schedule must be one of .*'step'"),
-    (dict(warmup_steps=11), "warmup_steps must be in 0..10, got 11"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(name="sgd"), "optimizer.name must be one of .*'adam', 'adamw'.*'sgd'"),
+        (dict(weight_decay=0.1), "weight_decay needs optimizer.name='adamw'"),
+        (dict(schedule="step"), "optimizer.schedule must be one of .*'step'"),
+        (dict(warmup_steps=11), "warmup_steps must be in 0..10, got 11"),
+    ],
+)
 def test_bad_optimizer_configs_name_the_field(changes, message):
     with pytest.raises(ValueError, match=message):
         make_optimizer(optimizer_config(**changes), 10)
@@ -237,8 +245,9 @@ def test_a_run_keeps_no_second_copy_of_what_it_trains():
 @pytest.mark.parametrize("precision", ["default", "high", "highest"])
 def test_products_of_a_step_have_the_precision_of_the_config(precision):
     """Forward and backward, of student and teacher; the process's own setting does not matter."""
-    objective = make_objective(METHODS["output_kd"], small_apply, PROCESS, 7,
-                               teacher_apply=small_apply)  # fmt: skip
+    objective = make_objective(
+        METHODS["output_kd"], small_apply, PROCESS, 7, teacher_apply=small_apply
+    )
     mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
     params = {"student": jax.tree.map(jnp.copy, STUDENT)}
     fields = training_config(steps=2, precision=precision)
@@ -264,8 +273,16 @@ def test_the_flag_is_that_of_every_metric(bad):
 
 
 def test_plain_dicts_and_nnx_states_give_the_same_bits():
-    config = UNetConfig(image_size=4, in_channels=1, out_channels=1, ch=8, ch_mult=(1,),
-                        num_res_blocks=1, attn_resolutions=(), num_groups=4)  # fmt: skip
+    config = UNetConfig(
+        image_size=4,
+        in_channels=1,
+        out_channels=1,
+        ch=8,
+        ch_mult=(1,),
+        num_res_blocks=1,
+        attn_resolutions=(),
+        num_groups=4,
+    )
     graphdef, params = building.create(config, 0)
     objective = make_objective(METHODS["no_kd"], make_apply(graphdef), PROCESS, 7)
     results = []
@@ -362,11 +379,16 @@ def test_every_method_returns_its_terms_and_trains(name, cheap_random):
     if method.output in ("lift", "place"):
         terms = (lift_loss if method.output == "lift" else place_loss)(student, teacher)
         total += 0.5 * terms.loss
-        expected |= {"lift": terms.loss, "coarse": terms.coarse, "fine": terms.fine,
-                     "weight": terms.weight, "slope": terms.slope.mean(),
-                     "intercept": terms.intercept.mean(),
-                     "slope_error": abs(terms.slope - 1).mean(),
-                     "intercept_error": abs(terms.intercept).mean()}  # fmt: skip
+        expected |= {
+            "lift": terms.loss,
+            "coarse": terms.coarse,
+            "fine": terms.fine,
+            "weight": terms.weight,
+            "slope": terms.slope.mean(),
+            "intercept": terms.intercept.mean(),
+            "slope_error": abs(terms.slope - 1).mean(),
+            "intercept_error": abs(terms.intercept).mean(),
+        }
     if method.feature:
         expected["feature_kd"] = feature_kd_loss(s_features, t_features, adapters=ADAPTERS)
         total += 0.25 * expected["feature_kd"]
@@ -449,9 +471,15 @@ def test_student_adapters_and_learnable_weight_are_trained(cheap_random):
 # Devices ---------------------------------------------------------------------------------------
 
 UNET = UNetConfig(
-    image_size=8, in_channels=1, out_channels=1, ch=8, ch_mult=(1,), num_res_blocks=1,
-    attn_resolutions=(), num_groups=4,
-)  # fmt: skip
+    image_size=8,
+    in_channels=1,
+    out_channels=1,
+    ch=8,
+    ch_mult=(1,),
+    num_res_blocks=1,
+    attn_resolutions=(),
+    num_groups=4,
+)
 RULES = ((r"conv\d\.kernel", ("fsdp",)), (r"dense.*\.kernel", ("fsdp",)))
 # Plain steps show the gradients themselves; Adam makes the small ones as large as the others.
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
@@ -564,8 +592,10 @@ def test_sharding_rules_that_split_nothing_are_said(rules, said):
 
 def wide_state():
     keys = jax.random.split(jax.random.key(0), 2)
-    params = {"inner": jax.random.normal(keys[0], (2, 16)) / 4,
-              "outer": jax.random.normal(keys[1], (16, 2)) / 4}  # fmt: skip
+    params = {
+        "inner": jax.random.normal(keys[0], (2, 16)) / 4,
+        "outer": jax.random.normal(keys[1], (16, 2)) / 4,
+    }
     return create_state({"student": params}, OPTIMIZER)
 
 
@@ -702,10 +732,12 @@ def test_a_checkpoint_without_its_checksums_is_refused_or_that_is_said(tmp_path,
     sums = content["custom_metadata"]["position_sums"]
     fewer = {"position_sums": dict(list(sums.items())[1:])}
     for damaged, said in {
-        "": "", "[]": "", json.dumps(content)[:-9]: "",
+        "": "",
+        "[]": "",
+        json.dumps(content)[:-9]: "",
         json.dumps(content | {"custom_metadata": fewer}): f"not what was saved: {next(iter(sums))}",
         None: "its _CHECKPOINT_METADATA, with the checksums, is missing",
-    }.items():  # fmt: skip
+    }.items():
         path.unlink() if damaged is None else path.write_text(damaged)
         message = f"(step 4|a checkpoint) in {tmp_path} cannot be .*: {said}"
         with pytest.raises(ValueError, match=message):
@@ -750,9 +782,15 @@ def looped(folder, total_steps=9, batches=vector_batches, **options):
     step = make_train_step(squares, SGD, ema_decay=0.9)
     options = dict(log_every=2, checkpoint_every=3) | options
     return train(
-        step, vector_state(SGD), None, batches, total_steps=total_steps, folder=folder,
-        title="test", **options,
-    )  # fmt: skip
+        step,
+        vector_state(SGD),
+        None,
+        batches,
+        total_steps=total_steps,
+        folder=folder,
+        title="test",
+        **options,
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -858,10 +896,13 @@ def test_the_teacher_is_not_in_the_checkpoint(tmp_path):
     teacher = {"inner": jnp.ones((2, 37)), "outer": jnp.ones((37, 2))}
     train(
         make_train_step(small_objective("output_kd"), SGD, ema_decay=0.9),
-        create_state({"student": STUDENT}, SGD), {"teacher": teacher},
+        create_state({"student": STUDENT}, SGD),
+        {"teacher": teacher},
         lambda first: ({"image": IMAGES} for _ in range(9)),
-        total_steps=1, folder=tmp_path, title="test",
-    )  # fmt: skip
+        total_steps=1,
+        folder=tmp_path,
+        title="test",
+    )
     with ocp.StandardCheckpointer() as checkpointer:
         saved = checkpointer.restore(tmp_path / "checkpoints" / "1" / "default")
     assert set(saved) == {"step", "params", "ema", "opt_state"}
@@ -949,8 +990,11 @@ def test_event_files_of_others_stay_and_cut_off_ones_are_read(tmp_path):
     log.close()
     path = next(tmp_path.glob("events*"))
     path.write_bytes(path.read_bytes()[:-3])
-    others = {"events.out.tfevents.1.x": b"", "events.out.tfevents.2.x": b"\xff" * 3000,
-              "events.out.tfevents.3.x": (8).to_bytes(8, "little") + b"\xff" * 100}  # fmt: skip
+    others = {
+        "events.out.tfevents.1.x": b"",
+        "events.out.tfevents.2.x": b"\xff" * 3000,
+        "events.out.tfevents.3.x": (8).to_bytes(8, "little") + b"\xff" * 100,
+    }
     for name, content in others.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "events.out.tfevents.4.x").mkdir()

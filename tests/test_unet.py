@@ -359,6 +359,8 @@ def test_every_model_offers_the_same_contract():
     for name, family in registry.FAMILIES.items():
         config = registry.config_from_dict({"model": name, **family.default_model}, partial=True)
         assert {"to_dict", "from_dict", "replace"} <= set(dir(config))
-        assert isinstance(nnx.eval_shape(lambda c=config: c.build(
-            rngs=nnx.Rngs(0), dtype=jnp.float32)), nnx.Module)  # fmt: skip
+        assert isinstance(
+            nnx.eval_shape(lambda c=config: c.build(rngs=nnx.Rngs(0), dtype=jnp.float32)),
+            nnx.Module,
+        )
     assert registry.FAMILIES["unet"].config is UNetConfig

@@ -164,10 +164,12 @@ def test_spaced_timesteps_and_their_tables(golden):
         reverse = reverse_steps(now, PROCESS.alphas_cumprod_at(np.append(-1, t[:-1])))
         tables = {
             "respaced_betas": reverse.beta,
-            "alphas_cumprod": now, "posterior_variance": reverse.variance,
+            "alphas_cumprod": now,
+            "posterior_variance": reverse.variance,
             "posterior_log_variance_clipped": reverse.log_range[0],
-            "posterior_mean_coef1": reverse.of_x0, "posterior_mean_coef2": reverse.of_x,
-        }  # fmt: skip
+            "posterior_mean_coef1": reverse.of_x0,
+            "posterior_mean_coef2": reverse.of_x,
+        }
         for table, found in tables.items():
             if f"out64/{table}/{steps}" in arrays:
                 np.testing.assert_allclose(found, arrays[f"out64/{table}/{steps}"], rtol=1e-9)

@@ -280,8 +280,15 @@ def open_and_read(folder):
 
 
 def test_a_model_is_read_straight_into_its_sharding(tmp_path):
-    config = DiTConfig(image_size=8, patch_size=2, in_channels=4,
-                              hidden_size=128, depth=12, num_heads=4, num_classes=10)  # fmt: skip
+    config = DiTConfig(
+        image_size=8,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=128,
+        depth=12,
+        num_heads=4,
+        num_classes=10,
+    )
     params = building.create(config)[1]
     weights.save_model(tmp_path, config.described(), params)
     mesh = sharding.make_mesh({"data": -1, "fsdp": 4})
@@ -305,8 +312,15 @@ def test_a_model_is_read_straight_into_its_sharding(tmp_path):
 
 
 def test_a_model_is_initialised_straight_into_its_sharding():
-    config = DiTConfig(image_size=4, patch_size=2, in_channels=1,
-                              hidden_size=32, depth=1, num_heads=2, num_classes=3)  # fmt: skip
+    config = DiTConfig(
+        image_size=4,
+        patch_size=2,
+        in_channels=1,
+        hidden_size=32,
+        depth=1,
+        num_heads=2,
+        num_classes=3,
+    )
     mesh = sharding.make_mesh({"data": -1, "fsdp": 4})
     shardings = functools.partial(
         sharding.tree_shardings, rules=((r"kernel", ("fsdp",)),), mesh=mesh

@@ -430,8 +430,10 @@ def test_a_bad_line_of_metrics_is_named_and_a_cut_off_one_left_out(tmp_path, lin
 
 TENSORS = {
     "conv.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
-    "half": np.ones(3, ml_dtypes.bfloat16), "scalar": np.float32(3), "empty": np.zeros((0, 4)),
-}  # fmt: skip
+    "half": np.ones(3, ml_dtypes.bfloat16),
+    "scalar": np.float32(3),
+    "empty": np.zeros((0, 4)),
+}
 
 
 @pytest.mark.parametrize("flip", [1, 0x20, 0xFF])

@@ -19,13 +19,18 @@ def write_clip(folder):
     """A folder of transformers' CLIPModel, tokenizer and processor, tiny and random."""
     tokenizer = train_tokenizer(folder, PROMPTS, 540, LENGTH)
     shared = {
-        "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-        "num_attention_heads": 3, "projection_dim": 12,
-    }  # fmt: skip
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "projection_dim": 12,
+    }
     text = shared | {
-        "vocab_size": tokenizer.vocab_size, "max_position_embeddings": LENGTH,
-        "eos_token_id": tokenizer.vocab_size - 1, "bos_token_id": tokenizer.vocab_size - 2,
-    }  # fmt: skip
+        "vocab_size": tokenizer.vocab_size,
+        "max_position_embeddings": LENGTH,
+        "eos_token_id": tokenizer.vocab_size - 1,
+        "bos_token_id": tokenizer.vocab_size - 2,
+    }
     vision = shared | {"image_size": SIZE, "patch_size": 4}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
     model = CLIPModel(config).eval()

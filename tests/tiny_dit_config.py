@@ -11,9 +11,17 @@ def get_config():
     """The config."""
     config = tiny_config.get_config()
     config.model = ConfigDict(
-        dict(model="dit", image_size=8, in_channels=1, hidden_size=16, depth=2, num_heads=2,
-             num_classes=10, learn_sigma=False)
-    )  # fmt: skip
+        dict(
+            model="dit",
+            image_size=8,
+            in_channels=1,
+            hidden_size=16,
+            depth=2,
+            num_heads=2,
+            num_classes=10,
+            learn_sigma=False,
+        )
+    )
     config.compress = compress_config(family_named("dit"))
     config.compress.update(depth=1, layers="learned")
     config.compress.learned.update(steps=2, batch_size=16, log_every=1)

@@ -61,8 +61,18 @@ class Level(nn.Module):
 class TorchUNet(nn.Module):
     """As `UNetConfig` with these fields; forward takes (N, C, H, W) images and timesteps."""
 
-    def __init__(self, *, image_size, in_channels, out_channels, ch, ch_mult, num_res_blocks,
-                 attn_resolutions, num_groups):  # fmt: skip
+    def __init__(
+        self,
+        *,
+        image_size,
+        in_channels,
+        out_channels,
+        ch,
+        ch_mult,
+        num_res_blocks,
+        attn_resolutions,
+        num_groups,
+    ):
         super().__init__()
         self.ch, embedding, groups = ch, 4 * ch, num_groups
         self.temb = nn.Module()

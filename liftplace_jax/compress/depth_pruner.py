@@ -46,9 +46,13 @@ class DepthPruner:
 
     def defaults(self, training: Callable[..., ConfigDict]) -> ConfigDict:
         learned = training(
-            ema_decay=0.999, rank=8, alpha=16.0, gate_scale=1000.0, temperature_start=4.0,
+            ema_decay=0.999,
+            rank=8,
+            alpha=16.0,
+            gate_scale=1000.0,
+            temperature_start=4.0,
             temperature_end=0.1,
-        )  # fmt: skip
+        )
         learned.optimizer.update(name="adamw", learning_rate=1e-4)
         learned.keep = config_dict.placeholder(int)
         learned.group = config_dict.placeholder(int)
@@ -89,9 +93,11 @@ class DepthPruner:
             kept, why = _learned(fields, config, tools)
         elif fields.layers in LAYERS:
             scores = depths.layer_scores(
-                fields.layers, teacher.graphdef, teacher.params,
+                fields.layers,
+                teacher.graphdef,
+                teacher.params,
                 tools.noised(fields.score_batches, fields.score_batch_size),
-            )  # fmt: skip
+            )
             kept = depths.most_important(scores, fields.depth, config.always_kept)
             why = {"scores": scores.tolist()}
         else:
@@ -127,9 +133,13 @@ def _learned(fields: Any, teacher: Any, tools: Tools) -> tuple[tuple[int, ...], 
 
     def apply(graphdef, base, step, steps):
         return learned_depth.searched_apply(
-            graphdef, base, groups, lora_scale=learned.alpha / learned.rank,
-            gate_scale=learned.gate_scale, temperature=temperature(step, steps),
-        )  # fmt: skip
+            graphdef,
+            base,
+            groups,
+            lora_scale=learned.alpha / learned.rank,
+            gate_scale=learned.gate_scale,
+            temperature=temperature(step, steps),
+        )
 
     def metrics(params, step, steps):
         masks = jax.nn.softmax(groups.logits(params["gates"], learned.gate_scale))
@@ -144,6 +154,7 @@ def _learned(fields: Any, teacher: Any, tools: Tools) -> tuple[tuple[int, ...], 
     gates = np.asarray(tools.search(Search(learned, init, apply, metrics))["gates"], np.float64)
     probabilities = jax.nn.softmax(groups.logits(gates, learned.gate_scale))
     return learned_depth.most_probable(gates, groups), {
-        "group": groups.size, "masks": groups.masks.astype(int).tolist(),
+        "group": groups.size,
+        "masks": groups.masks.astype(int).tolist(),
         "probabilities": np.asarray(probabilities).tolist(),
-    }  # fmt: skip
+    }

@@ -192,9 +192,14 @@ def _linear(path: tuple[Any, ...]) -> str | None:
 
 
 def searched_apply(
-    graphdef: nnx.GraphDef, base: dict[str, Any], groups: BlockGroups, *, lora_scale: float,
-    gate_scale: float, temperature: jax.Array | float,
-) -> Callable[..., tuple[jax.Array, dict]]:  # fmt: skip
+    graphdef: nnx.GraphDef,
+    base: dict[str, Any],
+    groups: BlockGroups,
+    *,
+    lora_scale: float,
+    gate_scale: float,
+    temperature: jax.Array | float,
+) -> Callable[..., tuple[jax.Array, dict]]:
     """A network under search, as of `network.make_apply`.
 
     Args:

@@ -86,9 +86,11 @@ def _remarks(files: Sequence[str], captions: Sequence[str]) -> list[str]:
     remarks = []
     for what, chosen in (
         ("empty", lambda text: not text),
-        (f"longer than {_LONG:,} characters, of which a tokenizer keeps the beginning",
-         lambda text: len(text) > _LONG),
-    ):  # fmt: skip
+        (
+            f"longer than {_LONG:,} characters, of which a tokenizer keeps the beginning",
+            lambda text: len(text) > _LONG,
+        ),
+    ):
         named = [file for file, text in zip(files, captions, strict=True) if chosen(text)]
         if named:
             remarks.append(f"{len(named):,} {what} ({_first(named)})")
@@ -166,8 +168,11 @@ def _beside(folder: Path, files: Sequence[str]) -> list[str]:
                 f"{folder / stems[one]}.txt may be the caption of {files[one]} or of "
                 f"{files[other]}: rename one"
             )
-    lacking = [file for file, stem in zip(files, stems, strict=True)
-               if not (folder / f"{stem}.txt").exists()]  # fmt: skip
+    lacking = [
+        file
+        for file, stem in zip(files, stems, strict=True)
+        if not (folder / f"{stem}.txt").exists()
+    ]
     if len(lacking) == len(files):
         raise ValueError(f"{folder} has no captions: {NONE}")
     if lacking:

@@ -163,8 +163,11 @@ class EmojiConfig(tfds.core.BuilderConfig):
 
 def _variants():
     most = tuple(group for group in GROUPS if group not in LEFT_OUT)
-    kinds = {"": (most, "all but flags, symbols and components of other emoji"),
-             "all-": (GROUPS, "all"), "people-": ((GROUPS[1],), "people alone")}  # fmt: skip
+    kinds = {
+        "": (most, "all but flags, symbols and components of other emoji"),
+        "all-": (GROUPS, "all"),
+        "people-": ((GROUPS[1],), "people alone"),
+    }
     return [
         EmojiConfig(f"{kind}{size}", size, groups, description=f"{text}; {size}x{size} pixels")
         for kind, (groups, text) in kinds.items()
@@ -220,6 +223,4 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
                 continue
             if self.builder_config.size < SIZE:
                 picture = np.asarray(Image.fromarray(picture).reduce(2))
-            yield int(index), {
-                "image": picture, "text": caption(entry), "label": class_of(entry)
-            }  # fmt: skip
+            yield int(index), {"image": picture, "text": caption(entry), "label": class_of(entry)}

@@ -59,10 +59,11 @@ def list_shards(folder: Path, split: str, count: int, shard_size: int) -> list[S
     return [
         Shard(
             folder / f"{name}-{k:05d}-of-{total:05d}.array_record",
-            k * shard_size, min(count, (k + 1) * shard_size),
+            k * shard_size,
+            min(count, (k + 1) * shard_size),
         )
         for k in range(total)
-    ]  # fmt: skip
+    ]
 
 
 def record_dtype(shape: Iterable[int], columns: Specs = LABEL_ALONE) -> np.dtype:

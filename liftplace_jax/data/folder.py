@@ -169,8 +169,11 @@ class ImageFolder:
           ValueError: images that the crop does not fit, or of mixed sizes that will not become one.
         """
         said = [*self._remarks]
-        converted = [f"{number:,} {mode_name(mode)}" for mode, number in
-                     sorted(self._modes.items()) if mode != self._mode]  # fmt: skip
+        converted = [
+            f"{number:,} {mode_name(mode)}"
+            for mode, number in sorted(self._modes.items())
+            if mode != self._mode
+        ]
         if converted:
             said.append(f"converted to {mode_name(self._mode)}: {', '.join(converted)}")
         said += [f"{number:,} {change}" for change, number in sorted(self._changes.items())]
@@ -191,8 +194,10 @@ class ImageFolder:
                 )
 
         if crop:
-            check(lambda size: size[0] >= crop[2] and size[1] >= crop[3],
-                  f"the crop {tuple(crop)} is not within it")  # fmt: skip
+            check(
+                lambda size: size[0] >= crop[2] and size[1] >= crop[3],
+                f"the crop {tuple(crop)} is not within it",
+            )
             return []
         if not image_size:
             height, width, _ = self.image_shape
@@ -226,8 +231,10 @@ class ImageFolder:
         except OSError as error:
             raise ValueError(f"cannot read image {error.filename}: {error.strerror}") from error
         return {
-            "bytes": total, "names": names.hexdigest()[:16], "content": content.hexdigest()[:16]
-        }  # fmt: skip
+            "bytes": total,
+            "names": names.hexdigest()[:16],
+            "content": content.hexdigest()[:16],
+        }
 
 
 def color_mode(channels):
@@ -262,9 +269,10 @@ def _split_folder(root, split):
     if split == "all":
         return root, []
     names = sorted(
-        entry.name for entry in os.scandir(root)
+        entry.name
+        for entry in os.scandir(root)
         if entry.is_dir() and not entry.name.startswith(".")
-    )  # fmt: skip
+    )
     wanted = split.casefold()
     kind = _SPLIT_OF.get(wanted, wanted)
     found = [name for name in names if _SPLIT_OF.get(name.casefold(), name.casefold()) == kind]

@@ -31,9 +31,18 @@ _BY_HAND = {
 
 
 def load_source(
-    name, split, *, data_dir=None, image_size=None, path=None, channels=3, crop=None,
-    resize="bilinear", cache_dir=None, memory_mb=MEMORY_MB,
-):  # fmt: skip
+    name,
+    split,
+    *,
+    data_dir=None,
+    image_size=None,
+    path=None,
+    channels=3,
+    crop=None,
+    resize="bilinear",
+    cache_dir=None,
+    memory_mb=MEMORY_MB,
+):
     """Opens a split of a TFDS data set, prepared on first use, or of a folder of images or tars.
 
     Of a folder, one line on stderr counts what is left out, converted, cropped or guessed.
@@ -69,10 +78,17 @@ def load_source(
         kind = ImageTars if has_tars(path, split) else ImageFolder
         records = kind(path, split, channels)
         source = Source(
-            f"{path} ({split})", records, image_shape=records.image_shape, crop=crop,
-            image_size=image_size, num_classes=len(records.classes) or None, resize=resize,
-            classes=records.classes, memory_mb=memory_mb, fingerprint=records.fingerprint,
-        )  # fmt: skip
+            f"{path} ({split})",
+            records,
+            image_shape=records.image_shape,
+            crop=crop,
+            image_size=image_size,
+            num_classes=len(records.classes) or None,
+            resize=resize,
+            classes=records.classes,
+            memory_mb=memory_mb,
+            fingerprint=records.fingerprint,
+        )
         source.without_classes = records.without_classes
         source.read_captions = records.captions
         source.note = records.note(crop, image_size, resize)

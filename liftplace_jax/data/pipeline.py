@@ -24,9 +24,10 @@ from liftplace_jax.data.unpacking import unpack_images
 MEMORY_MB = 256
 _EPOCHS = threading.Lock()
 RESIZES = {
-    "bilinear": Image.Resampling.BILINEAR, "adm": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "adm": Image.Resampling.BICUBIC,
     "squeeze": Image.Resampling.BICUBIC,
-}  # fmt: skip
+}
 
 
 class Source(Columned):

@@ -68,7 +68,6 @@ class Flow:
         """See `Process.outputs`."""
         return 1
 
-
     @classmethod
     def from_config(cls, fields: Any) -> Flow:
         """The process of config.process, by the names of the attributes.
@@ -186,10 +185,13 @@ class Flow:
     def sampler(self, fields: Any, clip: float | None = None) -> Callable[..., jax.Array]:
         """A sampler, as of `Process.sampler`; fields: sampler, sample_steps, skip_type."""
         sample: Any = functools.partial(
-            flow_sample, process=self, steps=fields.sample_steps, skip_type=fields.skip_type,
+            flow_sample,
+            process=self,
+            steps=fields.sample_steps,
+            skip_type=fields.skip_type,
             method=_known(fields.sampler),
             clip=None if clip is None or not np.isfinite(clip) else clip,
-        )  # fmt: skip
+        )
         return sample
 
     def scheduler(self, fields: Any) -> dict[str, Any]:

@@ -48,8 +48,9 @@ def guided(
         # Side by side, not one half after the other: a sharded batch stays on its devices.
         pairs = jax.tree.map(
             lambda a, b: jnp.stack([a, jnp.broadcast_to(b, a.shape)], 1).reshape(-1, *a.shape[1:]),
-            condition, null,
-        )  # fmt: skip
+            condition,
+            null,
+        )
         prediction = predict(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2), pairs)
         conditional, unconditional = prediction[::2], prediction[1::2]
         mean = unconditional + scale * (conditional - unconditional)

@@ -16,9 +16,14 @@ if TYPE_CHECKING:
     from liftplace_jax.diffusion.gaussian import GaussianDiffusion
 
 ADAMS_BASHFORTH = np.array(
-    [[1, 0, 0, 0], [1 / 2, 1 / 2, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0],
-     [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
-)  # fmt: skip
+    [
+        [1, 0, 0, 0],
+        [1 / 2, 1 / 2, 0, 0],
+        [3 / 2, -1 / 2, 0, 0],
+        [23 / 12, -16 / 12, 5 / 12, 0],
+        [55 / 24, -59 / 24, 37 / 24, -9 / 24],
+    ]
+)
 """Weights of the present prediction and the three before it: of the first four evaluations, which
 know fewer, and of all others. The second evaluation ends the first step a second time."""
 
@@ -77,9 +82,11 @@ def pndm_sample(
     now = process.alphas_cumprod_at(start)
     scanned = {
         "weights": ADAMS_BASHFORTH[np.minimum(np.arange(len(t)), 4)],
-        "signal": np.sqrt(now), "spread": np.sqrt(1 - now),
-        "of_x0": np.sqrt(after), "of_epsilon": np.sqrt(1 - after),
-    }  # fmt: skip
+        "signal": np.sqrt(now),
+        "spread": np.sqrt(1 - now),
+        "of_x0": np.sqrt(after),
+        "of_epsilon": np.sqrt(1 - after),
+    }
     scanned = {name: jnp.asarray(table, jnp.float32) for name, table in scanned.items()}
     scanned |= {"t": jnp.asarray(t), "start": jnp.asarray(start), "again": jnp.asarray(again)}
 
@@ -158,9 +165,7 @@ def dpmpp_2m_sample(
     of_x0 = -np.sqrt(after) * np.expm1(-width)
     of_change = np.zeros(steps)
     of_change[1:-1] = of_x0[1:-1] / 2 * width[1:-1] / width[:-2]
-    scanned = {
-        "of_x": np.sqrt((1 - after) / (1 - now)), "of_x0": of_x0, "of_change": of_change
-    }  # fmt: skip
+    scanned = {"of_x": np.sqrt((1 - after) / (1 - now)), "of_x0": of_x0, "of_change": of_change}
     scanned = {name: jnp.asarray(table, jnp.float32) for name, table in scanned.items()}
     scanned["t"] = jnp.asarray(t)
 

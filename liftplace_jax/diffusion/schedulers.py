@@ -119,9 +119,11 @@ def _same_betas(found: Mapping[str, Any], betas: Betas) -> bool:
     try:
         if given is None:
             given = beta_schedule(
-                _SCHEDULES[found["beta_schedule"]], len(betas), found["beta_start"],
+                _SCHEDULES[found["beta_schedule"]],
+                len(betas),
+                found["beta_start"],
                 found["beta_end"],
-            )  # fmt: skip
+            )
         given = np.asarray(given, np.float64)
     except (KeyError, TypeError, ValueError):
         return False

@@ -100,9 +100,11 @@ class AutoencoderNetwork(Network):
     def identity(self) -> dict[str, Any]:
         """What its latents depend on, as JSON types."""
         return {
-            "name": self.name, "sha256": self.sha256,
-            "scaling_factor": self.config.scaling_factor, "shift_factor": self.config.shift_factor,
-        }  # fmt: skip
+            "name": self.name,
+            "sha256": self.sha256,
+            "scaling_factor": self.config.scaling_factor,
+            "shift_factor": self.config.shift_factor,
+        }
 
 
 def load_autoencoder(path: str | os.PathLike, entry: str | None = None) -> AutoencoderNetwork:
@@ -220,9 +222,14 @@ def save_as_diffusers(folder: str | os.PathLike, network: Network) -> None:
 
 
 def write_random_autoencoder(
-    folder: str | os.PathLike, *, channels: int = 3, image_size: int = 16, levels: int = 3,
-    latent_channels: int = 4, seed: int = 0,
-) -> None:  # fmt: skip
+    folder: str | os.PathLike,
+    *,
+    channels: int = 3,
+    image_size: int = 16,
+    levels: int = 3,
+    latent_channels: int = 4,
+    seed: int = 0,
+) -> None:
     """Writes a tiny autoencoder of random weights, for runs in miniature (`runlocal`) and tests.
 
     Args:
@@ -234,8 +241,12 @@ def write_random_autoencoder(
       seed: of the weights.
     """
     config = AutoencoderConfig(
-        block_out_channels=levels * (8,), layers_per_block=1, norm_num_groups=4,
-        in_channels=channels, out_channels=channels, sample_size=image_size,
+        block_out_channels=levels * (8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        in_channels=channels,
+        out_channels=channels,
+        sample_size=image_size,
         latent_channels=latent_channels,
-    )  # fmt: skip
+    )
     weights.save_model(folder, config.described(), building.create(config, seed)[1])

@@ -175,9 +175,11 @@ class JointTexts:
         for part in self.parts:
             own = found.get(part.name)
             names = tuple((name, name + part.end) for name, *_ in own.columns) if own else ()
-            pieces.append(_Piece(
-                part.end, names, own and own.apply, part.length, part.width, part.pooled_width
-            ))  # fmt: skip
+            pieces.append(
+                _Piece(
+                    part.end, names, own and own.apply, part.length, part.width, part.pooled_width
+                )
+            )
         ends = [(part.end, found[part.name]) for part, _ in self._there]
         clips = [part for part in self.parts if part.pooled_width is not None]
         return Encoding(
@@ -196,9 +198,10 @@ class JointTexts:
         for part, texts in self._there:
             others = tuple(end for end in ends if end != part.end and end.endswith(part.end))
             own = [
-                name.removesuffix(part.end) for name in columns
+                name.removesuffix(part.end)
+                for name in columns
                 if name.endswith(part.end) and not name.endswith(others)
-            ]  # fmt: skip
+            ]
             found.append((part, texts, own))
         return [(part, texts, own) for part, texts, own in found if own]
 
@@ -243,9 +246,12 @@ def is_joint(folder: str | os.PathLike, entry: str | None = None) -> bool:
 
 
 def load_joint_texts(
-    folder: str | os.PathLike, variant: str | None = None, dtype: str = "float32",
-    left_out: Collection[str] = (), t5_tokens: int = 256,
-) -> JointTexts:  # fmt: skip
+    folder: str | os.PathLike,
+    variant: str | None = None,
+    dtype: str = "float32",
+    left_out: Collection[str] = (),
+    t5_tokens: int = 256,
+) -> JointTexts:
     """The tokenizers and text encoders of a pipeline of Stable Diffusion 3.
 
     Args:
@@ -337,9 +343,14 @@ def _t5(place: Path, variant: str | None, dtype: str, is_out: bool, tokens: int)
 
 
 def write_random_joint_texts(
-    folder: str | os.PathLike, texts: Iterable[str], *, width: int = 32, pooled_width: int = 16,
-    length: int = 16, seed: int = 0,
-) -> Path:  # fmt: skip
+    folder: str | os.PathLike,
+    texts: Iterable[str],
+    *,
+    width: int = 32,
+    pooled_width: int = 16,
+    length: int = 16,
+    seed: int = 0,
+) -> Path:
     """Writes tiny encoders of random weights and their tokenizers, for runs in miniature and tests.
 
     Args:
@@ -361,7 +372,10 @@ def write_random_joint_texts(
             write_random_t5(place / name, width=width, **options)
         else:
             write_random_text_encoder(
-                place / name, width=width // 2, length=length, projection_dim=pooled_width // 2,
+                place / name,
+                width=width // 2,
+                length=length,
+                projection_dim=pooled_width // 2,
                 **options,
-            )  # fmt: skip
+            )
     return place

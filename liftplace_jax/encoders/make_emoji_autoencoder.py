@@ -32,9 +32,12 @@ from liftplace_jax.training.step import make_train_step
 SEED, STEPS, BATCH, RATE, EMA = 0, 4000, 16, 2e-3, 0.995
 KL_WEIGHT = 1e-4  # nats a latent element, against the squared error of a pixel
 CONFIG = AutoencoderConfig(
-    block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=32,
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    norm_num_groups=8,
+    sample_size=32,
     scaling_factor=1.0,
-)  # fmt: skip
+)
 
 
 def make_loss(graphdef):
@@ -93,16 +96,33 @@ def train_parameters(pictures, steps, folder):
     """Averaged parameters after `steps` on uint8 pictures; checkpoints lie in `folder`."""
     graphdef, params = building.create(CONFIG, SEED)
     fields = ConfigDict(
-        dict(name="adam", learning_rate=RATE, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
-             grad_clip=1.0, schedule="cosine", warmup_steps=min(100, steps), final_scale=0.01)
-    )  # fmt: skip
+        dict(
+            name="adam",
+            learning_rate=RATE,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            weight_decay=0.0,
+            grad_clip=1.0,
+            schedule="cosine",
+            warmup_steps=min(100, steps),
+            final_scale=0.01,
+        )
+    )
     optimizer, _ = make_optimizer(fields, steps)
     state = create_state({"student": params}, optimizer)
     step = make_train_step(make_loss(graphdef), optimizer, ema_decay=EMA)
     state = train(
-        step, state, {}, lambda first: batches(pictures, first), total_steps=steps, folder=folder,
-        title="autoencoder", log_every=100, checkpoint_every=500,
-    )  # fmt: skip
+        step,
+        state,
+        {},
+        lambda first: batches(pictures, first),
+        total_steps=steps,
+        folder=folder,
+        title="autoencoder",
+        log_every=100,
+        checkpoint_every=500,
+    )
     return graphdef, state.ema
 
 
@@ -125,12 +145,16 @@ def main(argv=None):
     made = {
         "made_by": "python -m liftplace_jax.encoders.make_emoji_autoencoder",
         "data": "emoji 1.0.0, all groups, train split; quality on the test split",
-        "test_psnr_db": round(test["psnr"], 2), "train_psnr_db": round(found["psnr"], 2),
-        "seed": SEED, "steps": args.steps, "jax": jax.__version__,
-    }  # fmt: skip
+        "test_psnr_db": round(test["psnr"], 2),
+        "train_psnr_db": round(found["psnr"], 2),
+        "seed": SEED,
+        "steps": args.steps,
+        "jax": jax.__version__,
+    }
     files = {
-        "config.json": config_to_diffusers(config), "diffusion_pytorch_model.safetensors": stored
-    }  # fmt: skip
+        "config.json": config_to_diffusers(config),
+        "diffusion_pytorch_model.safetensors": stored,
+    }
     save_part(args.output, "vae", files, made)
     print(f"{args.output}/vae: {made}")
 

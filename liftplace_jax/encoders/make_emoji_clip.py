@@ -43,14 +43,24 @@ RUN = 8  # neighbours on the sheet that a batch takes together: tones and gender
 VOCABULARY, LENGTH, PROJECTION = 2048, 24, 128
 SHIFT = 2  # pixels that a picture is moved by, at most
 TEXT = CLIPTextConfig(
-    vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, num_hidden_layers=2,
-    num_attention_heads=4, max_position_embeddings=LENGTH, eos_token_id=VOCABULARY - 1,
+    vocab_size=VOCABULARY,
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=LENGTH,
+    eos_token_id=VOCABULARY - 1,
     projection_dim=PROJECTION,
-)  # fmt: skip
+)
 IMAGE = CLIPVisionConfig(
-    hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-    image_size=32, patch_size=8, projection_dim=PROJECTION,
-)  # fmt: skip
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=32,
+    patch_size=8,
+    projection_dim=PROJECTION,
+)
 
 
 def varied(entry, rng):
@@ -72,9 +82,16 @@ def batches(tokenizer, entries, pictures, first):
         starts = rng.integers(0, len(entries), BATCH // RUN)
         chosen = (starts[:, None] + np.arange(RUN)).reshape(-1) % len(entries)
         chosen = np.unique(chosen)
-        chosen = np.concatenate([chosen, rng.choice(
-            np.setdiff1d(np.arange(len(entries)), chosen), BATCH - len(chosen), replace=False
-        )])  # fmt: skip
+        chosen = np.concatenate(
+            [
+                chosen,
+                rng.choice(
+                    np.setdiff1d(np.arange(len(entries)), chosen),
+                    BATCH - len(chosen),
+                    replace=False,
+                ),
+            ]
+        )
         padded = np.pad(
             pictures[chosen], ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), constant_values=255
         )
@@ -134,8 +151,12 @@ def retrieval(texts, images):
 def project(graphdef, params, inputs):
     """(N, P) projected states of inputs, in parts."""
     run = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x).projected)
-    return np.concatenate([np.asarray(run(params, inputs[start : start + 256]))
-                           for start in range(0, len(inputs), 256)])  # fmt: skip
+    return np.concatenate(
+        [
+            np.asarray(run(params, inputs[start : start + 256]))
+            for start in range(0, len(inputs), 256)
+        ]
+    )
 
 
 def train_pair(tokenizer, entries, pictures, steps, folder):
@@ -144,17 +165,34 @@ def train_pair(tokenizer, entries, pictures, steps, folder):
         building.create(config, SEED + place) for place, config in enumerate((TEXT, IMAGE))
     )
     fields = ConfigDict(
-        dict(name="adamw", learning_rate=RATE, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.05,
-             grad_clip=1.0, schedule="cosine", warmup_steps=min(100, steps), final_scale=0.01)
-    )  # fmt: skip
+        dict(
+            name="adamw",
+            learning_rate=RATE,
+            b1=0.9,
+            b2=0.98,
+            eps=1e-6,
+            weight_decay=0.05,
+            grad_clip=1.0,
+            schedule="cosine",
+            warmup_steps=min(100, steps),
+            final_scale=0.01,
+        )
+    )
     optimizer, _ = make_optimizer(fields, steps)
     pair = {"text": text, "image": image, "logit_scale": jnp.log(jnp.float32(1 / 0.07))}
     state = create_state({"student": pair}, optimizer)
     step = make_train_step(make_loss(text_graph, image_graph), optimizer, ema_decay=EMA)
     state = train(
-        step, state, {}, lambda first: batches(tokenizer, entries, pictures, first),
-        total_steps=steps, folder=folder, title="clip", log_every=100, checkpoint_every=250,
-    )  # fmt: skip
+        step,
+        state,
+        {},
+        lambda first: batches(tokenizer, entries, pictures, first),
+        total_steps=steps,
+        folder=folder,
+        title="clip",
+        log_every=100,
+        checkpoint_every=250,
+    )
     return text_graph, image_graph, state.ema
 
 
@@ -195,21 +233,40 @@ def main(argv=None):
     made = {
         "made_by": "python -m liftplace_jax.encoders.make_emoji_clip",
         "data": "emoji 1.0.0, all groups, train split; nearest of all captions or pictures of the "
-        "split, share that is right", **quality, "seed": SEED, "steps": args.steps,
-        "logit_scale": float(pair["logit_scale"]), "jax": jax.__version__,
-    }  # fmt: skip
+        "split, share that is right",
+        **quality,
+        "seed": SEED,
+        "steps": args.steps,
+        "logit_scale": float(pair["logit_scale"]),
+        "jax": jax.__version__,
+    }
     save_part(args.output, "tokenizer", files, {"made_by": made["made_by"]})
     preprocessor = {
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True,
-        "size": {"shortest_edge": IMAGE.image_size}, "do_normalize": True,
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "do_center_crop": True,
+        "size": {"shortest_edge": IMAGE.image_size},
+        "do_normalize": True,
         "crop_size": {"height": IMAGE.image_size, "width": IMAGE.image_size},
-        "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-    }  # fmt: skip
-    save_part(args.output, "text_encoder", {
-        "config.json": TEXT.described(), "model.safetensors": stored["text"]}, made)  # fmt: skip
-    save_part(args.output, "image_encoder", {
-        "config.json": IMAGE.described(), "preprocessor_config.json": preprocessor,
-        "model.safetensors": stored["image"]}, made)  # fmt: skip
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    save_part(
+        args.output,
+        "text_encoder",
+        {"config.json": TEXT.described(), "model.safetensors": stored["text"]},
+        made,
+    )
+    save_part(
+        args.output,
+        "image_encoder",
+        {
+            "config.json": IMAGE.described(),
+            "preprocessor_config.json": preprocessor,
+            "model.safetensors": stored["image"],
+        },
+        made,
+    )
     print(f"{args.output}: {made}")
 
 

@@ -105,9 +105,11 @@ class Texts:
         return Encoding(
             tuple((name, shape, dtype) for name, (shape, dtype) in columns.items()),
             _stored if cached else self._encode(pooled),
-            length, width, self.pooled_width if pooled else None,
+            length,
+            width,
+            self.pooled_width if pooled else None,
             tuple((name, json.dumps(o, sort_keys=True)) for name, o in origins.items()),
-        )  # fmt: skip
+        )
 
     def _origin(self, name: str, columns: Collection[str]) -> dict[str, Any]:
         """A column's `identity`: digests, so that a folder may be moved."""

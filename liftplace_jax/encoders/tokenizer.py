@@ -26,9 +26,7 @@ LENGTH = 77
 _MOST_LENGTH = 2**16  # a length above it is transformers' way to say that there is none
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 _ROLES = ("unk_token", "bos_token", "eos_token", "pad_token")
-_CLIP = {
-    "unk_token": _END, "bos_token": _START, "eos_token": _END, "pad_token": _END,
-}  # fmt: skip
+_CLIP = {"unk_token": _END, "bos_token": _START, "eos_token": _END, "pad_token": _END}
 _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
@@ -61,16 +59,18 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: Any, length: int, pad: str, name: str = "tokenizer",
+        self,
+        backend: Any,
+        length: int,
+        pad: str,
+        name: str = "tokenizer",
         sides: tuple[str, str] = ("right", "right"),
-    ):  # fmt: skip
+    ):
         self._backend, self.length, self.name = backend, length, name
         self.pad_id = backend.token_to_id(pad)
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         backend.enable_truncation(length, direction=sides[0])
-        backend.enable_padding(
-            direction=sides[1], pad_id=self.pad_id, pad_token=pad, length=length
-        )  # fmt: skip
+        backend.enable_padding(direction=sides[1], pad_id=self.pad_id, pad_token=pad, length=length)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Ids of texts; what is longer is cut, with its end token kept.
@@ -108,15 +108,19 @@ class Tokenizer:
         tried = self.encode(_PROBES).tolist()
         content = json.dumps([vocab, merges, scores, self.length, self.pad_id, tried])
         return {
-            "name": self.name, "length": self.length,
+            "name": self.name,
+            "length": self.length,
             "sha256": hashlib.sha256(content.encode()).hexdigest(),
-        }  # fmt: skip
+        }
 
 
 def load_tokenizer(
-    folder: str | os.PathLike, entry: str | None = None, *, length: int | None = None,
+    folder: str | os.PathLike,
+    entry: str | None = None,
+    *,
+    length: int | None = None,
     most: int | None = None,
-) -> Tokenizer:  # fmt: skip
+) -> Tokenizer:
     """A tokenizer from its folder, as transformers would have it.
 
     tokenizer.json is read where there is one, otherwise vocab.json and merges.txt, as CLIP's.
@@ -304,17 +308,22 @@ def _clip(
     """CLIP's pipeline: NFC, single spaces, lower case; words; bytes; pairs of them; both ends."""
     library = _library()
     model = library.models.BPE(
-        vocab=dict(vocab), merges=list(merges), continuing_subword_prefix="",
-        end_of_word_suffix=_WORD_END, fuse_unk=False, unk_token=unknown,
-    )  # fmt: skip
+        vocab=dict(vocab),
+        merges=list(merges),
+        continuing_subword_prefix="",
+        end_of_word_suffix=_WORD_END,
+        fuse_unk=False,
+        unk_token=unknown,
+    )
     backend = library.Tokenizer(model)
     normalizers, before = library.normalizers, library.pre_tokenizers
     backend.normalizer = normalizers.Sequence(
         [
-            normalizers.NFC(), normalizers.Replace(library.Regex(r"\s+"), " "),
+            normalizers.NFC(),
+            normalizers.Replace(library.Regex(r"\s+"), " "),
             normalizers.Lowercase(),
         ]
-    )  # fmt: skip
+    )
     backend.pre_tokenizer = before.Sequence(
         [
             before.Split(library.Regex(_WORDS), behavior="removed", invert=True),
@@ -375,10 +384,13 @@ def train_tokenizer(
     counted = _clip(ends, [], _START, _END, _END)
     counted.post_processor = None
     trainer = library.trainers.BpeTrainer(
-        vocab_size=vocab_size - 2, initial_alphabet=alphabet, show_progress=False,
+        vocab_size=vocab_size - 2,
+        initial_alphabet=alphabet,
+        show_progress=False,
         # Numbered beforehand: or pairs that are equally frequent come in another order each time.
-        end_of_word_suffix=_WORD_END, special_tokens=first[len(alphabet) :],
-    )  # fmt: skip
+        end_of_word_suffix=_WORD_END,
+        special_tokens=first[len(alphabet) :],
+    )
     counted.train_from_iterator(texts, trainer)
     merges = json.loads(counted.to_str())["model"]["merges"]
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]

@@ -42,9 +42,11 @@ class ClipScorer:
     def identity(self) -> dict[str, Any]:
         """What scores depend on, as JSON types."""
         return {
-            "score": "mean cosine of projected features", "text": self.texts.identity,
-            "image": self.image.identity, "preparation": self.preparation.identity,
-        }  # fmt: skip
+            "score": "mean cosine of projected features",
+            "text": self.texts.identity,
+            "image": self.image.identity,
+            "preparation": self.preparation.identity,
+        }
 
     def text_features(self, prompts: Sequence[str]) -> np.ndarray:
         """Projected features of prompts, of length one.

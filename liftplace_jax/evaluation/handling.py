@@ -27,9 +27,12 @@ from liftplace_jax.host.outside import shown
 from liftplace_jax.host.ranges import SIDE, Range, whole
 
 BK_SDM: dict[str, Any] = {
-    "features": "inception_bk_sdm", "jpeg_before": 75, "resize": 256, "jpeg": 75,
+    "features": "inception_bk_sdm",
+    "jpeg_before": 75,
+    "resize": 256,
+    "jpeg": 75,
     "inception_rule": "torch_fidelity",
-}  # fmt: skip
+}
 """Fields of config.evaluation, each of which can be set otherwise. Real images: `evaluate ref`
 with --protocol=bk_sdm, of all 40,504 of MS-COCO's val2014. The rest of the protocol: 30,000 of its
 captions as prompts, PNDM in 25 steps, guidance 7.5, CLIP ViT-g/14 of LAION as clip_model."""

@@ -92,12 +92,19 @@ STEM = (
     Conv("Conv2d_4a_3x3", 192, THREE, valid=True), "halve",
 )  # fmt: skip
 BLOCKS = {
-    "Mixed_5b": _block_a(32), "Mixed_5c": _block_a(64), "Mixed_5d": _block_a(64),
-    "Mixed_6a": _block_b(), "Mixed_6b": _block_c(128), "Mixed_6c": _block_c(160),
-    "Mixed_6d": _block_c(160), "Mixed_6e": _block_c(192), "Mixed_7a": _block_d(),
+    "Mixed_5b": _block_a(32),
+    "Mixed_5c": _block_a(64),
+    "Mixed_5d": _block_a(64),
+    "Mixed_6a": _block_b(),
+    "Mixed_6b": _block_c(128),
+    "Mixed_6c": _block_c(160),
+    "Mixed_6d": _block_c(160),
+    "Mixed_6e": _block_c(192),
+    "Mixed_7a": _block_d(),
     # The original network takes averages without the padding, and a maximum in the last block.
-    "Mixed_7b": _block_e("average"), "Mixed_7c": _block_e("maximum"),
-}  # fmt: skip
+    "Mixed_7b": _block_e("average"),
+    "Mixed_7c": _block_e("maximum"),
+}
 
 
 def _average(x):
@@ -133,9 +140,14 @@ class ConvUnit(nnx.Module):
     def __init__(self, inputs: int, layer: Conv, rngs: nnx.Rngs):
         padding = "VALID" if layer.valid or layer.stride > 1 else "SAME"
         self.conv = nnx.Conv(
-            inputs, layer.width, layer.kernel, strides=layer.stride, padding=padding,
-            use_bias=False, rngs=rngs,
-        )  # fmt: skip
+            inputs,
+            layer.width,
+            layer.kernel,
+            strides=layer.stride,
+            padding=padding,
+            use_bias=False,
+            rngs=rngs,
+        )
         self.bn = BatchNorm(layer.width)
 
     def __call__(self, x: jax.Array) -> jax.Array:

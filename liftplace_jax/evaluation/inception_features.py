@@ -71,11 +71,17 @@ def inception_extractor(name: str, path: str | os.PathLike | None) -> Extractor:
     styles = [PROTOCOLS[protocol][1] for protocol in (of_features, of_logits)]
     also = f" (of the logits {styles[1]})" if styles[0] != styles[1] else ""
     return Extractor(
-        name=name, label=PROTOCOLS[of_features][0], dim=DIMS["pool"],
-        image_shape=(None, None, 3), apply=apply, params=params,
-        info={"weights": Path(path).name,
-              "resize": f"bilinear, {styles[0]}{also}, to {IMAGE_SIZE}"},
-    )  # fmt: skip
+        name=name,
+        label=PROTOCOLS[of_features][0],
+        dim=DIMS["pool"],
+        image_shape=(None, None, 3),
+        apply=apply,
+        params=params,
+        info={
+            "weights": Path(path).name,
+            "resize": f"bilinear, {styles[0]}{also}, to {IMAGE_SIZE}",
+        },
+    )
 
 
 def load_inception(path: str | os.PathLike) -> tuple[nnx.GraphDef, building.Params]:

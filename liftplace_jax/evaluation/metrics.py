@@ -127,10 +127,11 @@ def kernel_distance(real, fake, *, subset_size=1000, subsets=100, seed=0):
     values = []
     for _ in range(subsets):
         rows = [
-            features if len(features) == subset_size else features[
-                rng.choice(len(features), subset_size, replace=False)]
+            features
+            if len(features) == subset_size
+            else features[rng.choice(len(features), subset_size, replace=False)]
             for features in (real, fake)
-        ]  # fmt: skip
+        ]
         values.append(_squared_mmd(*(features.astype(np.float64) for features in rows)))
     return {"kid": float(np.mean(values)), "kid_std": float(np.std(values))}
 

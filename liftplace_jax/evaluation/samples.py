@@ -110,8 +110,16 @@ def collect(
         if condition is not None:
             positions = np.minimum(first + np.arange(batch_size), num_samples - 1)
             more = (jax.tree.map(lambda x: np.asarray(x)[positions], condition),)
-        return program(extractor_params, moments, params, seed, first, num_samples, *more,
-                       batch_size=batch_size)  # fmt: skip
+        return program(
+            extractor_params,
+            moments,
+            params,
+            seed,
+            first,
+            num_samples,
+            *more,
+            batch_size=batch_size,
+        )
 
     starts = range(0, num_samples, batch_size)
     limits = dict.fromkeys((*ROWS, COSINES), num_samples)
@@ -148,9 +156,17 @@ def _drawn(draw, starts, count, sharding):
 
 
 def reference(
-    source, extractor, *, batch_size, limit=None, sharding=None, keep_images=0, progress=None,
-    generated=False, look=None,
-):  # fmt: skip
+    source,
+    extractor,
+    *,
+    batch_size,
+    limit=None,
+    sharding=None,
+    keep_images=0,
+    progress=None,
+    generated=False,
+    look=None,
+):
     """Features of real images, or of generated ones that were saved.
 
     Args:
@@ -285,9 +301,14 @@ def _gather(batch, items, shape, extractor, sharding, keep_images, limits, progr
     rows = {kind: np.concatenate(values) for kind, values in rows.items()}
     images = np.concatenate([np.zeros((0, *shape[1:]), np.uint8), *kept])
     return Samples(
-        moments["features"], rows["features"], images, extractor, moments.get("spatial"),
-        rows.get("logits"), rows.get(COSINES),
-    )  # fmt: skip
+        moments["features"],
+        rows["features"],
+        images,
+        extractor,
+        moments.get("spatial"),
+        rows.get("logits"),
+        rows.get(COSINES),
+    )
 
 
 def _check_finite(finite, mask, done):

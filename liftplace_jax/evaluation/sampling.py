@@ -92,8 +92,9 @@ def make_sampler(
 
         samples = sampler(
             guided(predict, condition, nothing, fields.guidance, channels),
-            jax.vmap(start)(keys), noise=lambda step: jax.vmap(noise, (0, None))(keys, step),
-        )  # fmt: skip
+            jax.vmap(start)(keys),
+            noise=lambda step: jax.vmap(noise, (0, None))(keys, step),
+        )
         return decode(decoder, samples) if decode else samples
 
     return sample

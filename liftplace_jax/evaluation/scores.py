@@ -95,9 +95,11 @@ def _with_rows(real, generated, k):
     rows = [features[:NEIGHBOUR_ROWS] for features in (real, generated)]
     subset = min(KID_SUBSET, *map(len, rows))
     return {
-        **precision_recall(rows[0], rows[1], k), "k": k,
-        **kernel_distance(real, generated, subset_size=subset), "kid_subset": subset,
-    }  # fmt: skip
+        **precision_recall(rows[0], rows[1], k),
+        "k": k,
+        **kernel_distance(real, generated, subset_size=subset),
+        "kid_subset": subset,
+    }
 
 
 def check_reference(reference, extractor, k=0):

@@ -136,8 +136,10 @@ def prompts_of(source, path, table, read_prompts, repeat=False):
     """
     if as_path(path).suffix == ".npz":
         if table is None:
-            raise ValueError(f"{path}: its images have no names, so --prompts must be a file of "
-                             "their prompts, in order")  # fmt: skip
+            raise ValueError(
+                f"{path}: its images have no names, so --prompts must be a file of "
+                "their prompts, in order"
+            )
         prompts = read_prompts(table)
         fits = len(prompts) == len(source) or (repeat and len(prompts) < len(source))
         if not fits:

@@ -123,7 +123,7 @@ def _check_choices(config):
         "evaluation.precision": PRECISIONS,
         "latents.decode_dtype": DTYPES,
         "text.dtype": DTYPES,
-    }  # fmt: skip
+    }
     found = dict(leaves(config))
     for field, names in choices.items():
         check_choice(field, found[field], names)

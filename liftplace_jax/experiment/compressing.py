@@ -183,9 +183,13 @@ class PruningTools:
         split = sharding.batch_sharding(sharding.make_mesh({"data": -1}, devices))
         source = self.context.sources["train"]
         batches = data.train_batches(
-            source, batch_size=batch_size, seed=self.seed, flip=flip, process_index=0,
+            source,
+            batch_size=batch_size,
+            seed=self.seed,
+            flip=flip,
+            process_index=0,
             process_count=1,
-        )  # fmt: skip
+        )
         unpack = jax.jit(source.unpack)
         with contextlib.closing(batches):
             for step, batch in enumerate(batches):
@@ -203,15 +207,25 @@ class PruningTools:
         def loss_fn(params, frozen, batch, step):
             base = frozen["teacher"]
             objective = make_objective(
-                METHODS["no_kd"], search.apply(teacher.graphdef, base, step, steps),
-                context.process, self.seed, task=task,
-            )  # fmt: skip
+                METHODS["no_kd"],
+                search.apply(teacher.graphdef, base, step, steps),
+                context.process,
+                self.seed,
+                task=task,
+            )
             loss, metrics = objective(params, frozen, batch, step)
             return loss, metrics | search.metrics(params["student"], step, steps)
 
         start = search.init(jax.random.key(self.seed), teacher.params)
         state = run_training(
-            context, fields, loss_fn, {"student": start}, {"teacher": teacher.params}, self.seed,
-            context.pruned_folder / SEARCH, "search", None,
-        )  # fmt: skip
+            context,
+            fields,
+            loss_fn,
+            {"student": start},
+            {"teacher": teacher.params},
+            self.seed,
+            context.pruned_folder / SEARCH,
+            "search",
+            None,
+        )
         return jax.tree.map(np.asarray, sharding.gathered(state.ema))

@@ -40,9 +40,12 @@ def define_config_flag(help_text: str = HELP) -> flags.FlagHolder:
     host_flags.describe_config = describe
     flags.FLAGS["config"].parser = _FileParser()
     parsers = {
-        int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser(),
-        str: flags.ArgumentParser(), tuple: _TupleParser(),
-    }  # fmt: skip
+        int: flags.IntegerParser(),
+        float: flags.FloatParser(),
+        bool: flags.BooleanParser(),
+        str: flags.ArgumentParser(),
+        tuple: _TupleParser(),
+    }
     for kind, parser in parsers.items():
         config_flags.register_flag_parser_for_type(kind, _OrNone(parser))
     return holder

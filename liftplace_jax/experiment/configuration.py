@@ -40,9 +40,20 @@ PIPELINE_FIELDS = ("teacher.checkpoint", "latents.autoencoder", "text.folder")
 def optimizer_config(**changes: Any) -> ConfigDict:
     """Adam with the published clipping; see `liftplace_jax.training.optimizer`."""
     return ConfigDict(
-        dict(name="adam", learning_rate=2e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
-             grad_clip=1.0, schedule="constant", warmup_steps=0, final_scale=0.0) | changes
-    )  # fmt: skip
+        dict(
+            name="adam",
+            learning_rate=2e-4,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            weight_decay=0.0,
+            grad_clip=1.0,
+            schedule="constant",
+            warmup_steps=0,
+            final_scale=0.0,
+        )
+        | changes
+    )
 
 
 def training_config(**changes: Any) -> ConfigDict:
@@ -118,11 +129,23 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
 
     config.model = ConfigDict({"model": family, **networks.default_model})
     config.process = ConfigDict(
-        dict(kind="gaussian", schedule="linear", num_timesteps=1000, beta_start=1e-4, beta_end=0.02,
-             prediction="epsilon", variance="fixed", timesteps="antithetic", reduction="sum",
-             # Of kind=flow: see diffusion.Flow; its num_timesteps is the network's t at pure noise.
-             shift=1.0, logit_mean=0.0, logit_std=1.0, mode_scale=1.29)
-    )  # fmt: skip
+        dict(
+            kind="gaussian",
+            schedule="linear",
+            num_timesteps=1000,
+            beta_start=1e-4,
+            beta_end=0.02,
+            prediction="epsilon",
+            variance="fixed",
+            timesteps="antithetic",
+            reduction="sum",
+            # Of kind=flow: see diffusion.Flow; its num_timesteps is the network's t at pure noise.
+            shift=1.0,
+            logit_mean=0.0,
+            logit_std=1.0,
+            mode_scale=1.29,
+        )
+    )
 
     config.teacher = training_config()
     # Instead of training one: a folder of ours (model.safetensors and config.json) or of diffusers'
@@ -153,9 +176,16 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     # folder: with the other parts of the teacher's pipeline, or of latents, text and process.
     config.distill.write_pipeline = False
     config.distill.loss = ConfigDict(
-        dict(variant="pixel", norm=None, eps=None, terms="both", per="channel", group_size=16,
-             grouping="error")
-    )  # fmt: skip
+        dict(
+            variant="pixel",
+            norm=None,
+            eps=None,
+            terms="both",
+            per="channel",
+            group_size=16,
+            grouping="error",
+        )
+    )
     config.distill.loss.norm = config_dict.placeholder(str)  # default: the variant's
     config.distill.loss.eps = config_dict.placeholder(float)
     config.distill.weight = ConfigDict(dict(name="adaptive", value=0.3, direction="increase"))
@@ -164,12 +194,30 @@ def default_config(family: str = next(iter(FAMILIES))) -> ConfigDict:
     # curve_every: steps of training between Frechet distances of curve_samples samples, for a curve
     # (a multiple of log_every); 0: none.
     config.evaluation = ConfigDict(
-        dict(features="digits", num_samples=1024, batch_size=256, sample_steps=50,
-             skip_type="uniform", eta=0.0, steps_offset=0, set_alpha_to_one=True, seed=12345,
-             neighbours=5, clip=None, curve_every=0, curve_samples=256, guidance=1.0,
-             allow_few=False, dtype="float32", precision="highest", jpeg_before=0, jpeg=0,
-             inception_rule="adm", repeat_prompts=False)
-    )  # fmt: skip
+        dict(
+            features="digits",
+            num_samples=1024,
+            batch_size=256,
+            sample_steps=50,
+            skip_type="uniform",
+            eta=0.0,
+            steps_offset=0,
+            set_alpha_to_one=True,
+            seed=12345,
+            neighbours=5,
+            clip=None,
+            curve_every=0,
+            curve_samples=256,
+            guidance=1.0,
+            allow_few=False,
+            dtype="float32",
+            precision="highest",
+            jpeg_before=0,
+            jpeg=0,
+            inception_rule="adm",
+            repeat_prompts=False,
+        )
+    )
     # A name of the process' samplers; default: its usual one, "ddim" or "euler", also where
     # process.kind changes later.
     config.evaluation.sampler = config_dict.FieldReference(
@@ -256,9 +304,14 @@ def _usual_sampler(kind: str) -> str:
 
 
 def experiment_config(
-    arg: str | None, name: str, *, method: str, family: str = next(iter(FAMILIES)),
-    others: Mapping[str, Any] | None = None, **compress: Any,
-) -> tuple[ConfigDict, ConfigDict]:  # fmt: skip
+    arg: str | None,
+    name: str,
+    *,
+    method: str,
+    family: str = next(iter(FAMILIES)),
+    others: Mapping[str, Any] | None = None,
+    **compress: Any,
+) -> tuple[ConfigDict, ConfigDict]:
     """The default config with the arguments of every experiment.
 
     Args:
@@ -367,8 +420,9 @@ def without_setup(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
     """A config as a nested dict, without the fields of SETUP."""
     return {
         key: without_setup(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
-        for key, value in fields.items() if prefix + key not in SETUP
-    }  # fmt: skip
+        for key, value in fields.items()
+        if prefix + key not in SETUP
+    }
 
 
 def check_choice(field: str, value: Any, choices: Any) -> None:

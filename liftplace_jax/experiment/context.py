@@ -139,10 +139,13 @@ class Context:
     def judge(self) -> Judge:
         """What samples are drawn, and compared, by."""
         return Judge(
-            self.config.evaluation, self.process, self.decoder, self.batch_sharding,
+            self.config.evaluation,
+            self.process,
+            self.decoder,
+            self.batch_sharding,
             lambda: self.images["train"],
             lambda: open_prompts(self.config, self.model, self.texts, self._held_out),
-        )  # fmt: skip
+        )
 
     def _held_out(self) -> data.Source:
         # Not `images`, which take the work directory.

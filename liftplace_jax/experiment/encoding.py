@@ -108,7 +108,7 @@ def _open_images(config: ConfigDict, autoencoder: AutoencoderNetwork) -> dict[st
     sources = {
         split: load_split(config, split, autoencoder.config.in_channels)
         for split in dict.fromkeys((fields.train_split, fields.test_split))
-    }  # fmt: skip
+    }
     wanted = config.model.image_size * step
     expected = (wanted, wanted, autoencoder.config.in_channels)
     for source in sources.values():
@@ -147,7 +147,9 @@ def _manifest(config, autoencoder, sources, shard_size) -> dict[str, Any]:
     fields, size, first = config.data, config.model.image_size, next(iter(sources.values()))
     return {
         "data": {
-            "name": fields.name, "image_size": fields.image_size, "resize": fields.resize,
+            "name": fields.name,
+            "image_size": fields.image_size,
+            "resize": fields.resize,
             "crop": fields.crop and list(fields.crop),
             "folder": fields.path and Path(fields.path).expanduser().resolve().name,
         },
@@ -160,7 +162,7 @@ def _manifest(config, autoencoder, sources, shard_size) -> dict[str, Any]:
         "columns": encoded.described_columns(first.columns, first.column_identities),
         "shard_size": shard_size,
         "versions": versions(),
-    }  # fmt: skip
+    }
 
 
 def _check_size(manifest, sources, agreed: bool) -> str:

@@ -86,9 +86,12 @@ def _check_shapes(context: Context) -> None:
         raise ValueError(
             f"images of config.data.image_size {size} do not fit: config.model takes "
             f"{model.image_size}x{model.image_size}"
-            + (f", latents of {context.image_shape[0]}" if context.autoencoder else
-               "; change one of them, or set config.latents (latent diffusion)")
-        )  # fmt: skip
+            + (
+                f", latents of {context.image_shape[0]}"
+                if context.autoencoder
+                else "; change one of them, or set config.latents (latent diffusion)"
+            )
+        )
 
 
 def _check_judging(context: Context) -> None:
@@ -112,10 +115,12 @@ def _check_judging(context: Context) -> None:
             evaluation.check_reference(judge.real, judge.extractor, fields.neighbours)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
         sampler = make_sampler(
-            fields, context.process, model,
+            fields,
+            context.process,
+            model,
             lambda params, x, *_: (jnp.concatenate(context.process.outputs * [x], axis=-1), {}),
             texts=judge.prompts and judge.prompts.conditioning,
-        )  # fmt: skip
+        )
         params = (None, judge.prompts.frozen) if judge.prompts else None
         latents = jax.eval_shape(sampler, params, keys)
     if fields.reference and judge.real and judge.real.features is not None:

@@ -72,10 +72,13 @@ class Judge:
         images = self.train_images()
         with progress("reference", len(images), unit="image") as bar:
             return evaluation.reference(
-                images, self.extractor, batch_size=self.fields.batch_size,
-                sharding=self.batch_sharding, progress=lambda done: bar.update(done - bar.n),
+                images,
+                self.extractor,
+                batch_size=self.fields.batch_size,
+                sharding=self.batch_sharding,
+                progress=lambda done: bar.update(done - bar.n),
                 look=Look(self.handling.of_real),
-            )  # fmt: skip
+            )
 
     @property
     def handling(self) -> Handling:
@@ -107,10 +110,14 @@ class Judge:
         @functools.cache
         def made(model: DenoiserConfig, clip: float | None) -> Sampler:
             return make_sampler(
-                self.fields, self.process, model, self._apply(model), clip,
+                self.fields,
+                self.process,
+                model,
+                self._apply(model),
+                clip,
                 self.decoder and self.decoder.decode,
                 self.prompts and self.prompts.conditioning,
-            )  # fmt: skip
+            )
 
         return made
 
@@ -188,11 +195,16 @@ class Judge:
 
         def distance_of(params) -> float:
             samples = evaluation.collect(
-                sample, self._with_frozen(whole(params)), fields.curve_samples,
-                batch_size=fields.batch_size, extractor=self.extractor, seed=fields.seed,
-                sharding=self.batch_sharding, condition=self.condition(fields.curve_samples),
+                sample,
+                self._with_frozen(whole(params)),
+                fields.curve_samples,
+                batch_size=fields.batch_size,
+                extractor=self.extractor,
+                seed=fields.seed,
+                sharding=self.batch_sharding,
+                condition=self.condition(fields.curve_samples),
                 look=Look(self.handling),
-            )  # fmt: skip
+            )
             return float(distance(real, samples.moments))
 
         return distance_of

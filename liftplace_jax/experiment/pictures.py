@@ -53,8 +53,9 @@ def samples_figure(context: Context, rows: list[dict[str, Any]]) -> Figure:
     shown = {row["method"]: row for row in reversed(rows)}
     names = list(dict.fromkeys(row["method"] for row in rows))
     if context.judge.prompts:
-        return _prompts_figure({name: (shown[name], context.workdir / shown[name]["folder"])
-                                for name in names})  # fmt: skip
+        return _prompts_figure(
+            {name: (shown[name], context.workdir / shown[name]["folder"]) for name in names}
+        )
     variants = {"": ""} | ({"_clipped": ", clipped"} if context.config.evaluation.clip else {})
     # Few of the large images, so that each can be seen.
     side, width = (8, 3) if context.image_shape[0] <= 32 else (4, 4)
@@ -63,9 +64,12 @@ def samples_figure(context: Context, rows: list[dict[str, Any]]) -> Figure:
     columns = columns_for(len(names))
     lines = -(-len(names) // columns)
     figure, axes = plt.subplots(
-        lines * len(variants), columns, squeeze=False, layout="constrained",
+        lines * len(variants),
+        columns,
+        squeeze=False,
+        layout="constrained",
         figsize=(width * columns, (height + 0.4) * lines * len(variants)),
-    )  # fmt: skip
+    )
     blocks = axes.reshape(len(variants), lines * columns)
     for block, (suffix, note) in zip(blocks, variants.items(), strict=True):
         for axis in block[len(names) :]:
@@ -103,9 +107,12 @@ def _prompts_figure(models: Mapping[str, tuple[dict[str, Any], Path]]) -> Figure
     prompts = next(iter(samples.values()))["prompts"]
     side = 1.6
     figure, axes = plt.subplots(
-        len(prompts), len(models), squeeze=False, layout="constrained",
+        len(prompts),
+        len(models),
+        squeeze=False,
+        layout="constrained",
         figsize=(2.2 + side * len(models), side * len(prompts) + 0.6),
-    )  # fmt: skip
+    )
     for column, (title, found) in enumerate(samples.items()):
         frechet = models[title][0].get("frechet")
         score = "" if frechet is None else f"\nFrechet {frechet:.1f}"
@@ -128,9 +135,12 @@ def curves_figure(context: Context) -> Figure:
     columns = columns_for(len(names))
     lines = max(1, -(-len(names) // columns))
     figure, axes = plt.subplots(
-        lines, columns, figsize=(max(4, 3 * columns), 2.6 * lines + 0.5), layout="constrained",
+        lines,
+        columns,
+        figsize=(max(4, 3 * columns), 2.6 * lines + 0.5),
+        layout="constrained",
         squeeze=False,
-    )  # fmt: skip
+    )
     methods = list(dict.fromkeys(run.method for run in context.runs))
     colors = {method: plt.get_cmap("tab10")(i % 10) for i, method in enumerate(methods)}
     for axis in axes.flat[len(names) :]:
@@ -139,8 +149,13 @@ def curves_figure(context: Context) -> Figure:
         for run, rows in metrics:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
-                axis.plot(*zip(*points, strict=True), color=colors[run.method], lw=1.2, alpha=0.8,
-                          marker="." if len(points) == 1 else None)  # fmt: skip
+                axis.plot(
+                    *zip(*points, strict=True),
+                    color=colors[run.method],
+                    lw=1.2,
+                    alpha=0.8,
+                    marker="." if len(points) == 1 else None,
+                )
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(which="both", labelsize=8)
@@ -182,9 +197,12 @@ def groups_figure(context: Context) -> Figure:
     channel = {1: "", 3: " (red)"}.get(images.shape[-1], "\nfirst channel")
     name = "latent" if context.autoencoder else "image"
     columns = {
-        name: images, f"noisy, t = {int(t[0])}": x_t, f"teacher{channel}": outputs[0],
-        f"student{channel}\n{run.method}": outputs[1], f"squared error{channel}": error,
-    }  # fmt: skip
+        name: images,
+        f"noisy, t = {int(t[0])}": x_t,
+        f"teacher{channel}": outputs[0],
+        f"student{channel}\n{run.method}": outputs[1],
+        f"squared error{channel}": error,
+    }
     elements = int(np.prod(images.shape[1:3]))
     size = min(context.config.distill.loss.group_size, elements)
     total = -(-elements // size)
@@ -192,9 +210,12 @@ def groups_figure(context: Context) -> Figure:
         groups = error_groups(outputs[1], outputs[0], size)
         columns[f"{total} groups of {size}{channel}"] = groups
     figure, axes = plt.subplots(
-        count, len(columns), figsize=(1.85 * len(columns), 0.5 + 1.8 * count), squeeze=False,
+        count,
+        len(columns),
+        figsize=(1.85 * len(columns), 0.5 + 1.8 * count),
+        squeeze=False,
         layout="constrained",
-    )  # fmt: skip
+    )
     if total == 1:
         figure.suptitle(f"All {elements} elements of a channel are one group.", fontsize=10)
     limit = float(np.abs(outputs[0]).max())
@@ -253,9 +274,13 @@ def draw_search(folder: Path, kept: Sequence[int]) -> None:
     figure = Figure(figsize=(6, 1.5 + 0.15 * len(probabilities)), layout="constrained")
     axis = figure.subplots()
     mesh = axis.pcolormesh(
-        [row["step"] for row in rows], range(len(probabilities)), probabilities, vmin=0, vmax=1,
+        [row["step"] for row in rows],
+        range(len(probabilities)),
+        probabilities,
+        vmin=0,
+        vmax=1,
         shading="nearest",
-    )  # fmt: skip
+    )
     axis.set(xlabel="step", ylabel="block (numbered: stays)", yticks=kept)
     axis.invert_yaxis()
     figure.colorbar(mesh, label="probability to stay")

@@ -99,12 +99,15 @@ def write_random_pipeline(folder: str | os.PathLike, config: ConfigDict, seed: i
         parts = {
             "vae": functools.partial(save_as_diffusers, network=load_autoencoder(scratch)),
             "text_encoder": functools.partial(
-                write_random_text_encoder, vocab_size=tokenizer.vocab_size,
-                width=config.model.context_dim, length=tokens, seed=seed,
+                write_random_text_encoder,
+                vocab_size=tokenizer.vocab_size,
+                width=config.model.context_dim,
+                length=tokens,
+                seed=seed,
             ),
             "tokenizer": functools.partial(
                 train_tokenizer, texts=words, vocab_size=520, length=tokens
             ),
-        }  # fmt: skip
+        }
         scheduler = make_process(config.process).scheduler(config.evaluation)
         join_pipeline(folder, model, building.create(model, seed)[1], parts, scheduler)

@@ -72,10 +72,13 @@ def describe(context: Context, rows: list[dict[str, Any]]) -> Report:
     summary = summarise(rows)
     few = context.config.evaluation.num_samples < SMOKE
     return {
-        "name": context.config.name, "conclusion": conclude(summary, few), "rows": rows,
-        "summary": summary, "versions": versions(),
+        "name": context.config.name,
+        "conclusion": conclude(summary, few),
+        "rows": rows,
+        "summary": summary,
+        "versions": versions(),
         "made": {"date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": command()},
-    }  # fmt: skip
+    }
 
 
 def read_report(workdir: Path) -> str:
@@ -110,15 +113,19 @@ def collect_rows(context: Context) -> list[dict[str, Any]]:
         metrics = read_metrics(folder)
         macs = count_macs(config)
         teacher_macs = teacher_macs or macs
-        rows.append({
-            "method": method, "seed": seed, "macs": macs, "folder": str(
-                folder.relative_to(context.workdir)),
-            "steps": int(metrics[-1]["step"]) if metrics else None,
-            "train_seconds": metrics[-1]["seconds"] if metrics else None,
-            "final_loss_terms": metrics[-1] if metrics else None,
-            "training": _training(context, method),
-            **result,
-        })  # fmt: skip
+        rows.append(
+            {
+                "method": method,
+                "seed": seed,
+                "macs": macs,
+                "folder": str(folder.relative_to(context.workdir)),
+                "steps": int(metrics[-1]["step"]) if metrics else None,
+                "train_seconds": metrics[-1]["seconds"] if metrics else None,
+                "final_loss_terms": metrics[-1] if metrics else None,
+                "training": _training(context, method),
+                **result,
+            }
+        )
     for row in rows:
         row["compression"] = rows[0]["parameters"] / row["parameters"]
         row["macs_ratio"] = teacher_macs / row["macs"]
@@ -152,13 +159,29 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def markdown(context: Context, report: Report) -> str:
     """The report as text."""
     lines = [
-        f"# {report['name']}", "", report["conclusion"], "", *_table(report["summary"]), "",
-        *_protocol(context, report["summary"]), "", *_provenance(report), "",
-        "Teacher and students from the same noise:", "", "![samples](samples.png)", "",
-        "Loss terms, slope, intercept and weight over steps:", "", "![curves](curves.png)", "",
-        "Where the student errs, and the groups that PLACE makes of it:", "",
-        "![groups](groups.png)", "",
-    ]  # fmt: skip
+        f"# {report['name']}",
+        "",
+        report["conclusion"],
+        "",
+        *_table(report["summary"]),
+        "",
+        *_protocol(context, report["summary"]),
+        "",
+        *_provenance(report),
+        "",
+        "Teacher and students from the same noise:",
+        "",
+        "![samples](samples.png)",
+        "",
+        "Loss terms, slope, intercept and weight over steps:",
+        "",
+        "![curves](curves.png)",
+        "",
+        "Where the student errs, and the groups that PLACE makes of it:",
+        "",
+        "![groups](groups.png)",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -177,8 +200,11 @@ def _provenance(report: Report) -> list[str]:
     )
     return [
         f"Made {report['made']['date']}, evaluated on {where}, with {libraries}, by",
-        "", "```bash", report["made"]["command"], "```",
-    ]  # fmt: skip
+        "",
+        "```bash",
+        report["made"]["command"],
+        "```",
+    ]
 
 
 def _importances(context: Context) -> str:
@@ -331,8 +357,9 @@ def _looks(context: Context, summary: list[dict[str, Any]]) -> list[str]:
         lines.append(
             "CLIP score: mean cosine of samples' and prompts' projected features by "
             f"{image['name']} ({image['sha256'][:12]}), without a factor"
-            + (f"; standard error {max(errors):.2g}" if errors else "") + "."
-        )  # fmt: skip
+            + (f"; standard error {max(errors):.2g}" if errors else "")
+            + "."
+        )
     return lines
 
 

@@ -45,9 +45,10 @@ def evaluate(context: Context) -> None:
     """
     folders = model_folders(context)
     missing = {
-        title: folder for title, folder in folders.items()
+        title: folder
+        for title, folder in folders.items()
         if not processes.told_by_first((folder / "evaluation.json").exists)
-    }  # fmt: skip
+    }
     if not missing:
         return
     teacher = load_teacher(context)
@@ -153,9 +154,12 @@ def compared(context: Context, samples: evaluation.Samples) -> dict[str, Any]:
     fields, real = context.config.evaluation, context.judge.real
     if real is not None:
         return evaluation.score(
-            real, samples, k=fields.neighbours, allow_few=fields.allow_few,
+            real,
+            samples,
+            k=fields.neighbours,
+            allow_few=fields.allow_few,
             inception_rule=fields.inception_rule,
-        )  # fmt: skip
+        )
     return {} if samples.cosines is None else evaluation.clip_score(samples.cosines)
 
 
@@ -174,10 +178,16 @@ def _shown_images(context: Context, network: Network) -> dict[str, Any]:
     condition = jax.tree.map(lambda x: np.tile(x, (rows, *(1,) * (x.ndim - 1))), shown.condition)
     count = rows * len(shown.titles)
     samples = evaluation.collect(
-        context.judge.sampler(network), context.judge.placed_params(network), count,
-        batch_size=fields.batch_size, extractor=None, seed=fields.seed,
-        sharding=context.batch_sharding, keep_images=count, condition=condition,
-    )  # fmt: skip
+        context.judge.sampler(network),
+        context.judge.placed_params(network),
+        count,
+        batch_size=fields.batch_size,
+        extractor=None,
+        seed=fields.seed,
+        sharding=context.batch_sharding,
+        keep_images=count,
+        condition=condition,
+    )
     if shown.by_row:
         return {"prompts": shown.titles, "images_by_prompt": samples.images}
     return {"classes": shown.titles, "images_by_class": samples.images}
@@ -208,12 +218,18 @@ def draw(
         bar.update(before + done - bar.n)
 
     samples = evaluation.collect(
-        context.judge.sampler(network, clip), context.judge.placed_params(network),
-        fields.num_samples, batch_size=fields.batch_size, extractor=context.judge.extractor,
-        seed=fields.seed, sharding=context.batch_sharding, keep_images=keep_images,
-        condition=context.judge.condition(fields.num_samples), progress=update,
+        context.judge.sampler(network, clip),
+        context.judge.placed_params(network),
+        fields.num_samples,
+        batch_size=fields.batch_size,
+        extractor=context.judge.extractor,
+        seed=fields.seed,
+        sharding=context.batch_sharding,
+        keep_images=keep_images,
+        condition=context.judge.condition(fields.num_samples),
+        progress=update,
         look=context.judge.look,
-    )  # fmt: skip
+    )
     return samples, _rate(fields, ends)
 
 
@@ -239,7 +255,11 @@ def _output_error(context: Context, teacher: Network, student: Network) -> dict[
         return predict
 
     return evaluation.output_error(
-        predictor(teacher), predictor(student), noising,
-        context.sources["test"], batch_size=fields.batch_size, seed=fields.seed,
+        predictor(teacher),
+        predictor(student),
+        noising,
+        context.sources["test"],
+        batch_size=fields.batch_size,
+        seed=fields.seed,
         sharding=context.batch_sharding,
-    )  # fmt: skip
+    )

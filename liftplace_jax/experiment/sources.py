@@ -15,10 +15,17 @@ def load_split(config: ConfigDict, split: str, channels: int) -> data.Source:
     """The images of a split of config.data."""
     fields = config.data
     return data.load_source(
-        fields.name, split, data_dir=fields.data_dir, image_size=fields.image_size,
-        path=fields.path, crop=fields.crop, channels=channels, resize=fields.resize,
-        cache_dir=config.data_cache, memory_mb=config.memory_cache_mb,
-    )  # fmt: skip
+        fields.name,
+        split,
+        data_dir=fields.data_dir,
+        image_size=fields.image_size,
+        path=fields.path,
+        crop=fields.crop,
+        channels=channels,
+        resize=fields.resize,
+        cache_dir=config.data_cache,
+        memory_mb=config.memory_cache_mb,
+    )
 
 
 def open_images(config: ConfigDict, shape: tuple[int, int, int]) -> dict[str, data.Source]:

@@ -199,15 +199,11 @@ def open_prompts(
         else:
             file, prompts = as_path(fields.prompts).name, read_prompts(fields.prompts)
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    identity = {
-        "file": file, "count": len(prompts), "sha256": digest,
-        "text": texts.identity,
-    }  # fmt: skip
+    identity = {"file": file, "count": len(prompts), "sha256": digest, "text": texts.identity}
     conditioning = model.conditioning.bound(texts.encoding)
     found = Prompts(
-        tuple(prompts), texts, conditioning, fields.negative_prompt, identity,
-        fields.repeat_prompts,
-    )  # fmt: skip
+        tuple(prompts), texts, conditioning, fields.negative_prompt, identity, fields.repeat_prompts
+    )
     for name in ("num_samples", *(["curve_samples"] if fields.curve_every else [])):
         found.check(f"config.evaluation.{name}", fields[name])
     return found

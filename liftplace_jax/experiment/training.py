@@ -44,24 +44,42 @@ def train_teacher(context: Context) -> None:
         return
     seed = context.config.seed
     graphdef, params = building.create(
-        context.model, seed, jnp.dtype(fields.dtype), fields.remat,
-        shardings(context, "params.student."), fields.scan_blocks,
-    )  # fmt: skip
+        context.model,
+        seed,
+        jnp.dtype(fields.dtype),
+        fields.remat,
+        shardings(context, "params.student."),
+        fields.scan_blocks,
+    )
     objective = make_objective(
-        METHODS["no_kd"], make_apply(graphdef), context.process, seed,
+        METHODS["no_kd"],
+        make_apply(graphdef),
+        context.process,
+        seed,
         task=make_task(context.config, context.conditioning),
-    )  # fmt: skip
+    )
     state = run_training(
-        context, fields, objective, {"student": params}, {}, seed, folder, "teacher",
+        context,
+        fields,
+        objective,
+        {"student": params},
+        {},
+        seed,
+        folder,
+        "teacher",
         Network(context.model, graphdef, {}),
-    )  # fmt: skip
+    )
     save_trained(folder, context.model, state)
 
 
 def load_teacher(
-    context: Context, dtype: str = "float32", remat: str | None = None, placed: bool = False,
-    is_frozen: bool = False, scan_blocks: bool = False,
-) -> Network:  # fmt: skip
+    context: Context,
+    dtype: str = "float32",
+    remat: str | None = None,
+    placed: bool = False,
+    is_frozen: bool = False,
+    scan_blocks: bool = False,
+) -> Network:
     """The finished teacher.
 
     Args:
@@ -77,10 +95,14 @@ def load_teacher(
       ValueError: there is none yet.
     """
     return load_network(
-        context.teacher_folder, dtype, "run --mode=teacher first", remat=remat,
-        shardings=shardings(context) if placed else None, is_frozen=is_frozen,
+        context.teacher_folder,
+        dtype,
+        "run --mode=teacher first",
+        remat=remat,
+        shardings=shardings(context) if placed else None,
+        is_frozen=is_frozen,
         scan_blocks=scan_blocks,
-    )  # fmt: skip
+    )
 
 
 def distill(context: Context) -> None:
@@ -97,13 +119,22 @@ def _distill_one(context: Context, run: Run) -> None:
         context, fields.dtype, placed=True, is_frozen=True, scan_blocks=fields.scan_blocks
     )
     start = load_network(
-        context.pruned_folder, fields.dtype, "run --mode=compress first", remat=fields.remat,
-        shardings=shardings(context, "params.student."), scan_blocks=fields.scan_blocks,
-    )  # fmt: skip
+        context.pruned_folder,
+        fields.dtype,
+        "run --mode=compress first",
+        remat=fields.remat,
+        shardings=shardings(context, "params.student."),
+        scan_blocks=fields.scan_blocks,
+    )
     objective, params = student_objective(
-        context.config, context.process, run.method, run.seed, start, teacher,
+        context.config,
+        context.process,
+        run.method,
+        run.seed,
+        start,
+        teacher,
         context.told(start.config),
-    )  # fmt: skip
+    )
     frozen = {"teacher": teacher.params} if METHODS[run.method].needs_teacher else {}
     title = f"{run.method} seed {run.seed}"
     state = run_training(
@@ -113,9 +144,16 @@ def _distill_one(context: Context, run: Run) -> None:
 
 
 def run_training(
-    context: Context, fields: ConfigDict, objective: LossFn, params: dict[str, Any],
-    frozen: Mapping[str, Any], seed: int, folder: Path, title: str, network: Network | None,
-) -> TrainState:  # fmt: skip
+    context: Context,
+    fields: ConfigDict,
+    objective: LossFn,
+    params: dict[str, Any],
+    frozen: Mapping[str, Any],
+    seed: int,
+    folder: Path,
+    title: str,
+    network: Network | None,
+) -> TrainState:
     """Trains on the data, or goes on.
 
     Args:
@@ -131,10 +169,15 @@ def run_training(
     """
     config, source = context.config, context.sources["train"]
     run = prepare(
-        fields, on_batches(objective, source.unpack, seed), params,
-        {**frozen, **context.frozen}, context.mesh, config.sharding_rules,
-        untrained=context.family.frozen, stack=_stack(context.model),
-    )  # fmt: skip
+        fields,
+        on_batches(objective, source.unpack, seed),
+        params,
+        {**frozen, **context.frozen},
+        context.mesh,
+        config.sharding_rules,
+        untrained=context.family.frozen,
+        stack=_stack(context.model),
+    )
     every = config.evaluation.curve_every
     curve = context.judge.curve(network) if every and network else None
 
@@ -146,19 +189,31 @@ def run_training(
 
     def make_batches(first: int) -> Generator[Any]:
         batches = data.train_batches(
-            source, batch_size=fields.batch_size, seed=seed, start_step=first,
-            flip=config.data.flip, prefetch=config.input_threads,
-        )  # fmt: skip
+            source,
+            batch_size=fields.batch_size,
+            seed=seed,
+            start_step=first,
+            flip=config.data.flip,
+            prefetch=config.input_threads,
+        )
         return sharding.global_batches(batches, context.mesh)
 
     print(profiling.memory_line(title, run.state, run.frozen), file=sys.stderr)
     with profiling.watched(run.step, config, folder) as step:
         return train(
-            step, run.state, run.frozen, make_batches, total_steps=fields.steps,
-            folder=folder, title=title, shardings=run.shardings, log_every=fields.log_every,
-            checkpoint_every=fields.checkpoint_every, tensorboard=config.tensorboard,
+            step,
+            run.state,
+            run.frozen,
+            make_batches,
+            total_steps=fields.steps,
+            folder=folder,
+            title=title,
+            shardings=run.shardings,
+            log_every=fields.log_every,
+            checkpoint_every=fields.checkpoint_every,
+            tensorboard=config.tensorboard,
             on_log=on_log,
-        )  # fmt: skip
+        )
 
 
 def _stack(model: DenoiserConfig) -> str | None:
@@ -169,9 +224,11 @@ def _stack(model: DenoiserConfig) -> str | None:
 def shardings(context: Context, prefix: str = "") -> Callable[[Any], Any]:
     """Parameters -> their shardings; prefix as of `tree_shardings`."""
     return functools.partial(
-        sharding.tree_shardings, rules=context.config.sharding_rules, mesh=context.mesh,
+        sharding.tree_shardings,
+        rules=context.config.sharding_rules,
+        mesh=context.mesh,
         prefix=prefix,
-    )  # fmt: skip
+    )
 
 
 def save_trained(folder: Path, config: DenoiserConfig, state: TrainState) -> None:

@@ -84,15 +84,18 @@ _USES: dict[str, tuple[Callable[[ConfigDict], bool], str]] = {
     "distill.optimizer.final_scale": (_decays("distill"), "optimizer.schedule=cosine and linear"),
     "evaluation.eta": (lambda c: c.evaluation.sampler == "ddim", "evaluation.sampler=ddim"),
     "evaluation.guidance_channels": (
-        lambda c: c.evaluation.guidance != 1, "an evaluation.guidance other than 1",
+        lambda c: c.evaluation.guidance != 1,
+        "an evaluation.guidance other than 1",
     ),
     "evaluation.curve_samples": (
-        lambda c: c.evaluation.curve_every > 0, "an evaluation.curve_every above 0",
+        lambda c: c.evaluation.curve_every > 0,
+        "an evaluation.curve_every above 0",
     ),
     "evaluation.weights": (lambda c: bool(c.evaluation.features), "evaluation.features"),
     "evaluation.inception_rule": (lambda c: bool(c.evaluation.features), "evaluation.features"),
     "evaluation.repeat_prompts": (
-        lambda c: bool(c.evaluation.prompts), "evaluation.prompts",
+        lambda c: bool(c.evaluation.prompts),
+        "evaluation.prompts",
     ),
-}  # fmt: skip
+}
 """Field, or room -> (whether a config uses it, of what it is)."""

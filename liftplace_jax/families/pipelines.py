@@ -39,9 +39,12 @@ Parts = Mapping[str, Callable[[Path], None]]
 
 
 def write_pipeline(
-    out: str | os.PathLike, config: Any, params: Any, source: str | os.PathLike,
+    out: str | os.PathLike,
+    config: Any,
+    params: Any,
+    source: str | os.PathLike,
     others: Parts | None = None,
-) -> Written:  # fmt: skip
+) -> Written:
     """Writes a pipeline that diffusers' `from_pretrained` loads: another one, with our network.
 
     Args:
@@ -170,10 +173,13 @@ def read_index(source: str | os.PathLike, config: Any) -> dict[str, Any]:
     if odd:
         raise DiffusersError(f"{path}: {shown(odd)} are no names of parts")
     missing = [
-        name for name, value in parts.items()
-        if isinstance(value, list) and None not in value and name != form.part
+        name
+        for name, value in parts.items()
+        if isinstance(value, list)
+        and None not in value
+        and name != form.part
         and not (source / name).is_dir()
-    ]  # fmt: skip
+    ]
     if missing:
         raise DiffusersError(f"{source}: {INDEX} names {missing}, which are no folders there")
     return parts
@@ -184,7 +190,7 @@ def _copy_part(source: Path, target: Path) -> list[str]:
     read = next(
         (found for stems in (DIFFUSERS, TRANSFORMERS) if (found := weight_files(source, stems))),
         None,
-    )  # fmt: skip
+    )
     left_out = []
     target.mkdir()
     for file in sorted(listed(source), key=lambda file: file.name):

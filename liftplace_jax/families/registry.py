@@ -53,9 +53,10 @@ def config_from_dict(fields: Mapping[str, Any], partial: bool = False) -> Denois
     given = {name: value for name, value in fields.items() if name != "model"}
     if partial:
         defaults = {
-            field.name: field.default for field in dataclasses.fields(config_class)
+            field.name: field.default
+            for field in dataclasses.fields(config_class)
             if field.default is not dataclasses.MISSING
-        }  # fmt: skip
+        }
         given = defaults | given
     return config_class.from_dict(given)
 

@@ -278,17 +278,19 @@ def _fetch(folder: Path, names: list[str], target: Path) -> None:
     record = target / ".fetched.json"
     known = json.loads(record.read_text()) if record.exists() else {}
     missing = [
-        name for name in names
+        name
+        for name in names
         if known.get(name) != facts[name]["crc32c"] or not (target / name).exists()
-    ]  # fmt: skip
+    ]
     target.mkdir(parents=True, exist_ok=True)
     needed, free = sum(facts[name]["size"] for name in missing), shutil.disk_usage(target).free
     if needed > free:
         raise OSError(
             errno.ENOSPC,
             f"{needed / 1e9:.3g} GB are needed, there are {free / 1e9:.3g} GB: name a folder with "
-            "more room (config.data_cache), or mount the bucket", os.fspath(target),
-        )  # fmt: skip
+            "more room (config.data_cache), or mount the bucket",
+            os.fspath(target),
+        )
     for first in range(0, len(missing), _TOGETHER):
         now = missing[first : first + _TOGETHER]
         parts = [target / f".{name}.part" for name in now]

@@ -37,12 +37,15 @@ def define_runtime_flags() -> None:
     """The flags of commands that run as several processes; see `processes.initialise`."""
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where JAX finds no cluster")
     flags.DEFINE_integer("num_processes", None, "with --coordinator: how many", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "with --coordinator: this one's number, from 0",
-                         lower_bound=0)  # fmt: skip
-    flags.DEFINE_integer("init_timeout", 300, "seconds to wait for the other processes",
-                         lower_bound=1)  # fmt: skip
-    flags.DEFINE_integer("heartbeat_timeout", 100, "seconds after which a silent process is lost",
-                         lower_bound=1)  # fmt: skip
+    flags.DEFINE_integer(
+        "process_id", None, "with --coordinator: this one's number, from 0", lower_bound=0
+    )
+    flags.DEFINE_integer(
+        "init_timeout", 300, "seconds to wait for the other processes", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "heartbeat_timeout", 100, "seconds after which a silent process is lost", lower_bound=1
+    )
 
 
 @contextmanager
@@ -59,9 +62,12 @@ def running(debug: bool) -> Iterator[None]:
     given = flags.FLAGS
     try:
         processes.initialise(
-            given.coordinator, given.num_processes, given.process_id, given.init_timeout,
+            given.coordinator,
+            given.num_processes,
+            given.process_id,
+            given.init_timeout,
             given.heartbeat_timeout,
-        )  # fmt: skip
+        )
         # Outside the training loop, which saves first, SIGTERM is as good as Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         yield

@@ -208,11 +208,13 @@ class _ObjectLock:
 
 def _holder() -> dict[str, Any]:
     return {
-        "host": socket.gethostname(), "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": shlex.join(sys.orig_argv)[:500], "machine": _machine(),
+        "command": shlex.join(sys.orig_argv)[:500],
+        "machine": _machine(),
         "id": os.urandom(4).hex(),
-    }  # fmt: skip
+    }
 
 
 def _machine() -> str:

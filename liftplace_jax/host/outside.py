@@ -94,9 +94,12 @@ def parse_object(content: str | bytes) -> dict[str, Any]:
     """
     try:
         found = json.loads(
-            content, object_pairs_hook=_object, parse_constant=_refuse_number, parse_float=_number,
+            content,
+            object_pairs_hook=_object,
+            parse_constant=_refuse_number,
+            parse_float=_number,
             parse_int=_whole,
-        )  # fmt: skip
+        )
     except RecursionError as error:
         raise ValueError("its brackets are nested too deeply") from error
     if not isinstance(found, dict):

@@ -85,11 +85,14 @@ def initialise(
     jax.config.update("jax_enable_preemption_service", False)
     _State.heartbeat_timeout, _State.joining = heartbeat_timeout, True
     failed = _start(
-        timeout, coordinator_address=coordinator, num_processes=num_processes,
-        process_id=process_id, heartbeat_timeout_seconds=heartbeat_timeout,
+        timeout,
+        coordinator_address=coordinator,
+        num_processes=num_processes,
+        process_id=process_id,
+        heartbeat_timeout_seconds=heartbeat_timeout,
         shutdown_timeout_seconds=heartbeat_timeout,
         cluster_detection_method=detect,
-    )  # fmt: skip
+    )
     if cluster == "TPU" and detect is None and isinstance(failed, ValueError):
         _State.joining = False
         return  # a TPU without such metadata, as of a notebook, has no others

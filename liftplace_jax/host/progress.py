@@ -43,8 +43,10 @@ class Progress(tqdm.tqdm):
         self.last_print_n, self.last_print_t = self.n, time.time()
         if seconds >= 1:
             unit = self.unit if n == 1 else f"{n} {self.unit}s"
-            self.write(f"{self._title()}compiled, and did the first {unit}, in {seconds:.0f} s",
-                       file=self.fp)  # fmt: skip
+            self.write(
+                f"{self._title()}compiled, and did the first {unit}, in {seconds:.0f} s",
+                file=self.fp,
+            )
         return self.refresh()
 
     def close(self) -> None:
@@ -92,7 +94,12 @@ def progress(title: str, total: int, done: int = 0, unit: str = "step") -> Progr
     """
     live = sys.stderr.isatty()
     return Progress(
-        total=total, initial=done, desc=title, unit=unit, dynamic_ncols=live,
-        mininterval=0.2 if live else 30, maxinterval=0.2 if live else 60,
+        total=total,
+        initial=done,
+        desc=title,
+        unit=unit,
+        dynamic_ncols=live,
+        mininterval=0.2 if live else 30,
+        maxinterval=0.2 if live else 60,
         disable=jax.process_index() > 0,
-    )  # fmt: skip
+    )

@@ -173,9 +173,13 @@ def place(tree: Any, shardings: Any) -> Any:
 def gathered(tree: Any) -> Any:
     """A tree whose arrays can be read in every process: parts that only others have are fetched."""
     return jax.tree.map(
-        lambda x: x if x.is_fully_addressable or x.is_fully_replicated
-        else multihost_utils.process_allgather(x, tiled=True), tree,
-    )  # fmt: skip
+        lambda x: (
+            x
+            if x.is_fully_addressable or x.is_fully_replicated
+            else multihost_utils.process_allgather(x, tiled=True)
+        ),
+        tree,
+    )
 
 
 def global_batches(batches: Iterable[Batch], mesh: Mesh) -> Generator[Any]:

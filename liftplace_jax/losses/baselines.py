@@ -81,8 +81,9 @@ def feature_kd_loss(
     total = jnp.zeros((), jnp.float32)
     for student_name, teacher_name in layer_map.items():
         for side, features, name in (
-            ("student", student, student_name), ("teacher", teacher, teacher_name)
-        ):  # fmt: skip
+            ("student", student, student_name),
+            ("teacher", teacher, teacher_name),
+        ):
             if name not in features:
                 raise ValueError(f"{side} has no feature {name!r}; it has {sorted(features)}")
         s = floating(f"student's feature {student_name!r}", student[student_name])
@@ -123,8 +124,9 @@ def init_adapters(
     for k, (name, target) in zip(keys, layer_map.items(), strict=True):
         shape = []
         for side, channels, layer in (
-            ("student", student_channels, name), ("teacher", teacher_channels, target)
-        ):  # fmt: skip
+            ("student", student_channels, name),
+            ("teacher", teacher_channels, target),
+        ):
             if layer not in channels:
                 raise ValueError(f"{side} has no channels of {layer!r}; it has {sorted(channels)}")
             number = whole_number(f"{side}'s channels of {layer!r}", channels[layer], 1, 2**31 - 1)

@@ -99,9 +99,15 @@ def lift_loss(
     student, teacher = student_and_teacher(student, teacher)
     return lift_terms(
         grouping_lib.whole(student, teacher, per),
-        norm=norm, eps=eps, normalize=normalize, reduction=reduction, terms=terms,
-        weight=weight, coarse_scale=coarse_scale, axis_name=axis_name,
-    )  # fmt: skip
+        norm=norm,
+        eps=eps,
+        normalize=normalize,
+        reduction=reduction,
+        terms=terms,
+        weight=weight,
+        coarse_scale=coarse_scale,
+        axis_name=axis_name,
+    )
 
 
 def place_loss(
@@ -174,9 +180,15 @@ def place_loss(
         groups = grouping_lib.by_space(student, teacher, patch)
     return lift_terms(
         groups,
-        norm=norm, eps=eps, normalize=normalize, reduction=reduction, terms=terms,
-        weight=weight, coarse_scale=coarse_scale, axis_name=axis_name,
-    )  # fmt: skip
+        norm=norm,
+        eps=eps,
+        normalize=normalize,
+        reduction=reduction,
+        terms=terms,
+        weight=weight,
+        coarse_scale=coarse_scale,
+        axis_name=axis_name,
+    )
 
 
 def lift_terms(
@@ -308,7 +320,11 @@ def _patch_shape(space, group_size, num_groups):
     if len(patch) != len(space):
         raise ValueError(f"group_size (patch shape) {patch} does not fit the space {space}")
     return tuple(
-        whole_number(f"group_size (patch shape) {patch} does not fit the space {space}: axis {i}",
-                     edge, 1, size)
+        whole_number(
+            f"group_size (patch shape) {patch} does not fit the space {space}: axis {i}",
+            edge,
+            1,
+            size,
+        )
         for i, (edge, size) in enumerate(zip(patch, space, strict=True))
-    )  # fmt: skip
+    )

@@ -190,10 +190,12 @@ def _primitive(name, abstract, on_accelerators, on_cpu):
     def batched(operands, axes):
         pairs = list(zip(operands, axes, strict=True))
         size = next(x.shape[axis] for x, axis in pairs if axis is not None)
-        found = primitive.bind(*(
-            jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
-            for x, axis in pairs
-        ))  # fmt: skip
+        found = primitive.bind(
+            *(
+                jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+                for x, axis in pairs
+            )
+        )
         return found, [0] * len(found) if several else 0
 
     batching.primitive_batchers[primitive] = batched

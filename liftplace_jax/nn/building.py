@@ -58,9 +58,11 @@ def create(
 
 
 def abstract(
-    config: ModelConfig, dtype: Dtype = jnp.float32, remat: str | None = None,
+    config: ModelConfig,
+    dtype: Dtype = jnp.float32,
+    remat: str | None = None,
     scan_blocks: bool = False,
-) -> tuple[nnx.GraphDef, Params]:  # fmt: skip
+) -> tuple[nnx.GraphDef, Params]:
     """As `create`, with shapes and dtypes (`jax.ShapeDtypeStruct`) in place of arrays."""
     graphdef, params = _abstract(config, dtype, remat, scan_blocks)
     return graphdef, jax.tree.map(lambda leaf: leaf, params)  # a tree of the caller's own

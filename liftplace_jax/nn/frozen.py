@@ -30,10 +30,12 @@ def kept(program: Callable[..., Any], params: Any, *inputs: Any) -> Any:
     jaxpr = jax.make_jaxpr(program)(params, *inputs).jaxpr
     leaves, treedef = jax.tree.flatten(params)
     found = _dtypes(jaxpr)[: len(leaves)]
-    return treedef.unflatten([
-        jax.ShapeDtypeStruct(leaf.shape, next(iter(dtypes)) if len(dtypes) == 1 else leaf.dtype)
-        for leaf, dtypes in zip(leaves, found, strict=True)
-    ])  # fmt: skip
+    return treedef.unflatten(
+        [
+            jax.ShapeDtypeStruct(leaf.shape, next(iter(dtypes)) if len(dtypes) == 1 else leaf.dtype)
+            for leaf, dtypes in zip(leaves, found, strict=True)
+        ]
+    )
 
 
 def _dtype(variable: Any) -> Any:

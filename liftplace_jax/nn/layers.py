@@ -103,9 +103,14 @@ def layer_norm(
 ) -> nnx.LayerNorm:
     """Layer normalisation, with parameters if it is affine; statistics in float32."""
     return nnx.LayerNorm(
-        features, epsilon=epsilon, use_bias=affine, use_scale=affine, dtype=dtype,
-        use_fast_variance=False, rngs=rngs,
-    )  # fmt: skip
+        features,
+        epsilon=epsilon,
+        use_bias=affine,
+        use_scale=affine,
+        dtype=dtype,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
 
 
 def embedding(rows: int, features: int, *, rngs: nnx.Rngs, dtype: Dtype) -> nnx.Embed:
@@ -223,8 +228,11 @@ def position_embedding(width: int, side: int, step: float = 1.0, xp: Any = np) -
 
 
 REMAT_POLICIES = (
-    "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable",
-)  # fmt: skip
+    "nothing_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "everything_saveable",
+)
 """Names of `jax.checkpoint_policies` that need no arguments."""
 
 

@@ -54,9 +54,13 @@ def make_apply(graphdef: nnx.GraphDef) -> Callable[..., tuple[jax.Array, dict]]:
     def apply(params, x, t, return_features, dropout_key, cond=None):
         model = nnx.merge(graphdef, params)
         result = model(
-            x, t, cond, train=dropout_key is not None, rngs=dropout_key,
+            x,
+            t,
+            cond,
+            train=dropout_key is not None,
+            rngs=dropout_key,
             return_features=return_features,
-        )  # fmt: skip
+        )
         return result if return_features else (result, {})
 
     return apply
@@ -98,11 +102,16 @@ def is_finished(folder: str | os.PathLike) -> bool:
 
 
 def read_network(
-    folder: str | os.PathLike, config_of: Callable[[Mapping[str, Any]], Any],
-    dtype: str = "float32", hint: str = "check the path", params: str = "ema",
-    remat: str | None = None, shardings: Shardings | None = None, is_frozen: bool = False,
+    folder: str | os.PathLike,
+    config_of: Callable[[Mapping[str, Any]], Any],
+    dtype: str = "float32",
+    hint: str = "check the path",
+    params: str = "ema",
+    remat: str | None = None,
+    shardings: Shardings | None = None,
+    is_frozen: bool = False,
     scan_blocks: bool = False,
-) -> Network:  # fmt: skip
+) -> Network:
     """A model from its folder.
 
     Args:
@@ -140,10 +149,15 @@ def read_network(
 
 
 def from_tensors(
-    config: Any, tensors: Mapping[str, np.ndarray], origin: Any = "tensors", dtype: str = "float32",
-    remat: str | None = None, shardings: Shardings | None = None, is_frozen: bool = False,
+    config: Any,
+    tensors: Mapping[str, np.ndarray],
+    origin: Any = "tensors",
+    dtype: str = "float32",
+    remat: str | None = None,
+    shardings: Shardings | None = None,
+    is_frozen: bool = False,
     scan_blocks: bool = False,
-) -> Network:  # fmt: skip
+) -> Network:
     """A model of a config from arrays by published name, in PyTorch's layouts.
 
     Args:

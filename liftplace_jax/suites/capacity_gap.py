@@ -78,7 +78,7 @@ def run(options: Options) -> Result:
             f"{base.compress.ratio:.0%}.",
         ],
         "figures": {"capacity_gap.png": figure(rows, scores, student["parameters"])},
-    }  # fmt: skip
+    }
 
 
 def _config(base: ConfigDict, width: float, student: Path | None) -> ConfigDict:
@@ -97,9 +97,10 @@ def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     for method in ("teacher", *METHODS):
         members = [row for row in report["rows"] if row["method"] == method]
         row = {
-            "teacher_parameters": teacher["parameters"], "method": method,
+            "teacher_parameters": teacher["parameters"],
+            "method": method,
             "seeds": "+".join(str(member["seed"]) for member in members),
-        }  # fmt: skip
+        }
         for name in (name for name in SCORES if name in teacher):
             values = [member[name] for member in members]
             spread = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -118,31 +119,46 @@ def figure(rows: list[dict[str, Any]], scores: list[str], parameters: int) -> Fi
     for axis, name in zip(axes[0], scores, strict=True):
         last = {}
         for method, colour in COLOURS.items():
-            points = [(r["teacher_parameters"], r["values"][name]) for r in rows
-                      if r["method"] == method]  # fmt: skip
+            points = [
+                (r["teacher_parameters"], r["values"][name]) for r in rows if r["method"] == method
+            ]
             x = [size for size, _ in points]
             means = [statistics.fmean(values) for _, values in points]
             low, high = ([f(values) for _, values in points] for f in (min, max))
             axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
             axis.plot(x, means, color=colour, marker="o", lw=1.8)
-            axis.plot([s for s, v in points for _ in v], [y for _, v in points for y in v], ".",
-                      color=colour, alpha=0.6, ms=4)  # fmt: skip
+            axis.plot(
+                [s for s, v in points for _ in v],
+                [y for _, v in points for y in v],
+                ".",
+                color=colour,
+                alpha=0.6,
+                ms=4,
+            )
             last[method] = means[-1]
         ranked = sorted(last, key=lambda method: last[method])
         for method, align in zip(ranked, ("top", "bottom"), strict=True):
-            axis.annotate(method, (x[-1], last[method]), xytext=(7, 0), va=align,
-                          textcoords="offset points", color=COLOURS[method])  # fmt: skip
+            axis.annotate(
+                method,
+                (x[-1], last[method]),
+                xytext=(7, 0),
+                va=align,
+                textcoords="offset points",
+                color=COLOURS[method],
+            )
         axis.set_xscale("log")
         axis.set_xticks(x, [f"{size / 1e6:.2g}M" for size in x], minor=False)
         axis.minorticks_off()
         axis.set_xlim(right=x[-1] * 1.6)
         axis.set_ylim(bottom=0)
         axis.set_xlabel("teacher's parameters")
-        axis.set_title(f"sampled {SCORES[name]}" if name == "frechet" else SCORES[name],
-                       fontsize=10)  # fmt: skip
+        axis.set_title(
+            f"sampled {SCORES[name]}" if name == "frechet" else SCORES[name], fontsize=10
+        )
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.3)
     axes[0][0].set_ylabel("Frechet distance")
-    picture.suptitle(f"One student of {parameters:,} parameters under growing teachers",
-                     fontsize=11)  # fmt: skip
+    picture.suptitle(
+        f"One student of {parameters:,} parameters under growing teachers", fontsize=11
+    )
     return picture

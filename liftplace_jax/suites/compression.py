@@ -148,10 +148,12 @@ def _result(context, networks, training, quality, options) -> Result:
     name = f"compression_{config.name}"
     tables = {
         "training": {
-            "title": "Training steps", "columns": ["ratio", "method", *TRAINING_FORMATS, "status"],
-            "rows": training, "formats": TRAINING_FORMATS,
+            "title": "Training steps",
+            "columns": ["ratio", "method", *TRAINING_FORMATS, "status"],
+            "rows": training,
+            "formats": TRAINING_FORMATS,
         }
-    }  # fmt: skip
+    }
     figures = {"cost": cost_figure(networks, training)}
     if quality:
         measure = quality_measure(quality)
@@ -160,9 +162,11 @@ def _result(context, networks, training, quality, options) -> Result:
         columns = ["ratio", "method", "seeds", "parameters", "macs", "evaluation_ms", "image_ms"]
         columns += [c for m in measures for c in (m, f"{m}_spread")]
         tables["quality"] = {
-            "title": "Quality of trained students", "columns": columns, "rows": rows,
+            "title": "Quality of trained students",
+            "columns": columns,
+            "rows": rows,
             "formats": NETWORK_FORMATS | {c: ".4g" for c in columns[7:]},
-        }  # fmt: skip
+        }
         figures["pareto"] = pareto_figure(rows, measure)
     return {
         "name": name,
@@ -173,10 +177,11 @@ def _result(context, networks, training, quality, options) -> Result:
         "tables": tables,
         "figures": {
             f"{name}_{kind}.{form}": figure
-            for kind, figure in figures.items() for form in ("png", "svg")
+            for kind, figure in figures.items()
+            for form in ("png", "svg")
         },
         "notes": _notes(context, options, bool(quality)),
-    }  # fmt: skip
+    }
 
 
 def _joined(quality: list[Measured], networks: list[Measured]) -> list[Measured]:
@@ -206,14 +211,18 @@ def _notes(context: Context, options: Options, quality: bool) -> list[str]:
         f"Training: {config.distill.batch_size} images a step on {devices} device(s), "
         f"{config.distill.dtype}. memory_mb: what the compiled step needs on each device, by the "
         "compiler's plan (arguments, results, temporaries). device_peak_mb: the most that a device "
-        "has had in use, as the backend tells (\"-\": it does not, or the step did not exceed what "
+        'has had in use, as the backend tells ("-": it does not, or the step did not exceed what '
         "was measured before).",
         "tflops: 2 x MACs of all network evaluations per second; a training step counts three "
         "evaluations of the student and one of a teacher, where it has one. of_peak: share of the "
-        f"devices' dense bfloat16 peak (\"-\": not known for {jax.devices()[0].device_kind}).",
+        f'devices\' dense bfloat16 peak ("-": not known for {jax.devices()[0].device_kind}).',
         "Compilation may have been shortened by the persistent cache." if cache else "",
         "Quality: read from " + ", ".join(map(str, options.workdirs)) + "; spread: standard "
-        "deviation over seeds." if quality else "",
+        "deviation over seeds."
+        if quality
+        else "",
         f"Quick: {len(QUICK_METHODS)} of {len(BASIC_METHODS)} methods and at most {QUICK_STEPS} "
-        "sampling steps; the numbers are rough." if options.quick else "",
-    ]  # fmt: skip
+        "sampling steps; the numbers are rough."
+        if options.quick
+        else "",
+    ]

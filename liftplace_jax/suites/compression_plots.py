@@ -54,8 +54,14 @@ def cost_figure(networks: Sequence[Row], training: Sequence[Row]) -> Figure:
         (axes[1, 1], "images_per_s", "Sampling (images/s)"),
     ):
         rows = [row for row in networks if key in row]
-        axis.plot([row["compression"] for row in rows], [row[key] for row in rows], "-o",
-                  color="#0072B2", lw=2, ms=6)  # fmt: skip
+        axis.plot(
+            [row["compression"] for row in rows],
+            [row[key] for row in rows],
+            "-o",
+            color="#0072B2",
+            lw=2,
+            ms=6,
+        )
         place = "upper right" if key == "evaluation_ms" else "lower right"
         _teacher(axis, [(1, row[key]) for row in rows if not row["ratio"]], "teacher", place)
         axis.set_title(title)
@@ -106,16 +112,19 @@ def pareto_figure(rows: Sequence[Row], measure: str) -> Figure:
         _ticks(axis.yaxis)
     _direct_labels(axes[0, 0], ends, side=-1)
     axes[0, 0].set_ylabel(TITLES[measure] + " (lower is better)")
-    figure.suptitle("Quality against size and speed; on top: share of channels removed",
-                    fontsize=11)  # fmt: skip
+    figure.suptitle(
+        "Quality against size and speed; on top: share of channels removed", fontsize=11
+    )
     return figure
 
 
 def _figure(lines: int, columns: int, size: tuple[float, float], **options: Any):
     style = {
-        "font.size": 10, "axes.titlesize": 11, "axes.spines.top": False,
+        "font.size": 10,
+        "axes.titlesize": 11,
+        "axes.spines.top": False,
         "axes.spines.right": False,
-    }  # fmt: skip
+    }
     with matplotlib.rc_context(cast(Any, style)):
         figure = Figure(figsize=size, layout="constrained")
         return figure, figure.subplots(lines, columns, squeeze=False, **options)
@@ -123,8 +132,17 @@ def _figure(lines: int, columns: int, size: tuple[float, float], **options: Any)
 
 def _line(axis: Axes, x: list, y: list, name: str, spread: list | None = None) -> None:
     strong = name == "lift_place"
-    axis.errorbar(x, y, yerr=spread, fmt="-o", color=COLORS[name], lw=2.4 if strong else 1.4,
-                  ms=7 if strong else 5, capsize=3, zorder=4 if strong else 3)  # fmt: skip
+    axis.errorbar(
+        x,
+        y,
+        yerr=spread,
+        fmt="-o",
+        color=COLORS[name],
+        lw=2.4 if strong else 1.4,
+        ms=7 if strong else 5,
+        capsize=3,
+        zorder=4 if strong else 3,
+    )
 
 
 def _teacher(axis: Axes, points: list, text: str, place: str) -> None:
@@ -133,11 +151,14 @@ def _teacher(axis: Axes, points: list, text: str, place: str) -> None:
     for x, y in points:
         axis.plot(x, y, "*", color="black", ms=14, zorder=5)
         axis.annotate(
-            text, (x, y), (0 if horizontal == "left" else 5, 7 if vertical == "upper" else -9),
-            textcoords="offset points", fontsize=9,
+            text,
+            (x, y),
+            (0 if horizontal == "left" else 5, 7 if vertical == "upper" else -9),
+            textcoords="offset points",
+            fontsize=9,
             ha="right" if horizontal == "left" else "left",
             va="bottom" if vertical == "upper" else "top",
-        )  # fmt: skip
+        )
 
 
 def _finish(axis: Axes, sizes: Mapping[float, float], labels: list) -> None:
@@ -165,9 +186,15 @@ def _ratios(axis: Axes, places: Mapping[float, float]) -> None:
     for group in groups:
         middle = float(np.exp(np.mean([np.log(x) for _, x in group])))
         axis.text(
-            middle, 1.01, ", ".join(f"{ratio:.0%}" for ratio, _ in group), ha="center", va="bottom",
-            transform=axis.get_xaxis_transform(), fontsize=8, color=_GREY,
-        )  # fmt: skip
+            middle,
+            1.01,
+            ", ".join(f"{ratio:.0%}" for ratio, _ in group),
+            ha="center",
+            va="bottom",
+            transform=axis.get_xaxis_transform(),
+            fontsize=8,
+            color=_GREY,
+        )
 
 
 def _ticks(axis: Axis) -> None:
@@ -204,12 +231,24 @@ def _direct_labels(axis: Axes, labels: list, side: int) -> None:
     for height, (x, y, text, color) in zip(heights, labels, strict=True):
         target = 10 ** (low + (height - lower) * (high - low))
         axis.annotate(
-            text, (x, y), (x * 10 ** (side * 0.04 * _decades(axis)), target), textcoords="data",
-            ha="left" if side > 0 else "right", va="center", fontsize=9, color=color,
+            text,
+            (x, y),
+            (x * 10 ** (side * 0.04 * _decades(axis)), target),
+            textcoords="data",
+            ha="left" if side > 0 else "right",
+            va="center",
+            fontsize=9,
+            color=color,
             fontweight="bold" if text == "lift_place" else "normal",
-            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkA": 0, "shrinkB": 4,
-                        "relpos": (0 if side > 0 else 1, 0.5)},
-        )  # fmt: skip
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "lw": 0.6,
+                "shrinkA": 0,
+                "shrinkB": 4,
+                "relpos": (0 if side > 0 else 1, 0.5),
+            },
+        )
 
 
 def _decades(axis: Axes) -> float:

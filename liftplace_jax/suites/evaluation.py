@@ -40,18 +40,38 @@ def run(options: Options) -> Result:
     solve = _measure_solve(dim, count, min(options.repeats, SOLVE_REPEATS))
     return {
         "title": "Evaluation: Inception features per second, and the Frechet distance",
-        "columns": ["images", "ours_ms", "torch_ms", "ours_per_second", "torch_per_second",
-                    "ratio", "difference"],
-        "formats": {"ours_per_second": ".1f", "torch_per_second": ".1f", "ratio": ".2f",
-                    "difference": ".1e"},
+        "columns": [
+            "images",
+            "ours_ms",
+            "torch_ms",
+            "ours_per_second",
+            "torch_per_second",
+            "ratio",
+            "difference",
+        ],
+        "formats": {
+            "ours_per_second": ".1f",
+            "torch_per_second": ".1f",
+            "ratio": ".2f",
+            "difference": ".1e",
+        },
         "rows": [_measure_features(batch, options.repeats, peer)],
-        "tables": {"solve": {
-            "title": "Frechet distance of given moments, in float64 on the host",
-            "columns": ["dimensions", "samples", "condition", "ours_ms", "sqrtm_ms", "ratio",
-                        "difference"],
-            "formats": {"condition": ".1e", "ratio": ".1f", "difference": ".1e"},
-            "rows": [solve],
-        }},
+        "tables": {
+            "solve": {
+                "title": "Frechet distance of given moments, in float64 on the host",
+                "columns": [
+                    "dimensions",
+                    "samples",
+                    "condition",
+                    "ours_ms",
+                    "sqrtm_ms",
+                    "ratio",
+                    "difference",
+                ],
+                "formats": {"condition": ".1e", "ratio": ".1f", "difference": ".1e"},
+                "rows": [solve],
+            }
+        },
         "notes": [
             "ours_ms, torch_ms, sqrtm_ms: median and quartiles of one call; ratio: peer / ours, of "
             "the medians.",
@@ -60,10 +80,11 @@ def run(options: Options) -> Result:
             "weights. difference: the largest of the features, in shares of the largest feature.",
             "Distance: ours checks and adds up as reported; the peer is scipy.linalg.sqrtm of the "
             "product alone, with as many threads as it takes. difference: relative.",
-            "" if peer else "torch, torchvision, pytorch-fid: not all installed, so no ratio of "
-            "features.",
+            ""
+            if peer
+            else "torch, torchvision, pytorch-fid: not all installed, so no ratio of features.",
         ],
-    }  # fmt: skip
+    }
 
 
 def _measure_features(batch: int, repeats: int, peer: bool) -> dict[str, Any]:
@@ -159,11 +180,15 @@ def _measure_solve(dim: int, count: int, repeats: int) -> dict[str, Any]:
 
     times = time_side_by_side({"ours": ours, "sqrtm": sqrtm}, repeats)
     return {
-        "dimensions": dim, "samples": count, "condition": float(np.linalg.cond(sigma1)),
-        "ours_ms": milliseconds(times["ours"]), "sqrtm_ms": milliseconds(times["sqrtm"]),
+        "dimensions": dim,
+        "samples": count,
+        "condition": float(np.linalg.cond(sigma1)),
+        "ours_ms": milliseconds(times["ours"]),
+        "sqrtm_ms": milliseconds(times["sqrtm"]),
         "ratio": _ratio(times, "sqrtm"),
-        "difference": float(abs(found["ours"] / found["sqrtm"] - 1)), "seconds": _seconds(times),
-    }  # fmt: skip
+        "difference": float(abs(found["ours"] / found["sqrtm"] - 1)),
+        "seconds": _seconds(times),
+    }
 
 
 def _ratio(times: dict[str, Timing], peer: str) -> float | None:

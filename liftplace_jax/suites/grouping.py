@@ -42,10 +42,15 @@ def run(options: Options) -> Result:
         times = time_side_by_side(calls, options.repeats, rounds=3)
         base = times["packed sort, gather"].median
         rows += [
-            {"shape": "x".join(map(str, shape)), "way": name, "ms": milliseconds(timing),
-             "over_packed": f"{timing.median / base:.2f}", "seconds": timing._asdict()}
+            {
+                "shape": "x".join(map(str, shape)),
+                "way": name,
+                "ms": milliseconds(timing),
+                "over_packed": f"{timing.median / base:.2f}",
+                "seconds": timing._asdict(),
+            }
             for name, timing in times.items()
-        ]  # fmt: skip
+        ]
     return {
         "title": f"Sums over PLACE's groups of {GROUP_SIZE}: ways to get them, forward pass",
         "columns": ["shape", "way", "ms", "over_packed"],

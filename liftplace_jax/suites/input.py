@@ -61,11 +61,20 @@ def run(options: Options) -> Result:
         "columns": ["source", "one_thread", "two_threads", "sent_bytes", *needs, *threads],
         "formats": dict.fromkeys(["one_thread", "two_threads", "sent_bytes", *needs], ",.0f"),
         "rows": rows,
-        "tables": {"soak": {
-            "title": "A long run of batches", "rows": [soaked], "columns": list(soaked),
-            "formats": {"batches": ",", "batch_mb": ".3f", "start_mb": ".1f", "end_mb": ".1f",
-                        "peak_growth_mb": ".1f"},
-        }},
+        "tables": {
+            "soak": {
+                "title": "A long run of batches",
+                "rows": [soaked],
+                "columns": list(soaked),
+                "formats": {
+                    "batches": ",",
+                    "batch_mb": ".3f",
+                    "start_mb": ".1f",
+                    "end_mb": ".1f",
+                    "peak_growth_mb": ".1f",
+                },
+            }
+        },
         "notes": [
             f"Batches of {BATCH}, made by train_batches in one thread, and in two (its default). "
             f"JPEG: {FILES} photographs-like files of quality 90, read, decoded, cropped and "
@@ -81,7 +90,7 @@ def run(options: Options) -> Result:
             "of the process after the first tenth, and at the end; peak_growth_mb: by how much the "
             "largest since the start grew after the first tenth.",
         ],
-    }  # fmt: skip
+    }
 
 
 def _cases(folder: Path) -> list[tuple[str, Any, str]]:
@@ -95,14 +104,29 @@ def _cases(folder: Path) -> list[tuple[str, Any, str]]:
     bedroom = _jpegs(folder / "bedroom", (341, 256), rng)
     return [
         ("64x64x3 in memory", memory, "CelebA"),
-        ("JPEG 178x218, crop, to 64x64",
-         Source("celeba", Repeated(celeba, LENGTH), image_shape=celeba.image_shape,
-                crop=(25, 57, 153, 185), image_size=64), "CelebA"),
-        ("JPEG 341x256, to 256x256",
-         Source("bedroom", Repeated(bedroom, LENGTH), image_shape=bedroom.image_shape,
-                image_size=256), "Bedroom"),
+        (
+            "JPEG 178x218, crop, to 64x64",
+            Source(
+                "celeba",
+                Repeated(celeba, LENGTH),
+                image_shape=celeba.image_shape,
+                crop=(25, 57, 153, 185),
+                image_size=64,
+            ),
+            "CelebA",
+        ),
+        (
+            "JPEG 341x256, to 256x256",
+            Source(
+                "bedroom",
+                Repeated(bedroom, LENGTH),
+                image_shape=bedroom.image_shape,
+                image_size=256,
+            ),
+            "Bedroom",
+        ),
         ("latents 32x32x4", _latents(folder / "latents", rng), "DiT"),
-    ]  # fmt: skip
+    ]
 
 
 def _jpegs(folder: Path, size: tuple[int, int], rng: np.random.Generator) -> ImageFolder:
@@ -119,11 +143,19 @@ def _jpegs(folder: Path, size: tuple[int, int], rng: np.random.Generator) -> Ima
 def _latents(folder: Path, rng: np.random.Generator):
     """An encoded data set of random moments."""
     shape, count = (32, 32, 4), 512
-    claim(folder, {
-        "splits": {"train": count}, "shape": shape, "dtype": "float16", "shard_size": count,
-        "num_classes": 1000, "versions": {},
-        "autoencoder": {"name": "", "sha256": "", "scaling_factor": 1.0, "shift_factor": 0.0},
-    }, 0)  # fmt: skip
+    claim(
+        folder,
+        {
+            "splits": {"train": count},
+            "shape": shape,
+            "dtype": "float16",
+            "shard_size": count,
+            "num_classes": 1000,
+            "versions": {},
+            "autoencoder": {"name": "", "sha256": "", "scaling_factor": 1.0, "shift_factor": 0.0},
+        },
+        0,
+    )
     records = np.zeros(count, record_dtype(shape))
     records["label"] = np.arange(count)
     records["moments"] = rng.normal(size=records["moments"].shape)
@@ -191,11 +223,12 @@ def soak(batches: int) -> dict[str, Any]:
         placed.close()
     end = resident_bytes()
     return {
-        "batches": batches, "batch_mb": nbytes / MEGA,
+        "batches": batches,
+        "batch_mb": nbytes / MEGA,
         "start_mb": None if start is None else start / MEGA,
         "end_mb": None if end is None else end / MEGA,
         "peak_growth_mb": (_peak_bytes() - peak) / MEGA,
-    }  # fmt: skip
+    }
 
 
 def resident_bytes() -> int | None:

@@ -49,8 +49,13 @@ def run(options: Options) -> Result:
     return {
         "title": "Loading a teacher",
         "columns": ["case", "size_gb", "host_gb", "over_size", "seconds", "over_plain"],
-        "formats": {"size_gb": ".3f", "host_gb": ".3f", "over_size": ".2f", "seconds": ".1f",
-                    "over_plain": ".2f"},
+        "formats": {
+            "size_gb": ".3f",
+            "host_gb": ".3f",
+            "over_size": ".2f",
+            "seconds": ".1f",
+            "over_plain": ".2f",
+        },
         "rows": rows,
         "notes": [
             f"A DiT of {sizes['depth']} blocks of width {sizes['hidden_size']}, float32, in a "
@@ -62,7 +67,7 @@ def run(options: Options) -> Result:
             "config.teacher.checkpoint does with published weights, once: read, checked, written "
             "as the teacher.",
         ],
-    }  # fmt: skip
+    }
 
 
 def _measured(folder: str, case: str) -> dict[str, Any]:
@@ -110,9 +115,11 @@ def _checkpoint(folder: Path) -> Any:
 
 
 CASES: dict[str, Callable[[Path], Any]] = {
-    "plain": _plain, "one device": _one_device, f"{DEVICES} devices, split": _split,
+    "plain": _plain,
+    "one device": _one_device,
+    f"{DEVICES} devices, split": _split,
     "checkpoint": _checkpoint,
-}  # fmt: skip
+}
 
 
 def _own_memory() -> int:

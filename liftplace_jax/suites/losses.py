@@ -86,14 +86,17 @@ def _measure(shape, dtype, name, group_size, repeats, peer) -> dict[str, Any]:
     plan = compiled.memory_analysis()
     temporary = None if plan is None else plan.temp_size_in_bytes / size
     return {
-        "shape": "x".join(map(str, shape)), "dtype": dtype, "loss": name,
+        "shape": "x".join(map(str, shape)),
+        "dtype": dtype,
+        "loss": name,
         "group": group_size if name == "place" else "-",
-        "ours_ms": milliseconds(ours), "torch_ms": _maybe(times.get("torch"), milliseconds),
+        "ours_ms": milliseconds(ours),
+        "torch_ms": _maybe(times.get("torch"), milliseconds),
         "ratio": _maybe(times.get("torch"), lambda t: f"{t.median / ours.median:.2f}"),
         "sort_share": _maybe(times.get("sort"), lambda t: f"{t.median / ours.median:.0%}"),
         "temporaries": "-" if temporary is None else f"{temporary:.1f}",
         "seconds": {key: timing._asdict() for key, timing in times.items()},
-    }  # fmt: skip
+    }
 
 
 def _torch_call(arrays, dtype, name, group_size) -> Callable[[], None]:

@@ -74,13 +74,14 @@ def measure_network(context: Context, config: Any, quick: bool, repeats: int) ->
     everywhere = NamedSharding(context.mesh, PartitionSpec())
     evaluation, _ = _compiled(
         lambda params, x, t: apply(params, x, t, False, None)[0],
-        params, jnp.zeros((1, *shape)), process.at(jnp.zeros(1)),
-    )  # fmt: skip
+        params,
+        jnp.zeros((1, *shape)),
+        process.at(jnp.zeros(1)),
+    )
     image, _ = _compiled(sampler, params, keys[:1])
     batch, compile_seconds = _compiled(
-        sampler,
-        jax.device_put(params, everywhere), jax.device_put(keys, context.batch_sharding),
-    )  # fmt: skip
+        sampler, jax.device_put(params, everywhere), jax.device_put(keys, context.batch_sharding)
+    )
     times = time_side_by_side({"evaluation": evaluation, "image": image}, repeats)
     times |= time_side_by_side({"batch": batch}, max(3, repeats // 3))
     for name in ("image", "batch"):
@@ -116,10 +117,13 @@ def measure_training(
         context.config, context.process, method, 0, student, teacher
     )
     training = prepare(
-        fields, objective, jax.tree.map(jnp.copy, params),  # the network is measured again
-        {"teacher": teacher.params} if needs_teacher else {}, context.mesh,
+        fields,
+        objective,
+        jax.tree.map(jnp.copy, params),  # the network is measured again
+        {"teacher": teacher.params} if needs_teacher else {},
+        context.mesh,
         context.config.sharding_rules,
-    )  # fmt: skip
+    )
     config = student.config
     shape = (fields.batch_size, config.image_size, config.image_size, config.in_channels)
     images = jax.random.normal(jax.random.key(0), shape)
@@ -157,9 +161,12 @@ def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
     if plan is None:
         return None
     return (
-        plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
-        + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes
-    )  # fmt: skip
+        plan.argument_size_in_bytes
+        + plan.output_size_in_bytes
+        - plan.alias_size_in_bytes
+        + plan.temp_size_in_bytes
+        + plan.generated_code_size_in_bytes
+    )
 
 
 def device_peak(context: Context) -> int | None:

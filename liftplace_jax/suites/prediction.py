@@ -157,10 +157,11 @@ def predict(row: Row, pod: Pod) -> dict[str, Any]:
     for way, nbytes in gathered.items():
         seconds = seconds_to_gather(pod, nbytes)
         result |= {
-            f"{way}_mb": nbytes * (1 - 1 / pod.count) / 1e6, f"{way}_ms": seconds * 1e3,
+            f"{way}_mb": nbytes * (1 - 1 / pod.count) / 1e6,
+            f"{way}_ms": seconds * 1e3,
             f"{way}_efficiency": compute / (compute + seconds),
             f"{way}_overlapped": compute / (compute + max(0, seconds - hidden[way])),
-        }  # fmt: skip
+        }
     sends = seconds_to_gather(pod, gathered["dp"])
     per_host = min(pod.count, device.per_host)
     return result | {
@@ -173,8 +174,9 @@ def predicted_rows() -> list[dict[str, Any]]:
     """`predict` for every student and pod."""
     return [
         {"student": name, "pod": where} | predict(row, pod)
-        for name, row in paper_rows().items() for where, pod in PODS.items()
-    ]  # fmt: skip
+        for name, row in paper_rows().items()
+        for where, pod in PODS.items()
+    ]
 
 
 def run_costs() -> list[dict[str, Any]]:
@@ -186,8 +188,10 @@ def run_costs() -> list[dict[str, Any]]:
             kind: flops / (PEAK_FLOPS[device.kind] * UTILISATION) / 3600
             for kind, device in DEVICES.items()
         }
-        rows.append({"student": name, "batch": row.batch, "steps": row.steps, "flops": flops}
-                    | {f"{kind} hours": value for kind, value in hours.items()})  # fmt: skip
+        rows.append(
+            {"student": name, "batch": row.batch, "steps": row.steps, "flops": flops}
+            | {f"{kind} hours": value for kind, value in hours.items()}
+        )
     return rows
 
 
@@ -195,17 +199,30 @@ def assumptions() -> list[dict[str, str]]:
     """Every number that the prediction takes from outside, and where from."""
     rows = [
         ("FLOP of a step", "2 x (3 x student + teacher) MACs x examples", "suite sizes"),
-        ("share of peak reached", f"{UTILISATION:.0%}",
-         "assumed for computation in bfloat16, not measured"),
+        (
+            "share of peak reached",
+            f"{UTILISATION:.0%}",
+            "assumed for computation in bfloat16, not measured",
+        ),
         ("share of links reached", f"{LINK_SHARE:.0%}", "assumed, not measured"),
         ("parameters and gradients", f"{BYTES} bytes each", "float32 as trained here"),
-        ("all-reduce", "2 (n - 1) / n x bytes sent by each of n devices",
-         "rings; over the network each device sends its eighth of a host's gradient"),
-        ("FSDP", "(n - 1) / n x (2 x student + teacher)",
-         "all split over all devices, gathered once a step"),
-        ("overlap", "gradients are sent during the student's backward pass, at best; FSDP during "
-         "all of the step", "assumed"),
-    ]  # fmt: skip
+        (
+            "all-reduce",
+            "2 (n - 1) / n x bytes sent by each of n devices",
+            "rings; over the network each device sends its eighth of a host's gradient",
+        ),
+        (
+            "FSDP",
+            "(n - 1) / n x (2 x student + teacher)",
+            "all split over all devices, gathered once a step",
+        ),
+        (
+            "overlap",
+            "gradients are sent during the student's backward pass, at best; FSDP during "
+            "all of the step",
+            "assumed",
+        ),
+    ]
     for kind, device in DEVICES.items():
         rate = f"{PEAK_FLOPS[device.kind] / 1e12:g} TFLOP/s bfloat16, {device.link / 1e9:g} GB/s"
         rate += f", {device.network / 1e9:g} GB/s over the network" if device.network else ""

@@ -74,9 +74,10 @@ def _summary(rows: list[Row]) -> list[Row]:
     result = []
     for kind, ratio in groups:
         members = [
-            row for row in rows
+            row
+            for row in rows
             if row["ratio"] == ratio and (row["method"] == "teacher") == (kind == "teacher")
-        ]  # fmt: skip
+        ]
         for entry in summarise(members):
             values = {k: v for k, v in entry.items() if v is not None}
             result.append(values | {"ratio": ratio, "seeds": len(entry["seeds"])})

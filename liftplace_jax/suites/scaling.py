@@ -43,32 +43,50 @@ def run(options: Options) -> Result:
     costs = prediction.run_costs()
     return {
         "title": "Scaling: measured on simulated devices, predicted for pods",
-        "columns": ["devices", "batch", "step_ms", "images_per_s", "shared_cores_efficiency",
-                    "reduced_mb", "parameters_mb"],
-        "formats": {"images_per_s": ".4g", "shared_cores_efficiency": ".1%", "reduced_mb": ".3f",
-                    "parameters_mb": ".3f"},
+        "columns": [
+            "devices",
+            "batch",
+            "step_ms",
+            "images_per_s",
+            "shared_cores_efficiency",
+            "reduced_mb",
+            "parameters_mb",
+        ],
+        "formats": {
+            "images_per_s": ".4g",
+            "shared_cores_efficiency": ".1%",
+            "reduced_mb": ".3f",
+            "parameters_mb": ".3f",
+        },
         "rows": _rows([worker.facts for worker in workers], list(times.values())),
         "tables": {
             "predicted": {
-                "title": "Predicted steps on pods", "rows": prediction.predicted_rows(),
-                "columns": ["student", "pod", *PREDICTED_FORMATS], "formats": PREDICTED_FORMATS,
+                "title": "Predicted steps on pods",
+                "rows": prediction.predicted_rows(),
+                "columns": ["student", "pod", *PREDICTED_FORMATS],
+                "formats": PREDICTED_FORMATS,
             },
             "stacks": {
                 "title": "Predicted memory of a device, SD3-medium's students",
-                "rows": stacks.predicted_rows(), "formats": STACK_FORMATS,
+                "rows": stacks.predicted_rows(),
+                "formats": STACK_FORMATS,
                 "columns": ["student", "pod", "way", *STACK_FORMATS, "fits"],
             },
             "stacks_compiled": {
                 "title": "Steps of narrow MMDiTs compiled for 8 simulated devices",
-                "rows": stacks.measured_rows(options.quick), "columns": ["way", *COMPILED],
+                "rows": stacks.measured_rows(options.quick),
+                "columns": ["way", *COMPILED],
                 "formats": dict.fromkeys(COMPILED, ".2f"),
             },
             "costs": {
-                "title": "Device-hours of the published trainings of students", "rows": costs,
-                "columns": list(costs[0]), "formats": COST_FORMATS,
+                "title": "Device-hours of the published trainings of students",
+                "rows": costs,
+                "columns": list(costs[0]),
+                "formats": COST_FORMATS,
             },
             "assumptions": {
-                "title": "What the predictions assume", "rows": prediction.assumptions(),
+                "title": "What the predictions assume",
+                "rows": prediction.assumptions(),
                 "columns": ["assumption", "value", "source"],
             },
         },
@@ -102,19 +120,26 @@ def run(options: Options) -> Result:
             "A prediction is arithmetic on stated numbers: latencies of small messages, stragglers "
             "and input are not in it, and none of it was measured on a pod.",
         ],
-    }  # fmt: skip
+    }
 
 
 def _rows(facts: list[dict[str, Any]], times: list[Timing]) -> list[dict[str, Any]]:
     rates = [fact["batch"] / time.median for fact, time in zip(facts, times, strict=True)]
     return [
-        fact | {"step_ms": milliseconds(time), "images_per_s": rate,
-                "shared_cores_efficiency": rate / rates[0], "seconds": time._asdict()}
+        fact
+        | {
+            "step_ms": milliseconds(time),
+            "images_per_s": rate,
+            "shared_cores_efficiency": rate / rates[0],
+            "seconds": time._asdict(),
+        }
         for fact, time, rate in zip(facts, times, rates, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _batches() -> list[str]:
-    found = {name.split()[0].split("-")[0]: row.per_device
-             for name, row in prediction.paper_rows().items()}  # fmt: skip
+    found = {
+        name.split()[0].split("-")[0]: row.per_device
+        for name, row in prediction.paper_rows().items()
+    }
     return [f"{name} {count}" for name, count in found.items()]

@@ -35,23 +35,50 @@ def run(options: Options) -> Result:
     sd = ("sd-2.1-base", "bk-v2-base") if options.quick else tuple(published("sd_unet"))
     return {
         "title": "Exact sizes of the published U-Nets, DiTs and Stable Diffusion's U-Nets",
-        "columns": ["data", "ratio", "parameters", "macs", "compression", "paper_parameters",
-                    "paper_macs"],
+        "columns": [
+            "data",
+            "ratio",
+            "parameters",
+            "macs",
+            "compression",
+            "paper_parameters",
+            "paper_macs",
+        ],
         "formats": {"parameters": ",", "macs": ",", "compression": ".1f"},
         "rows": [_row(name, ratio) for name in names for ratio in RATIOS],
-        "tables": {"dit": {
-            "title": "Of the published DiTs",
-            "columns": ["model", "depth", "width", "patch", "parameters", "macs", "compression",
-                        "paper_parameters", "paper_macs"],
-            "formats": {"parameters": ",", "macs": ",", "compression": ".1f"},
-            "rows": [_dit_row(name) for name in dits],
-        }, "sd_unet": {
-            "title": "Of Stable Diffusion's U-Nets and BK-SDM's students",
-            "columns": ["model", "widths", "layers", "parameters", "macs", "compression",
-                        "paper_parameters", "paper_macs"],
-            "formats": {"parameters": ",", "macs": ",", "compression": ".1f"},
-            "rows": [_sd_row(name) for name in sd],
-        }},
+        "tables": {
+            "dit": {
+                "title": "Of the published DiTs",
+                "columns": [
+                    "model",
+                    "depth",
+                    "width",
+                    "patch",
+                    "parameters",
+                    "macs",
+                    "compression",
+                    "paper_parameters",
+                    "paper_macs",
+                ],
+                "formats": {"parameters": ",", "macs": ",", "compression": ".1f"},
+                "rows": [_dit_row(name) for name in dits],
+            },
+            "sd_unet": {
+                "title": "Of Stable Diffusion's U-Nets and BK-SDM's students",
+                "columns": [
+                    "model",
+                    "widths",
+                    "layers",
+                    "parameters",
+                    "macs",
+                    "compression",
+                    "paper_parameters",
+                    "paper_macs",
+                ],
+                "formats": {"parameters": ",", "macs": ",", "compression": ".1f"},
+                "rows": [_sd_row(name) for name in sd],
+            },
+        },
         "notes": [
             "ratio: share of channels removed by the published rule; 0 is the teacher. "
             "compression: the teacher's parameters / the model's.",
@@ -64,7 +91,7 @@ def run(options: Options) -> Result:
             "which are not trained. compression: of a depth-pruned DiT-XL/2, over its parameters.",
             "The paper's 9.2M (CelebA, 0.7) and 138.8G (Bedroom, 0.3) are cut off, not rounded.",
         ],
-    }  # fmt: skip
+    }
 
 
 def _row(name: str, ratio: float) -> dict[str, Any]:
@@ -73,10 +100,14 @@ def _row(name: str, ratio: float) -> dict[str, Any]:
     parameters = config_parameters(config)
     printed = PAPER.get((name, ratio), (None, None))
     return {
-        "data": name, "ratio": ratio, "parameters": parameters, "macs": count_macs(config),
+        "data": name,
+        "ratio": ratio,
+        "parameters": parameters,
+        "macs": count_macs(config),
         "compression": config_parameters(teacher) / parameters,
-        "paper_parameters": printed[0], "paper_macs": printed[1],
-    }  # fmt: skip
+        "paper_parameters": printed[0],
+        "paper_macs": printed[1],
+    }
 
 
 def _dit_row(name: str) -> dict[str, Any]:
@@ -88,11 +119,16 @@ def _dit_row(name: str) -> dict[str, Any]:
     teacher = config_parameters(dits["DiT-XL/2"])
     printed = PAPER_DITS.get(name, (None, None))
     return {
-        "model": name, "depth": fields["depth"], "width": fields["hidden_size"],
-        "patch": fields["patch_size"], "parameters": parameters, "macs": count_macs(config),
+        "model": name,
+        "depth": fields["depth"],
+        "width": fields["hidden_size"],
+        "patch": fields["patch_size"],
+        "parameters": parameters,
+        "macs": count_macs(config),
         "compression": teacher / parameters if pruned else None,
-        "paper_parameters": printed[0], "paper_macs": printed[1],
-    }  # fmt: skip
+        "paper_parameters": printed[0],
+        "paper_macs": printed[1],
+    }
 
 
 def _sd_row(name: str) -> dict[str, Any]:
@@ -102,9 +138,14 @@ def _sd_row(name: str) -> dict[str, Any]:
     teacher = "sd-1.4" if name.startswith("bk-v1") else "sd-2.1-base"
     printed = PAPER_SD_UNETS.get(name, (None, None))
     return {
-        "model": name, "widths": "+".join(map(str, fields["widths"])),
-        "layers": "+".join(map(str, fields["layers"])), "parameters": parameters,
-        "macs": count_macs(config), "compression": (
+        "model": name,
+        "widths": "+".join(map(str, fields["widths"])),
+        "layers": "+".join(map(str, fields["layers"])),
+        "parameters": parameters,
+        "macs": count_macs(config),
+        "compression": (
             config_parameters(networks[teacher]) / parameters if name.startswith("bk-") else None
-        ), "paper_parameters": printed[0], "paper_macs": printed[1],
-    }  # fmt: skip
+        ),
+        "paper_parameters": printed[0],
+        "paper_macs": printed[1],
+    }

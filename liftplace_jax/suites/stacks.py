@@ -133,12 +133,16 @@ def predict_memory(row: Row, pod: Pod, way: str) -> dict[str, Any]:
     total, memory = sum(held.values()), MEMORY[pod.device]
     compute = examples * (example_flops(row) + 2 * _macs(row.student))  # blocks computed again
     return {
-        "way": way, "per_device": examples, **{k: v / 1e9 for k, v in held.items()},
-        "total_gb": total / 1e9, "memory_gb": memory / 1e9, "fits": total < USABLE * memory,
+        "way": way,
+        "per_device": examples,
+        **{k: v / 1e9 for k, v in held.items()},
+        "total_gb": total / 1e9,
+        "memory_gb": memory / 1e9,
+        "fits": total < USABLE * memory,
         "moved_gb": moved * (1 - 1 / count) / 1e9,
         "moving_ms": 1e3 * seconds_to_gather(pod, moved),
         "compute_ms": 1e3 * compute / (PEAK_FLOPS[device.kind] * UTILISATION),
-    }  # fmt: skip
+    }
 
 
 def _macs(config: Any) -> int:
@@ -151,9 +155,10 @@ def predicted_rows() -> list[dict[str, Any]]:
     """`predict_memory` for every student, pod and way."""
     return [
         {"student": name, "pod": where} | predict_memory(row, pod, way)
-        for name, row in rows_of_students().items() for where, pod in PODS_OF_STACKS.items()
+        for name, row in rows_of_students().items()
+        for where, pod in PODS_OF_STACKS.items()
         for way in ("whole", "split", "by block")
-    ]  # fmt: skip
+    ]
 
 
 # Compiled -----------------------------------------------------------------------------------------
@@ -198,9 +203,14 @@ def _compiled(way: str, quick: bool) -> dict[str, Any]:
 
     sizes = {"depth": 4, "num_heads": 2} if quick else {"num_heads": 8}
     model = published("mmdit")["sd3-medium"].replace(
-        image_size=8, head_size=32, context_dim=64, pooled_dim=64, position_size=4,
-        context_tokens=8, **sizes,
-    )  # fmt: skip
+        image_size=8,
+        head_size=32,
+        context_dim=64,
+        pooled_dim=64,
+        position_size=4,
+        context_tokens=8,
+        **sizes,
+    )
     assert isinstance(model, StackConfig), "an MMDiT is one"
     student = pruned(model, depth=model.depth // 2)
     config = default_config("mmdit")
@@ -216,15 +226,25 @@ def _compiled(way: str, quick: bool) -> dict[str, Any]:
     texts = Encoding(specs, lambda params, columns: columns, 8, 64, 64)
     teacher, small = network(model), network(student)
     objective, params = student_objective(
-        config, make_process(config.process), "lift_place_feature_kd", 0, small, teacher,
+        config,
+        make_process(config.process),
+        "lift_place_feature_kd",
+        0,
+        small,
+        teacher,
         model.conditioning.bound(lambda pooled: texts),
-    )  # fmt: skip
+    )
     null = {name: np.zeros(shape, np.float32) for name, shape, _ in specs}
     mesh = sharding.make_mesh({"data": 1, "fsdp": -1})
     run = prepare(
-        config.distill, objective, params, {"teacher": teacher.params, "text": {"null": null}},
-        mesh, (("kernel", ("fsdp",)),), stack=model.STACK if way == "by block" else None,
-    )  # fmt: skip
+        config.distill,
+        objective,
+        params,
+        {"teacher": teacher.params, "text": {"null": null}},
+        mesh,
+        (("kernel", ("fsdp",)),),
+        stack=model.STACK if way == "by block" else None,
+    )
     batch = {"image": np.zeros((8, *model.shape), np.float32)}
     batch |= {name: np.zeros((8, *shape), np.float32) for name, shape, _ in specs}
     placed = next(iter(sharding.global_batches([batch], mesh)))
@@ -237,7 +257,7 @@ def _compiled(way: str, quick: bool) -> dict[str, Any]:
         "temporary_mb": found.temp_size_in_bytes / 1e6,
         "gathered_mb": total_bytes(sent, lambda s: s.kind == "all-gather") / 1e6,
         "reduced_mb": total_bytes(sent, lambda s: s.kind != "all-gather") / 1e6,
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -59,19 +59,28 @@ def _measure(name: str, config: DenoiserConfig, batch: int, repeats: int) -> lis
     calls, states = {}, {}
     for method in COMPARED:
         objective = make_objective(
-            METHODS[method], make_apply(student_def), process, 0,
+            METHODS[method],
+            make_apply(student_def),
+            process,
+            0,
             teacher_apply=make_apply(teacher_def),
-        )  # fmt: skip
+        )
         step = make_train_step(objective, optimizer, ema_decay=0.9999)
         states[method] = create_state({"student": student}, optimizer)
         calls[method] = functools.partial(_call, step, states, method, teacher, images)
     times = time_side_by_side(calls, repeats)
     base = times["output_kd"].median
     return [
-        {"case": name, "batch": batch, "method": method, "step_ms": milliseconds(timing),
-         "over_output_kd": f"{timing.median / base - 1:+.1%}", "seconds": timing._asdict()}
+        {
+            "case": name,
+            "batch": batch,
+            "method": method,
+            "step_ms": milliseconds(timing),
+            "over_output_kd": f"{timing.median / base - 1:+.1%}",
+            "seconds": timing._asdict(),
+        }
         for method, timing in times.items()
-    ]  # fmt: skip
+    ]
 
 
 def _call(step, states, method, teacher, images):
@@ -91,10 +100,16 @@ def _measure_dispatch(repeats: int) -> list[dict[str, Any]]:
         calls[form] = functools.partial(_dispatch, step, states, form)
     leaves = len(jax.tree.leaves(states["dicts"]))
     return [
-        {"case": f"dispatch, {leaves} leaves", "batch": "", "method": form,
-         "step_ms": milliseconds(timing), "over_output_kd": "", "seconds": timing._asdict()}
+        {
+            "case": f"dispatch, {leaves} leaves",
+            "batch": "",
+            "method": form,
+            "step_ms": milliseconds(timing),
+            "over_output_kd": "",
+            "seconds": timing._asdict(),
+        }
         for form, timing in time_side_by_side(calls, repeats).items()
-    ]  # fmt: skip
+    ]
 
 
 def _dispatch(step, states, form):

@@ -40,9 +40,13 @@ class Worker:
         self._command += ["quick"] if quick else []
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            self._command, env=environment, text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self._errors,
-        )  # fmt: skip
+            self._command,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )
 
     def __enter__(self) -> Worker:
         try:
@@ -108,9 +112,11 @@ def prepare_step(devices: int, quick: bool) -> tuple[dict[str, Any], Callable[[]
         jax.block_until_ready((state, metrics))
 
     return {
-        "devices": devices, "batch": batch, "reduced_mb": total_bytes(collectives(step)) / 1e6,
+        "devices": devices,
+        "batch": batch,
+        "reduced_mb": total_bytes(collectives(step)) / 1e6,
         "parameters_mb": sum(x.nbytes for x in jax.tree.leaves(params)) / 1e6,
-    }, call  # fmt: skip
+    }, call
 
 
 def main() -> None:

@@ -46,10 +46,14 @@ def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     device = jax.devices()[0]
     found = {
-        "device": device.device_kind, "devices": jax.device_count(), "backend": device.platform,
-        "cores": os.cpu_count(), **provenance.processor(),
-        "python": platform.python_version(), "jax": jax.__version__,
-    }  # fmt: skip
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "backend": device.platform,
+        "cores": os.cpu_count(),
+        **provenance.processor(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
     if "torch" in sys.modules:
         found["torch"] = sys.modules["torch"].__version__
     return found

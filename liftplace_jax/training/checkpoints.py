@@ -63,15 +63,17 @@ class Checkpoints:
             max_to_keep=keep,
             # In the background no folder is made: where that fails, it fails at once.
             async_options=ocp.AsyncOptions(
-                timeout_secs=_PATIENCE, create_directories_asynchronously=False,
+                timeout_secs=_PATIENCE,
+                create_directories_asynchronously=False,
                 barrier_sync_fn=_meet,
             ),
-        )  # fmt: skip
+        )
         try:
             self._manager = ocp.CheckpointManager(
-                os.fspath(self._folder), options=options,
+                os.fspath(self._folder),
+                options=options,
                 item_handlers=ocp.StandardCheckpointHandler(),  # or it cannot tell what is saved
-            )  # fmt: skip
+            )
         except (ValueError, TypeError, LookupError) as error:
             if is_of_bucket(error):
                 raise

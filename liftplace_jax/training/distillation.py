@@ -38,9 +38,14 @@ def make_task(config: ConfigDict, conditioning: Conditioning) -> Task:
 
 
 def student_objective(
-    config: ConfigDict, process: Process, name: str, seed: int, start: Network, teacher: Network,
+    config: ConfigDict,
+    process: Process,
+    name: str,
+    seed: int,
+    start: Network,
+    teacher: Network,
     conditioning: Conditioning | None = None,
-) -> tuple[LossFn, dict[str, Any]]:  # fmt: skip
+) -> tuple[LossFn, dict[str, Any]]:
     """A method's loss on a student, and the parameters it trains.
 
     Args:
@@ -75,14 +80,19 @@ def student_objective(
     # The parts of an accumulated batch are steps of their own for an objective.
     steps = fields.steps * fields.accumulation
     objective = make_objective(
-        method, make_apply(start.graphdef), process, seed,
+        method,
+        make_apply(start.graphdef),
+        process,
+        seed,
         task=task._replace(scale=fields.task_scale),
-        teacher_apply=make_apply(teacher.graphdef), scale=fields.scale,
-        feature_scale=_feature_scale(fields, steps), layer_map=layer_map,
+        teacher_apply=make_apply(teacher.graphdef),
+        scale=fields.scale,
+        feature_scale=_feature_scale(fields, steps),
+        layer_map=layer_map,
         weighting=Weighting(**fields.weight.to_dict(), total_steps=steps),
         loss_options=loss_options(fields.loss, method),
         feature_options={key: fields.feature[key] for key in FEATURE_OPTIONS},
-    )  # fmt: skip
+    )
     return objective, params
 
 

@@ -68,9 +68,12 @@ def match_features(
             raise ValueError(
                 f"config.distill.layer_map: {s!r} is {features[0][s][1:]}, the teacher's {t!r} "
                 f"{features[1][t][1:]}; "
-                + ("only widths may differ" if adapters else
-                   "without config.distill.feature.adapters they must be equal")
-            )  # fmt: skip
+                + (
+                    "only widths may differ"
+                    if adapters
+                    else "without config.distill.feature.adapters they must be equal"
+                )
+            )
     return {s: (t, features[0][s][-1], features[1][t][-1]) for s, t in pairs.items()}
 
 
@@ -78,8 +81,9 @@ def _feature_shapes(network: Network) -> dict[str, tuple[int, ...]]:
     config, apply = network.config, make_apply(network.graphdef)
     shapes = jax.eval_shape(
         lambda params, x, t, cond: apply(params, x, t, True, None, cond)[1],
-        network.params, *example_inputs(config),
-    )  # fmt: skip
+        network.params,
+        *example_inputs(config),
+    )
     return {name: feature.shape for name, feature in shapes.items()}
 
 

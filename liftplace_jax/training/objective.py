@@ -238,9 +238,12 @@ def make_objective(
             total = total + scale * metrics["vb_kd"]
         if method.feature:
             metrics["feature_kd"] = feature_kd_loss(
-                features, teacher_features, layer_map=layer_map,
-                adapters=params.get("adapters"), **(feature_options or {}),
-            )  # fmt: skip
+                features,
+                teacher_features,
+                layer_map=layer_map,
+                adapters=params.get("adapters"),
+                **(feature_options or {}),
+            )
             factor = feature_scale(step) if callable(feature_scale) else feature_scale
             total = total + factor * metrics["feature_kd"]
         return total, metrics

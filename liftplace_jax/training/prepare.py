@@ -35,10 +35,15 @@ class Training(NamedTuple):
 
 
 def prepare(
-    fields: ConfigDict, objective: LossFn, params: dict[str, Any],
-    frozen: Mapping[str, Any], mesh: jax.sharding.Mesh, rules: sharding.Rules,
-    untrained: Collection[str] = (), stack: str | None = None,
-) -> Training:  # fmt: skip
+    fields: ConfigDict,
+    objective: LossFn,
+    params: dict[str, Any],
+    frozen: Mapping[str, Any],
+    mesh: jax.sharding.Mesh,
+    rules: sharding.Rules,
+    untrained: Collection[str] = (),
+    stack: str | None = None,
+) -> Training:
     """Places a run on a mesh.
 
     Args:
@@ -68,7 +73,12 @@ def prepare(
         for use, tree in frozen.items()
     }
     step = make_train_step(
-        objective, optimizer, ema_decay=fields.ema_decay, accumulation=fields.accumulation,
-        shardings=shardings, precision=fields.precision, stack=stack,
-    )  # fmt: skip
+        objective,
+        optimizer,
+        ema_decay=fields.ema_decay,
+        accumulation=fields.accumulation,
+        shardings=shardings,
+        precision=fields.precision,
+        stack=stack,
+    )
     return Training(step, state, frozen, shardings, schedule)

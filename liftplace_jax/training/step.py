@@ -133,9 +133,11 @@ def _mean(gradients, parts, params, frozen, batch, step):
 
     # By the platform that the program is lowered for.
     sums = jax.lax.platform_dependent(
-        start, batches, cpu=functools.partial(total, unroll=parts),
+        start,
+        batches,
+        cpu=functools.partial(total, unroll=parts),
         default=functools.partial(total, unroll=1),
-    )  # fmt: skip
+    )
     return jax.tree.map(lambda x: x / parts, sums)
 
 

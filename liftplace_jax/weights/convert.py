@@ -86,18 +86,22 @@ def find_prefix(expected: Collection[str], names: Collection[str]) -> list[tuple
     if not wanted.isdisjoint(names):
         return []
     found = Counter(
-        name[: dot.end()] for name in names for dot in re.finditer(r"\.", name)
+        name[: dot.end()]
+        for name in names
+        for dot in re.finditer(r"\.", name)
         if name[dot.end() :] in wanted
-    )  # fmt: skip
+    )
     prefixes = sorted(prefix for prefix, count in found.items() if 2 * count >= len(wanted))
     if not prefixes:
         return []
     said = " or ".join(f"{prefix!r} ({found[prefix]} of {len(names)})" for prefix in prefixes[:4])
-    return [(
-        _ALL,
-        f"they would without the prefix {said}: choose it as the file's entry, "
-        f"{prefixes[0].removesuffix('.')!r}, or save the tensors without it",
-    )]  # fmt: skip
+    return [
+        (
+            _ALL,
+            f"they would without the prefix {said}: choose it as the file's entry, "
+            f"{prefixes[0].removesuffix('.')!r}, or save the tensors without it",
+        )
+    ]
 
 
 def _published_name(path: tuple[Any, ...]) -> tuple[str, bool]:
@@ -167,9 +171,12 @@ def _problem(value: Any, shape: tuple[int, ...], dtype: Any) -> str | None:
 
 
 def from_torch(
-    params: Any, tensors: Mapping[str, np.ndarray], *, ignore: Iterable[str] = (),
+    params: Any,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    ignore: Iterable[str] = (),
     put: Callable[[np.ndarray, int], Any] | None = None,
-):  # fmt: skip
+):
     """Published tensors as parameters.
 
     Args:

@@ -130,9 +130,10 @@ def _at(content: Any, entry: str) -> Any:
 def _summary(content: Any) -> str:
     if isinstance(content, Mapping):
         unnamed = [
-            f"{key} is a list of {len(value)} tensors" for key, value in content.items()
+            f"{key} is a list of {len(value)} tensors"
+            for key, value in content.items()
             if isinstance(value, list | tuple) and value and all(map(_is_tensor, value))
-        ]  # fmt: skip
+        ]
         if unnamed:
             return (
                 f"{unnamed[0]} without names, in an order that only its program knows: copy them "

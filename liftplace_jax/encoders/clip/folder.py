@@ -186,9 +186,12 @@ def save_clip(
     tensors = weights.to_torch(text.params) | weights.to_torch(vision.params)
     tensors["logit_scale"] = np.asarray(logit_scale, np.float32)
     fields = {
-        "architectures": [_PAIR], "model_type": "clip", "projection_dim": widths[0],
-        "text_config": text.config.described(), "vision_config": vision.config.described(),
-    }  # fmt: skip
+        "architectures": [_PAIR],
+        "model_type": "clip",
+        "projection_dim": widths[0],
+        "text_config": text.config.described(),
+        "vision_config": vision.config.described(),
+    }
     folder = as_path(folder)
     make_folder(folder)
     weights.write_safetensors(folder / "model.safetensors", tensors)
@@ -212,9 +215,14 @@ def save_text_encoder(folder: str | os.PathLike, encoder: Network) -> None:
 
 
 def write_random_text_encoder(
-    folder: str | os.PathLike, *, vocab_size: int, width: int = 16, length: int = 16,
-    projection_dim: int | None = None, seed: int = 0,
-) -> Path:  # fmt: skip
+    folder: str | os.PathLike,
+    *,
+    vocab_size: int,
+    width: int = 16,
+    length: int = 16,
+    projection_dim: int | None = None,
+    seed: int = 0,
+) -> Path:
     """Writes a tiny text encoder of random weights, for runs in miniature (`runlocal`) and tests.
 
     Args:
@@ -229,9 +237,14 @@ def write_random_text_encoder(
       The folder.
     """
     config = CLIPTextConfig(
-        vocab_size=vocab_size, hidden_size=width, intermediate_size=2 * width,
-        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=length,
-        eos_token_id=vocab_size - 1, projection_dim=projection_dim,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=length,
+        eos_token_id=vocab_size - 1,
+        projection_dim=projection_dim,
+    )
     weights.save_model(folder, config.described(), building.create(config, seed)[1])
     return as_path(folder)

@@ -41,16 +41,17 @@ class Encoded(NamedTuple):
 
 def _norm(config, *, rngs, dtype) -> nnx.LayerNorm:
     return nnx.LayerNorm(
-        config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False,
+        config.hidden_size,
+        epsilon=config.layer_norm_eps,
+        dtype=dtype,
+        use_fast_variance=False,
         rngs=rngs,
-    )  # fmt: skip
+    )
 
 
 def _projection(inputs: int, outputs: int, *, rngs, dtype) -> nnx.Linear:
     zeros = nnx.initializers.zeros_init()
-    return nnx.Linear(
-        inputs, outputs, use_bias=False, dtype=dtype, kernel_init=zeros, rngs=rngs
-    )  # fmt: skip
+    return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, kernel_init=zeros, rngs=rngs)
 
 
 class Attention(nnx.Module):
@@ -130,9 +131,16 @@ class ImageEmbeddings(nnx.Module):
         zeros, size = nnx.initializers.zeros_init(), config.patch_size
         self.class_embedding = nnx.Param(jnp.zeros(config.hidden_size))
         self.patch_embedding = nnx.Conv(
-            config.num_channels, config.hidden_size, (size, size), strides=size, padding="VALID",
-            use_bias=False, kernel_init=zeros, dtype=dtype, rngs=rngs,
-        )  # fmt: skip
+            config.num_channels,
+            config.hidden_size,
+            (size, size),
+            strides=size,
+            padding="VALID",
+            use_bias=False,
+            kernel_init=zeros,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.position_embedding = layers.embedding(
             config.num_tokens, config.hidden_size, rngs=rngs, dtype=dtype
         )
@@ -257,10 +265,16 @@ def _draw_weights(model: nnx.Module, config, key: jax.Array) -> None:
     width = config.hidden_size**-0.5
     inner = width * (2 * config.num_hidden_layers) ** -0.5
     deviations = {
-        "class_embedding": width, "q_proj": inner, "k_proj": inner, "v_proj": inner,
-        "out_proj": width, "fc1": (2 * config.hidden_size) ** -0.5, "fc2": inner,
-        "text_projection": width, "visual_projection": width,
-    }  # fmt: skip
+        "class_embedding": width,
+        "q_proj": inner,
+        "k_proj": inner,
+        "v_proj": inner,
+        "out_proj": width,
+        "fc1": (2 * config.hidden_size) ** -0.5,
+        "fc2": inner,
+        "text_projection": width,
+        "visual_projection": width,
+    }
     variables, scales = [], []
     for path, module in nnx.iter_modules(model):
         if isinstance(module, ImageEmbeddings):

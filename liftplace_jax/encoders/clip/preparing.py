@@ -155,10 +155,13 @@ def _read(fields: Mapping[str, Any]) -> Preparation:
     if not _does(fields, "normalize"):
         mean, std = (0.0,) * len(mean), (1.0,) * len(std)
     return Preparation(
-        resize if _does(fields, "resize") else None, resample,
+        resize if _does(fields, "resize") else None,
+        resample,
         crop if _does(fields, "center_crop") else None,
-        factor if _does(fields, "rescale") else 1.0, tuple(mean), tuple(std),
-    )  # fmt: skip
+        factor if _does(fields, "rescale") else 1.0,
+        tuple(mean),
+        tuple(std),
+    )
 
 
 def _does(fields: Mapping[str, Any], what: str) -> bool:

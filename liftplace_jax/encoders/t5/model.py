@@ -18,9 +18,12 @@ from liftplace_jax.nn import layers
 
 def _norm(config: T5Config, *, rngs, dtype) -> nnx.RMSNorm:
     return nnx.RMSNorm(
-        config.d_model, epsilon=config.layer_norm_epsilon, dtype=dtype, use_fast_variance=False,
+        config.d_model,
+        epsilon=config.layer_norm_epsilon,
+        dtype=dtype,
+        use_fast_variance=False,
         rngs=rngs,
-    )  # fmt: skip
+    )
 
 
 class Attention(nnx.Module):
@@ -34,9 +37,11 @@ class Attention(nnx.Module):
         self.o = linear(inside, width)
         if has_distances:
             self.relative_attention_bias = layers.embedding(
-                config.relative_attention_num_buckets, config.num_heads, rngs=rngs,
+                config.relative_attention_num_buckets,
+                config.num_heads,
+                rngs=rngs,
                 dtype=jnp.float32,
-            )  # fmt: skip
+            )
 
     def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         split = (*x.shape[:2], *self.heads)
@@ -127,10 +132,16 @@ class T5(nnx.Module):
         config = self.config
         width = config.d_model**-0.5
         deviations = {
-            "q": (config.d_model * config.d_kv) ** -0.5, "k": width, "v": width,
-            "o": (config.num_heads * config.d_kv) ** -0.5, "wi_0": width, "wi_1": width,
-            "wo": config.d_ff**-0.5, "shared": 1.0, "relative_attention_bias": width,
-        }  # fmt: skip
+            "q": (config.d_model * config.d_kv) ** -0.5,
+            "k": width,
+            "v": width,
+            "o": (config.num_heads * config.d_kv) ** -0.5,
+            "wi_0": width,
+            "wi_1": width,
+            "wo": config.d_ff**-0.5,
+            "shared": 1.0,
+            "relative_attention_bias": width,
+        }
         variables, scales = [], []
         for path, module in nnx.iter_modules(self):
             if isinstance(module, nnx.Linear | nnx.Embed):

@@ -94,8 +94,10 @@ class DiTConfig(StackConfig):
     def __post_init__(self):
         self.check_numbers()
         for field, divisor in (
-            ("image_size", "patch_size"), ("hidden_size", "num_heads"), ("hidden_size", 4),
-        ):  # fmt: skip
+            ("image_size", "patch_size"),
+            ("hidden_size", "num_heads"),
+            ("hidden_size", 4),
+        ):
             value = getattr(self, field)
             by = getattr(self, divisor) if isinstance(divisor, str) else divisor
             if value % by:
@@ -108,9 +110,7 @@ class DiTConfig(StackConfig):
             )
         if self.mlp_width < 1:
             raise ValueError(f"mlp_ratio must be at least 1 / hidden_size, got {self.mlp_ratio!r}")
-        for field, choices in (
-            ("learn_sigma", (False, True)), ("embedders", EMBEDDERS),
-        ):  # fmt: skip
+        for field, choices in (("learn_sigma", (False, True)), ("embedders", EMBEDDERS)):
             value = getattr(self, field)
             if value not in choices or type(value) is not type(choices[0]):
                 raise ValueError(f"{field} must be one of {list(choices)}, not {value!r}")

@@ -57,8 +57,11 @@ _OLD_DEFAULTS = {
     "patch_size": None, "sample_size": None,
 }  # fmt: skip
 _IGNORED = (
-    "norm_num_groups", "upcast_attention", "use_additional_conditions", "use_linear_projection",
-)  # fmt: skip
+    "norm_num_groups",
+    "upcast_attention",
+    "use_additional_conditions",
+    "use_linear_projection",
+)
 
 _NAMES = {
     "depth": "num_layers", "hidden_size": "num_attention_heads * attention_head_dim",
@@ -254,6 +257,11 @@ def _is_embedder(name: str, block: str = r"\d+") -> bool:
 
 
 FORMAT = Format(
-    ("DiTTransformer2DModel", _OLD), "transformer", "proj_out_2.weight", config_from_diffusers,
-    tensors_from_diffusers, config_to_diffusers, tensors_to_diffusers,
-)  # fmt: skip
+    ("DiTTransformer2DModel", _OLD),
+    "transformer",
+    "proj_out_2.weight",
+    config_from_diffusers,
+    tensors_from_diffusers,
+    config_to_diffusers,
+    tensors_to_diffusers,
+)

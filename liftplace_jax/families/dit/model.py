@@ -28,9 +28,14 @@ class PatchEmbed(nnx.Module):
     def __init__(self, config: DiTConfig, *, rngs, dtype):
         size = config.patch_size
         self.proj = layers.conv(
-            config.in_channels, config.hidden_size, size, strides=size, padding=(0, 0),
-            rngs=rngs, dtype=dtype,
-        )  # fmt: skip
+            config.in_channels,
+            config.hidden_size,
+            size,
+            strides=size,
+            padding=(0, 0),
+            rngs=rngs,
+            dtype=dtype,
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.proj(x).reshape(x.shape[0], -1, self.proj.out_features)

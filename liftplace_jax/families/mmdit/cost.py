@@ -48,8 +48,9 @@ def _layers(config: MMDiTConfig) -> Iterator[tuple[int, int, int]]:
         yield 1, width, (9 if dual else 6) * width
         yield 1, width, (2 if last else 6) * width
         for tokens, outputs in (
-            (image, 8 if dual else 4), (config.context_tokens, 3 if last else 4)
-        ):  # fmt: skip
+            (image, 8 if dual else 4),
+            (config.context_tokens, 3 if last else 4),
+        ):
             for _ in range(outputs):
                 yield tokens, width, width
         for tokens in (image,) if last else (image, config.context_tokens):

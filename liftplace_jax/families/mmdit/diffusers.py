@@ -134,6 +134,11 @@ def tensors_to_diffusers(
 
 
 FORMAT = Format(
-    ("SD3Transformer2DModel",), "transformer", None, config_from_diffusers,
-    tensors_from_diffusers, config_to_diffusers, tensors_to_diffusers,
-)  # fmt: skip
+    ("SD3Transformer2DModel",),
+    "transformer",
+    None,
+    config_from_diffusers,
+    tensors_from_diffusers,
+    config_to_diffusers,
+    tensors_to_diffusers,
+)

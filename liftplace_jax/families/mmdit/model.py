@@ -35,9 +35,14 @@ class PatchEmbed(nnx.Module):
     def __init__(self, config: MMDiTConfig, *, rngs, dtype):
         size, self.side = config.patch_size, config.position_size
         self.proj = layers.conv(
-            config.in_channels, config.hidden_size, size, strides=size, padding=(0, 0),
-            rngs=rngs, dtype=dtype,
-        )  # fmt: skip
+            config.in_channels,
+            config.hidden_size,
+            size,
+            strides=size,
+            padding=(0, 0),
+            rngs=rngs,
+            dtype=dtype,
+        )
         # A parameter by name, as in the published files; the forward pass keeps it as it is.
         table = layers.position_embedding(
             config.hidden_size, self.side, config.side / self.side, jnp
@@ -127,9 +132,13 @@ class Attention(nnx.Module):
         width = config.hidden_size
         linear = functools.partial(layers.linear, width, width, rngs=rngs, dtype=dtype)
         norm = functools.partial(
-            nnx.RMSNorm, config.head_size, epsilon=1e-6, dtype=dtype, use_fast_variance=False,
+            nnx.RMSNorm,
+            config.head_size,
+            epsilon=1e-6,
+            dtype=dtype,
+            use_fast_variance=False,
             rngs=rngs,
-        )  # fmt: skip
+        )
         normed = config.qk_norm is not None
         self.heads = (config.num_heads, config.head_size)
         self.text, self.text_out, self.normed = text, text_out, normed
@@ -271,9 +280,10 @@ class MMDiT(nnx.Module):
         drawn = [self.pos_embed.proj.kernel, self.context_embedder.kernel]
         for block in self.transformer_blocks:
             drawn += [
-                module.kernel for path, module in nnx.iter_modules(block)
+                module.kernel
+                for path, module in nnx.iter_modules(block)
                 if isinstance(module, nnx.Linear) and not str(path[0]).startswith("norm")
-            ]  # fmt: skip
+            ]
         keys = jax.random.split(key)
         layers.draw(keys[0], drawn, [layers.xavier_bound(v) for v in drawn])
         layers.draw(keys[1], embedders, [0.02] * len(embedders), "normal")
@@ -381,9 +391,11 @@ class MMDiT(nnx.Module):
     def _check_inputs(self, x, t, cond, gates):
         config, size = self.config, self.config.patch_size
         most = config.position_size * size
-        if x.ndim != 4 or x.shape[3] != config.in_channels or any(
-            n % size or not 0 < n <= most for n in x.shape[1:3]
-        ):  # fmt: skip
+        if (
+            x.ndim != 4
+            or x.shape[3] != config.in_channels
+            or any(n % size or not 0 < n <= most for n in x.shape[1:3])
+        ):
             raise ValueError(
                 f"x must have shape (B, H, W, {config.in_channels}), H and W multiples of {size} "
                 f"up to {most}, not {x.shape}"

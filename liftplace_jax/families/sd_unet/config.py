@@ -125,8 +125,10 @@ class SDUNetConfig(DenoiserConfig):
                 raise ValueError(
                     f"{field} {getattr(self, field)} must have one for each of the {levels} widths"
                 )
-        flags = {name: getattr(self, name) for name in ("mid_block", "linear_projection",
-                                                        "upcast_attention")}  # fmt: skip
+        flags = {
+            name: getattr(self, name)
+            for name in ("mid_block", "linear_projection", "upcast_attention")
+        }
         for field in ("down_attention", "up_attention"):
             flags |= {f"{field}[{i}]": value for i, value in enumerate(getattr(self, field))}
         for field, value in flags.items():
@@ -142,8 +144,9 @@ class SDUNetConfig(DenoiserConfig):
     def _check_divisors(self):
         for level, width in enumerate(self.widths):
             if width % self.num_groups:
-                raise ValueError(f"widths[{level}] {width} is no multiple of num_groups "
-                                 f"{self.num_groups}")  # fmt: skip
+                raise ValueError(
+                    f"widths[{level}] {width} is no multiple of num_groups {self.num_groups}"
+                )
         for block in self.blocks():
             if block.heads and block.width % block.heads:
                 raise ValueError(
@@ -160,23 +163,42 @@ class SDUNetConfig(DenoiserConfig):
             if level < last:
                 skips.append(own)
             width = own
-            found.append(Block(
-                f"down_blocks.{level}", own, self.heads[level] * self.down_attention[level],
-                inputs, self.image_size >> level, "downsamplers" if level < last else None,
-            ))  # fmt: skip
+            found.append(
+                Block(
+                    f"down_blocks.{level}",
+                    own,
+                    self.heads[level] * self.down_attention[level],
+                    inputs,
+                    self.image_size >> level,
+                    "downsamplers" if level < last else None,
+                )
+            )
         if self.mid_block:
-            found.append(Block(
-                "mid_block", width, self.heads[-1], 2 * ((width, 0),), self.image_size >> last, None
-            ))  # fmt: skip
+            found.append(
+                Block(
+                    "mid_block",
+                    width,
+                    self.heads[-1],
+                    2 * ((width, 0),),
+                    self.image_size >> last,
+                    None,
+                )
+            )
         for index, level in enumerate(reversed(range(last + 1))):
             own, inputs = self.widths[level], []
             for _ in range(self.layers[level] + 1):
                 inputs.append((width, skips.pop()))
                 width = own
-            found.append(Block(
-                f"up_blocks.{index}", own, self.heads[level] * self.up_attention[index],
-                tuple(inputs), self.image_size >> level, "upsamplers" if level else None,
-            ))  # fmt: skip
+            found.append(
+                Block(
+                    f"up_blocks.{index}",
+                    own,
+                    self.heads[level] * self.up_attention[index],
+                    tuple(inputs),
+                    self.image_size >> level,
+                    "upsamplers" if level else None,
+                )
+            )
         return tuple(found)
 
     @property

@@ -236,6 +236,12 @@ _PIPELINE = {
     "image_encoder": [None, None], "safety_checker": [None, None],
 }  # fmt: skip
 FORMAT = Format(
-    ("UNet2DConditionModel",), "unet", None, config_from_diffusers, tensors_from_diffusers,
-    config_to_diffusers, tensors_to_diffusers, _PIPELINE,
-)  # fmt: skip
+    ("UNet2DConditionModel",),
+    "unet",
+    None,
+    config_from_diffusers,
+    tensors_from_diffusers,
+    config_to_diffusers,
+    tensors_to_diffusers,
+    _PIPELINE,
+)

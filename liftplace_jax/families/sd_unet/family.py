@@ -17,9 +17,12 @@ def preset(config: ConfigDict) -> None:
     Source: "BK_SDM_EXP/scripts/train_main_sd2.sh, src/kd_t2i.py, src/generate.py".
     """
     config.process.update(
-        schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timesteps="uniform",
+        schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        timesteps="uniform",
         reduction="mean",
-    )  # fmt: skip
+    )
     config.data.flip = True
     config.distill.update(task_scale=1.0, scale=1.0, feature_scale=1.0)
     config.distill.feature.update(reduction="mean", layers="sum", adapters=False)
@@ -32,18 +35,25 @@ def preset(config: ConfigDict) -> None:
     config.distill.write_pipeline = True
     config.text.dropout = 0.1
     config.evaluation.update(
-        sampler="pndm", sample_steps=25, skip_type="leading", steps_offset=1,
-        set_alpha_to_one=False, guidance=7.5,
-    )  # fmt: skip
+        sampler="pndm",
+        sample_steps=25,
+        skip_type="leading",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        guidance=7.5,
+    )
 
 
 def miniature(config: ConfigDict) -> None:
     """32x32 images (latents of 8x8) and a narrow network of the same blocks."""
     levels = len(config.model.widths)
     config.model.update(
-        image_size=8, widths=(16, *(levels - 1) * (32,)), heads=levels * (2,), context_dim=16,
+        image_size=8,
+        widths=(16, *(levels - 1) * (32,)),
+        heads=levels * (2,),
+        context_dim=16,
         num_groups=8,
-    )  # fmt: skip
+    )
     config.data.image_size = 32
     config.evaluation.repeat_prompts = True  # a few will do
     config.process.num_timesteps = 1000  # as the pipelines say whose networks it takes

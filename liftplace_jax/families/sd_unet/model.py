@@ -42,9 +42,12 @@ class ResnetBlock(nnx.Module):
     def __init__(self, into: int, out: int, config: SDUNetConfig, *, rngs, dtype):
         conv = functools.partial(layers.conv, rngs=rngs, dtype=dtype)
         norm = functools.partial(
-            layers.group_norm, groups=config.num_groups, epsilon=config.norm_epsilon,
-            rngs=rngs, dtype=dtype,
-        )  # fmt: skip
+            layers.group_norm,
+            groups=config.num_groups,
+            epsilon=config.norm_epsilon,
+            rngs=rngs,
+            dtype=dtype,
+        )
         self.norm1 = norm(into)
         self.conv1 = conv(into, out, 3)
         self.time_emb_proj = layers.linear(config.time_width, out, rngs=rngs, dtype=dtype)
@@ -100,10 +103,13 @@ class FeedForward(nnx.Module):
     """GEGLU to four times the width and back; token by token."""
 
     def __init__(self, width: int, *, rngs, dtype):
-        self.net = layers.Sequential([
-            GEGLU(width, 4 * width, rngs=rngs, dtype=dtype), _no_dropout,
-            layers.linear(4 * width, width, rngs=rngs, dtype=dtype),
-        ])  # fmt: skip
+        self.net = layers.Sequential(
+            [
+                GEGLU(width, 4 * width, rngs=rngs, dtype=dtype),
+                _no_dropout,
+                layers.linear(4 * width, width, rngs=rngs, dtype=dtype),
+            ]
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.net(x)

@@ -73,8 +73,9 @@ def _read_layers(text: str, blocks: Mapping[str, Block]) -> tuple[str, ...]:
             kept |= {f"{block}.{layer}" for layer in ([int(match[4])] if match[4] else layers)}
     order = [
         MIDDLE if name == MIDDLE else f"{name}.{layer}"
-        for name, block in blocks.items() for layer in range(len(block.inputs))
-    ]  # fmt: skip
+        for name, block in blocks.items()
+        for layer in range(len(block.inputs))
+    ]
     return tuple(name for name in dict.fromkeys(order) if name in kept)
 
 
@@ -107,10 +108,13 @@ def student_config(teacher: SDUNetConfig, kept: Sequence[str]) -> SDUNetConfig:
                 f" must, which takes their outputs, not {has}"
             )
     student = teacher.replace(
-        widths=teacher.widths[:few], heads=teacher.heads[:few], layers=tuple(layers[:few]),
+        widths=teacher.widths[:few],
+        heads=teacher.heads[:few],
+        layers=tuple(layers[:few]),
         down_attention=teacher.down_attention[:few],
-        up_attention=teacher.up_attention[levels - few :], mid_block=MIDDLE in kept,
-    )  # fmt: skip
+        up_attention=teacher.up_attention[levels - few :],
+        mid_block=MIDDLE in kept,
+    )
     if student == teacher:
         raise ValueError("student: all of the teacher's layers stay")
     _check_inputs(student, teacher, kept)
@@ -184,9 +188,8 @@ def copied_from(
       take fewer, where the levels below it are gone: of the channels from there the first stay.
     """
     found: dict[str, tuple[str, np.ndarray | None]] = {
-        name: (name, None)
-        for name in ("conv_in", "time_embedding", "conv_norm_out", "conv_out")
-    }  # fmt: skip
+        name: (name, None) for name in ("conv_in", "time_embedding", "conv_norm_out", "conv_out")
+    }
     for block, layer, source, number in _sources(student, teacher, kept):
         (into, skip), (needs, _) = block.inputs[layer], source.inputs[number]
         stay = None

@@ -83,9 +83,9 @@ def pruned_config(
                 "choose a smaller ratio or a wider teacher"
             )
         widths |= {name: width for name in group.outputs if name in widths}
-    changes = {} if min_channels_per_group is None else {
-        "min_channels_per_group": min_channels_per_group
-    }  # fmt: skip
+    changes = (
+        {} if min_channels_per_group is None else {"min_channels_per_group": min_channels_per_group}
+    )
     return config.replace(widths=tuple(widths.items()), **changes)
 
 

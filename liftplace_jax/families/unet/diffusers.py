@@ -64,9 +64,7 @@ _BLOCK = {
     "norm1": "norm1", "conv1": "conv1", "temb_proj": "time_emb_proj", "norm2": "norm2",
     "conv2": "conv2", "nin_shortcut": "conv_shortcut",
 }  # fmt: skip
-_ATTENTION = {
-    "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
-}  # fmt: skip
+_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 # Dense there, 1x1 convolutions here; by our name.
 _LINEAR = re.compile(r"\.(q|k|v|proj_out)\.weight$")
 _NAMES = {
@@ -298,9 +296,11 @@ def tensors_to_diffusers(
 def _tensor_names(config: UNetConfig) -> dict[str, str]:
     """Published DDPM name -> diffusers' name of every tensor of a network."""
     modules = {
-        "temb.dense.0": "time_embedding.linear_1", "temb.dense.1": "time_embedding.linear_2",
-        "norm_out": "conv_norm_out", "conv_out": "conv_out",
-    }  # fmt: skip
+        "temb.dense.0": "time_embedding.linear_1",
+        "temb.dense.1": "time_embedding.linear_2",
+        "norm_out": "conv_norm_out",
+        "conv_out": "conv_out",
+    }
     for node in config.block_plan():
         theirs = _module_name(node, len(config.ch_mult))
         parts = {"block": _BLOCK, "attention": _ATTENTION}.get(node.kind)
@@ -319,9 +319,11 @@ def _tensor_names(config: UNetConfig) -> dict[str, str]:
 def _module_name(node: Node, num_levels: int) -> str:
     """Theirs of a node; both sides number the ways down alike, the ways up in opposite order."""
     middle = {
-        "mid.block_1": "mid_block.resnets.0", "mid.attn_1": "mid_block.attentions.0",
-        "mid.block_2": "mid_block.resnets.1", "conv_in": "conv_in",
-    }  # fmt: skip
+        "mid.block_1": "mid_block.resnets.0",
+        "mid.attn_1": "mid_block.attentions.0",
+        "mid.block_2": "mid_block.resnets.1",
+        "conv_in": "conv_in",
+    }
     if node.name in middle:
         return middle[node.name]
     way, level, kind, *rest = node.name.split(".")
@@ -332,6 +334,11 @@ def _module_name(node: Node, num_levels: int) -> str:
 
 
 FORMAT = Format(
-    ("UNet2DModel",), "unet", "conv_norm_out.weight", config_from_diffusers,
-    tensors_from_diffusers, config_to_diffusers, tensors_to_diffusers,
-)  # fmt: skip
+    ("UNet2DModel",),
+    "unet",
+    "conv_norm_out.weight",
+    config_from_diffusers,
+    tensors_from_diffusers,
+    config_to_diffusers,
+    tensors_to_diffusers,
+)

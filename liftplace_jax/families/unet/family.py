@@ -27,9 +27,13 @@ def preset(config: ConfigDict) -> None:
 def miniature(config: ConfigDict) -> None:
     """16x16 images and a small network."""
     config.model.update(
-        image_size=16, ch=16, ch_mult=config.model.ch_mult[:2], num_res_blocks=1,
-        attn_resolutions=(8,), num_groups=4,
-    )  # fmt: skip
+        image_size=16,
+        ch=16,
+        ch_mult=config.model.ch_mult[:2],
+        num_res_blocks=1,
+        attn_resolutions=(8,),
+        num_groups=4,
+    )
     config.data.image_size = 16
     config.compress.taylor_batch_size = 8
 

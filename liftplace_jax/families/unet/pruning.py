@@ -32,9 +32,14 @@ class ChannelPruner:
     def defaults(self, training: Callable[..., ConfigDict]) -> ConfigDict:
         del training
         return ConfigDict(
-            dict(ratio=0.9, importance="magnitude", normalisation="published",
-                 taylor_threshold=0.05, taylor_batch_size=64)
-        )  # fmt: skip
+            dict(
+                ratio=0.9,
+                importance="magnitude",
+                normalisation="published",
+                taylor_threshold=0.05,
+                taylor_batch_size=64,
+            )
+        )
 
     def trainings(self, fields: Any) -> tuple[str, ...]:
         del fields
@@ -51,8 +56,11 @@ class ChannelPruner:
         if fields.importance == "taylor":
             gradients = tools.gradients(teacher, fields.taylor_batch_size, fields.taylor_threshold)
         pruned = prune_unet(
-            teacher.config, tools.tensors(teacher.params), fields.ratio,
-            IMPORTANCES[fields.importance](tools.seed), gradients=gradients,
+            teacher.config,
+            tools.tensors(teacher.params),
+            fields.ratio,
+            IMPORTANCES[fields.importance](tools.seed),
+            gradients=gradients,
             min_channels_per_group=NORMALISATIONS[fields.normalisation],
-        )  # fmt: skip
+        )
         return Student(pruned.config, pruned.tensors)
