@@ -38,7 +38,12 @@ SIGNED = {"process.logit_mean"}  # which may be below 0, in [-10, 10]
 
 
 def get_config(name):
-    return default_config() if name == "default" else config_module(name).get_config()
+    config = default_config() if name == "default" else config_module(name).get_config()
+    if config.data.name == "folder":
+        # What these experiments leave to their users.
+        config.data.path = "pictures"
+        config.latents.update(autoencoder="vae", path="latents")
+    return config
 
 
 def number_fields(config):
