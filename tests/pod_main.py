@@ -55,7 +55,7 @@ def train(experiment, workdir):
         fields,
         loss_fn,
         {"student": student},
-        None,
+        {},
         0,
         workdir / "teacher",
         "teacher",

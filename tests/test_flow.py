@@ -140,7 +140,7 @@ def test_losses_see_the_velocities(method):
         layer_map={"hidden": "hidden"},
     )
     batch, params = {"image": X0}, {"student": 0.7}
-    loss, metrics = objective(params, 0.2, batch, 5)
+    loss, metrics = objective(params, {"teacher": 0.2}, batch, 5)
     t, noise, _ = draw_inputs(flow, task, 3, batch, 5)
     np.testing.assert_array_equal(t, flow.draw_t(random_key(3, "timestep", 5), 8))
     x_t = flow.add_noise(X0, t, noise)

@@ -219,5 +219,6 @@ def placed_ahead(batches: Iterable[Batch], sharding: NamedSharding) -> Generator
                 ahead = thread.submit(place)
                 yield ready.pop()  # and keep no hold of it
     finally:
-        if isinstance(batches, Generator):
-            batches.close()
+        close = getattr(batches, "close", None)  # of generators, and of what is like them
+        if close is not None:
+            close()
