@@ -28,7 +28,7 @@ from liftplace_jax.host import buckets, sharding
 from liftplace_jax.nn import building
 from liftplace_jax.training.objective import on_batches
 from liftplace_jax.training.state import random_key
-from liftplace_jax.training.step import _part
+from liftplace_jax.training.step import _parts
 
 ROOT = Path(__file__).parent.parent
 TINY = AutoencoderConfig(
@@ -180,8 +180,9 @@ def drawing(unpack, seed, accumulation=1):
     saw = on_batches(lambda params, teacher, batch, step: (batch["image"], {}), unpack, seed)
 
     def run(batch, step):
+        cut = _parts(batch, accumulation)
         parts = [
-            saw(None, None, _part(batch, part, accumulation), step * accumulation + part)[0]
+            saw(None, None, jax.tree.map(lambda x: x[part], cut), step * accumulation + part)[0]  # noqa: B023
             for part in range(accumulation)
         ]
         return jnp.stack(parts, axis=1).reshape(-1, 4, 4, 4)
