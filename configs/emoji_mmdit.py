@@ -1,4 +1,4 @@
-"""Emoji 32x32 by caption: a small MMDiT with rectified flow, in minutes on two CPU cores.
+"""Emoji 32x32 by caption: a small MMDiT with rectified flow, sized for two CPU cores.
 
 Setting: data, autoencoder and text encoder of configs/emoji_sd.py (embedded, all of it); teacher of
 6 blocks, 128 wide, 64 tokens of 16x16x4 latents, told the text's tokens and its pooled vector;
@@ -15,7 +15,7 @@ Arguments after a colon, for example `--config=configs/emoji_mmdit.py:method=out
     layers    which: uniform, similarity, loss, learned, or their numbers, 2+5
     method    no_kd, output_kd, output_feature_kd, lift_place, lift_place_feature_kd, ..., or all
     seed      of teacher and student (0); seeds=0+1+2 trains several students
-    runlocal  the same in about a minute
+    runlocal  the same in a minute or two; at full length it has not been timed yet
 
 The encoded data are written to runs/emoji_latents, and are those of configs/emoji_sd.py; another
 place: --config.latents.path=FOLDER, for both commands.

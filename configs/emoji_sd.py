@@ -1,4 +1,4 @@
-"""Emoji 32x32 by caption: a small Stable Diffusion, in minutes on two CPU cores.
+"""Emoji 32x32 by caption: a small Stable Diffusion, sized for two CPU cores.
 
 Setting: the embedded emoji of people (Noto, 1,928 pictures; 337 more are held out, whose words all
 occur in training, but never together), encoded into 16x16x4 latents by the embedded autoencoder;
@@ -14,7 +14,7 @@ Arguments after a colon, for example `--config=configs/emoji_sd.py:method=output
     student   base, small (default), tiny, extreme, or names of layers that stay, joined by "+"
     method    no_kd, output_kd, output_feature_kd, lift_place, lift_place_feature_kd, ..., or all
     seed      of teacher and student (0); seeds=0+1+2 trains several students
-    runlocal  the same in about a minute
+    runlocal  the same in a minute or two; at full length it has not been timed yet
 
 The encoded data are written to runs/emoji_latents; another place: --config.latents.path=FOLDER, for
 both commands.

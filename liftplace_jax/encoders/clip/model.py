@@ -49,11 +49,6 @@ def _norm(config, *, rngs, dtype) -> nnx.LayerNorm:
     )
 
 
-def _projection(inputs: int, outputs: int, *, rngs, dtype) -> nnx.Linear:
-    zeros = nnx.initializers.zeros_init()
-    return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, kernel_init=zeros, rngs=rngs)
-
-
 class Attention(nnx.Module):
     """Self-attention of several heads."""
 
@@ -187,8 +182,8 @@ class CLIPText(nnx.Module):
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.text_model = TextTower(config, rngs=rngs, dtype=dtype)
         if config.projection_dim is not None:
-            self.text_projection = _projection(
-                config.hidden_size, config.projection_dim, rngs=rngs, dtype=dtype
+            self.text_projection = layers.linear(
+                config.hidden_size, config.projection_dim, rngs=rngs, dtype=dtype, use_bias=False
             )
         _draw_weights(self, config, rngs.params())
 
@@ -229,8 +224,8 @@ class CLIPVision(nnx.Module):
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.vision_model = ImageTower(config, rngs=rngs, dtype=dtype)
         if config.projection_dim is not None:
-            self.visual_projection = _projection(
-                config.hidden_size, config.projection_dim, rngs=rngs, dtype=dtype
+            self.visual_projection = layers.linear(
+                config.hidden_size, config.projection_dim, rngs=rngs, dtype=dtype, use_bias=False
             )
         _draw_weights(self, config, rngs.params())
 
